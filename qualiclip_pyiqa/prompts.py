@@ -1,0 +1,179 @@
+"""Antonym prompt pairs as data, and the one function that turns what a user passes as `prompts=` into them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import PromptError
+
+Pair = tuple[str, str]
+
+# Look and feel attributes of CLIP-IQA (Wang et al., AAAI 2023: section 4 and, from `warm` on, the AVA study of its
+# appendix; texts as in the authors' configuration files). The first text of a pair is what a high score means. The
+# official configuration has `noisiness` the other way round; here a high score is a clean picture.
+LOOK: dict[str, Pair] = {
+    "quality": ("Good photo.", "Bad photo."),
+    "brightness": ("Bright photo.", "Dark photo."),
+    "sharpness": ("Sharp photo.", "Blurry photo."),
+    "noisiness": ("Clean photo.", "Noisy photo."),
+    "colorfulness": ("Colorful photo.", "Dull photo."),
+    "contrast": ("High contrast photo.", "Low contrast photo."),
+}
+FEEL: dict[str, Pair] = {
+    "aesthetic": ("Aesthetic photo.", "Not aesthetic photo."),
+    "happy": ("Happy photo.", "Sad photo."),
+    "natural": ("Natural photo.", "Synthetic photo."),
+    "new": ("New photo.", "Old photo."),
+    "scary": ("Scary photo.", "Peaceful photo."),
+    "complex": ("Complex photo.", "Simple photo."),
+    "warm": ("Warm photo.", "Cold photo."),
+    "real": ("Real photo.", "Abstract photo."),
+    "beautiful": ("Beautiful photo.", "Ugly photo."),
+    "lonely": ("Lonely photo.", "Sociable photo."),
+    "relaxing": ("Relaxing photo.", "Stressful photo."),
+}
+ATTRIBUTES: dict[str, Pair] = LOOK | FEEL
+
+# Sets that give one score, the mean over their pairs.
+QUALITY_SETS: dict[str, tuple[Pair, ...]] = {
+    # pyiqa's `clipiqa`: five pairs, no full stop (pyiqa 0.1.16).
+    "clipiqa": (
+        ("Good image", "bad image"),
+        ("Sharp image", "blurry image"),
+        ("sharp edges", "blurry edges"),
+        ("High resolution image", "low resolution image"),
+        ("Noise-free image", "noisy image"),
+    ),
+    # Class words of the learned contexts of CLIP-IQA+: one full stop more than in the paper, and `..` is one token.
+    "clipiqa+": (("Good photo..", "Bad photo.."),),
+    # The seven pairs QualiCLIP was trained with (arXiv:2403.11176).
+    "qualiclip": (
+        ("Good photo.", "Bad photo."),
+        ("Sharp image.", "Blurry image."),
+        ("Sharp edges.", "Blurry edges."),
+        ("High-resolution image.", "Low-resolution image."),
+        ("Noise-free image.", "Noisy image."),
+        ("High-quality image.", "Low-quality image."),
+        ("Good picture.", "Bad picture."),
+    ),
+}
+ATTRIBUTE_SETS: dict[str, dict[str, Pair]] = {"look": LOOK, "feel": FEEL}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Antonym prompt pairs grouped by the attribute whose score they are averaged into.
+
+    Attributes:
+        groups: attribute name -> its (positive, negative) pairs, in the order of the score's columns.
+    """
+
+    groups: tuple[tuple[str, tuple[Pair, ...]], ...]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The A names of a score's columns."""
+        return tuple(name for name, _ in self.groups)
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """All P pairs, group after group."""
+        return tuple(pair for _, pairs in self.groups for pair in pairs)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The 2P texts, positive and negative alternating: the order of the rows of a prompt feature matrix."""
+        return tuple(text for pair in self.pairs for text in pair)
+
+    def as_dict(self) -> dict[str, list[list[str]]]:
+        """The groups as plain lists, for `describe()` and JSON."""
+        return {name: [list(pair) for pair in pairs] for name, pairs in self.groups}
+
+
+def prompt_set_names() -> list[str]:
+    """Every name that `prompts=` takes."""
+    return [*QUALITY_SETS, *ATTRIBUTE_SETS, *ATTRIBUTES]
+
+
+def resolve_prompts(
+    prompts: str | Prompts | Sequence[Sequence[str]] | Mapping[str, Sequence[str] | Sequence[Sequence[str]]],
+) -> Prompts:
+    """Turn a `prompts=` argument into grouped antonym prompt pairs.
+
+    Args:
+        prompts: a set's name (`"qualiclip"`, `"look"`, `"sharpness"`, see `prompt_set_names()`); a list of
+            (positive, negative) pairs, averaged into one score; or a mapping attribute -> pair or list of pairs, which
+            gives one score per attribute, in the mapping's order.
+
+    Returns:
+        The pairs. A list gets the one attribute name `quality`.
+
+    Raises:
+        PromptError: an unknown set (the nearest name is offered), a flat list of texts, an empty set, a pair that has
+            not exactly two texts, an empty text, or two texts that are equal.
+    """
+    if isinstance(prompts, Prompts):
+        return prompts
+    if isinstance(prompts, str):
+        return _named(prompts)
+    if isinstance(prompts, Mapping):
+        if not prompts:
+            raise PromptError("prompts is an empty mapping; expected attribute -> (positive, negative)")
+        groups = []
+        for name, value in prompts.items():
+            if not isinstance(name, str) or not name:
+                raise PromptError(f"prompts: attribute name {name!r} is not a text; expected e.g. 'sharpness'")
+            pairs = [value] if _looks_like_pair(value) else value
+            groups.append((name, _checked(pairs, f"prompts[{name!r}]")))
+        return Prompts(tuple(groups))
+    return Prompts((("quality", _checked(prompts, "prompts")),))
+
+
+def _named(name: str) -> Prompts:
+    if name in QUALITY_SETS:
+        return Prompts((("quality", QUALITY_SETS[name]),))
+    if name in ATTRIBUTE_SETS:
+        return Prompts(tuple((attribute, (pair,)) for attribute, pair in ATTRIBUTE_SETS[name].items()))
+    if name in ATTRIBUTES:
+        return Prompts(((name, (ATTRIBUTES[name],)),))
+    known = prompt_set_names()
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise PromptError(f"unknown prompt set {name!r}; did you mean {near!r}? Known sets: {', '.join(known)}")
+
+
+def _looks_like_pair(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(text, str) for text in value)
+    )
+
+
+def _checked(pairs: object, where: str) -> tuple[Pair, ...]:
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence | Iterator):
+        raise PromptError(f"{where} is {pairs!r}; expected a list of (positive, negative) pairs of texts")
+    pairs = list(pairs)
+    if not pairs:
+        raise PromptError(f"{where} is empty; expected at least one (positive, negative) pair")
+    if all(isinstance(item, str) for item in pairs):
+        raise PromptError(
+            f"{where} is a flat list of {len(pairs)} texts; expected pairs: [(positive, negative), ...] "
+            "(check for a missing comma between two texts)"
+        )
+    checked = []
+    for index, pair in enumerate(pairs):
+        here = f"{where}[{index}]"
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise PromptError(f"{here} is {pair!r}; expected exactly two texts (positive, negative)")
+        positive, negative = pair
+        for text in pair:
+            if not isinstance(text, str) or not text.strip():
+                raise PromptError(f"{here} holds {text!r}; expected a text that is not empty")
+        # CLIP's tokenizer lower-cases and folds white space, so such texts would give one and the same feature.
+        if " ".join(positive.lower().split()) == " ".join(negative.lower().split()):
+            raise PromptError(f"{here} has the same text twice ({positive!r}); expected two antonyms")
+        checked.append((positive, negative))
+    return tuple(checked)
