@@ -1,0 +1,256 @@
+"""CLIP towers for quality, over open_clip's modules: any picture size, positional table optional, linear memory.
+
+Nothing here knows of files, prompts or pyiqa. A tower is built without memory of its own (on PyTorch's meta device) and
+takes over the tensors of a state dict, so that a memory-mapped file is not copied.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .errors import SettingsError, WeightsError
+
+# Mean and std of RGB in 0..1 that CLIP was trained with (openai/CLIP, clip.py).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# OpenAI's names as pyiqa spells them. These models have QuickGELU; open_clip's configs of the same name do not.
+OPENAI_BACKBONES = {
+    "RN50": "RN50",
+    "RN101": "RN101",
+    "RN50x4": "RN50x4",
+    "RN50x16": "RN50x16",
+    "RN50x64": "RN50x64",
+    "ViT-B/32": "ViT-B-32",
+    "ViT-B/16": "ViT-B-16",
+    "ViT-L/14": "ViT-L-14",
+    "ViT-L/14@336px": "ViT-L-14-336",
+}
+_VISION_KEYS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
+_COUNTER = "num_batches_tracked"
+_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
+
+
+def clip_config(backbone: str, openai_weights: bool = False) -> dict[str, Any]:
+    """The open_clip configuration of a backbone, with the activation that its weights were trained with.
+
+    Args:
+        backbone: an OpenAI name as pyiqa spells it (`RN50`, `ViT-L/14`) or any open_clip name whose towers are
+            OpenAI-style (ModifiedResNet or VisionTransformer with a class token, and a plain causal text transformer).
+        openai_weights: whether the weights are OpenAI's, which need QuickGELU whatever the configuration says.
+
+    Returns:
+        Keyword arguments of `open_clip.CLIP`.
+
+    Raises:
+        SettingsError: an unknown name (the nearest is offered), or a model that is not OpenAI-style.
+    """
+    name = OPENAI_BACKBONES.get(backbone, backbone)
+    config = open_clip.get_model_config(name)
+    if config is None:
+        known = [*OPENAI_BACKBONES, *open_clip.list_models()]
+        near = difflib.get_close_matches(backbone, known, n=1, cutoff=0.0)[0]
+        raise SettingsError(f"unknown backbone {backbone!r}; did you mean {near!r}? open_clip.list_models() has all")
+    foreign = (
+        (set(config) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"})
+        | (set(config["vision_cfg"]) - _VISION_KEYS)
+        | (set(config["text_cfg"]) - _TEXT_KEYS)
+    )
+    if foreign:
+        raise SettingsError(
+            f"backbone {backbone!r} is not OpenAI-style (its configuration has {', '.join(sorted(foreign))}); "
+            "expected a model such as 'RN50', 'ViT-B-32' or 'ViT-L-14-quickgelu'"
+        )
+    if backbone in OPENAI_BACKBONES or openai_weights:
+        config["quick_gelu"] = True
+    return config
+
+
+def build_image_tower(config: Mapping[str, Any], pos_embedding: bool) -> ResNetTower | ViTTower:
+    """An image tower without values (on the meta device), to be filled by `load_into`."""
+    with torch.device("meta"):
+        visual = open_clip.CLIP(**config).visual
+        is_resnet = isinstance(config["vision_cfg"]["layers"], list | tuple)
+        return (ResNetTower if is_resnet else ViTTower)(visual, pos_embedding)
+
+
+def build_text_tower(config: Mapping[str, Any]) -> TextTower:
+    """A text tower without values (on the meta device), to be filled by `load_into`."""
+    with torch.device("meta"):
+        return TextTower(open_clip.CLIP(**config))
+
+
+def load_into(tower: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Let `tower` take over the tensors of `state` as float32; `what` names the file in an error.
+
+    Raises:
+        WeightsError: a key is missing, or a shape differs: the file is another model's.
+    """
+    expected = tower.state_dict()
+    # Some exports leave out BatchNorm's counter, which no score depends on.
+    state = {**{key: value.new_zeros((), device="cpu") for key, value in expected.items() if key.endswith(_COUNTER)}, **state}
+    missing = [key for key in expected if key not in state]
+    if missing:
+        raise WeightsError(f"{what} lacks {len(missing)} tensors of this backbone (first: {missing[0]!r})")
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise WeightsError(
+                f"{what} holds another model: {key!r} has shape {tuple(state[key].shape)}, "
+                f"this backbone expects {tuple(value.shape)}"
+            )
+    tensors = {key: state[key].float() if state[key].is_floating_point() else state[key] for key in expected}
+    tower.load_state_dict(tensors, strict=True, assign=True)
+
+
+def freeze(tower: nn.Module) -> nn.Module:
+    """Make a tower part of a metric: eval mode, BatchNorm folded into convolutions, every tensor a plain buffer.
+
+    Buffers that are not persistent follow `.to()`, `deepcopy`, pickle and DataParallel, but are no parameters to
+    optimise and stay out of state dicts, so that a metric inside a model does not put CLIP into its checkpoints.
+    """
+    tower.eval()
+    _fold_batchnorm(tower)
+    for module in tower.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach(), persistent=False)
+        module._non_persistent_buffers_set.update(module._buffers)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # Its counter would otherwise be looked for when a state dict is loaded; in eval mode nothing else changes.
+            module.track_running_stats = False
+    return tower.to(memory_format=torch.channels_last)
+
+
+def _fold_batchnorm(tower: nn.Module) -> None:
+    """Fold every BatchNorm that directly follows a convolution (`convI`, `bnI`, or neighbours in a Sequential)."""
+    for module in list(tower.modules()):
+        children = dict(module.named_children())
+        names = list(children)
+        followers = {name: name.replace("conv", "bn") for name in names if name.startswith("conv")}
+        if isinstance(module, nn.Sequential):
+            followers |= dict(pairwise(names))
+        for first, second in followers.items():
+            conv, norm = children.get(first), children.get(second)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
+
+
+class _Tower(nn.Module):
+    """Pixel normalisation and the parts that both kinds of image tower share.
+
+    Shape:
+        rgb: (N, 3, H, W), RGB in 0..1, H and W at least 32 -> features (N, D), not of unit length.
+    """
+
+    def __init__(self, visual: nn.Module, pos_embedding: bool) -> None:
+        super().__init__()
+        for name, child in visual.named_children():
+            self.add_module(name, child)
+        for name, parameter in visual.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.feature_dim: int = visual.output_dim  # type: ignore[assignment]
+        self.pos_embedding = pos_embedding
+        # Values made here are real also when the rest is built on the meta device.
+        self.register_buffer("mean", torch.tensor(MEAN, device="cpu").view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD, device="cpu").view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, rgb: Tensor) -> Tensor:
+        return ((rgb - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+def _flat_resize(table: Tensor, tokens: int) -> Tensor:
+    """Positional table (T, C) -> (tokens, C), resized bicubically as one flat picture and not on its 2-d grid.
+
+    That is how pyiqa 0.1.16 does it and how the published contexts of clipiqa+_rn50_512 and _vitL14_512 were trained.
+    """
+    flat = F.interpolate(table[None, None].float(), size=(tokens, table.shape[1]), mode="bicubic")
+    return flat[0, 0].to(table.dtype)
+
+
+class ResNetTower(_Tower):
+    """OpenAI's ModifiedResNet with an attention pool whose only query is the mean token."""
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        x = self.normalise(rgb)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.act3(self.bn3(self.conv3(x)))
+        x = self.avgpool(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self._pool(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, D). Exact, and linear in h*w: with one query q the key projection can be moved to the
+        query's side (q.(Wk x + bk) = (Wk^T q).x + const, and the softmax drops the constant), and the value projection
+        behind the weighted mean (the weights sum to one)."""
+        pool = self.attnpool
+        tokens = x.flatten(2).transpose(1, 2)  # (N, L, C)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        if self.pos_embedding:
+            tokens = tokens + _flat_resize(pool.positional_embedding, tokens.shape[1])
+        heads, width = pool.num_heads, tokens.shape[2]
+        size = width // heads
+        query = (pool.q_proj(tokens[:, 0]) * size**-0.5).unflatten(1, (heads, size))
+        query = torch.einsum("nhd,hdc->nhc", query, pool.k_proj.weight.view(heads, size, width))
+        weights = torch.einsum("nhc,nlc->nhl", query, tokens).softmax(dim=-1)
+        mixed = torch.einsum("nhl,nlc->nhc", weights, tokens)
+        value = torch.einsum("nhc,hdc->nhd", mixed, pool.v_proj.weight.view(heads, size, width))
+        return pool.c_proj(value.flatten(1) + pool.v_proj.bias)
+
+
+class ViTTower(_Tower):
+    """OpenAI's VisionTransformer; its patch convolution leaves out the rows and columns that do not fill a patch."""
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        x = self.conv1(self.normalise(rgb)).flatten(2).transpose(1, 2)  # (N, L, C)
+        start = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([start, x], dim=1)
+        if self.pos_embedding:
+            x = x + _flat_resize(self.positional_embedding, x.shape[1]).to(x.dtype)
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class TextTower(nn.Module):
+    """CLIP's causal text transformer, from token embeddings to features, so that learned contexts can enter.
+
+    Shape:
+        embeddings (P, T, W) and the index of each end-of-text token (P,) -> features (P, D), not of unit length.
+    """
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.context_length: int = clip.context_length  # type: ignore[assignment]
+        self.token_embedding = clip.token_embedding
+        self.positional_embedding = clip.positional_embedding
+        self.transformer = clip.transformer
+        self.ln_final = clip.ln_final
+        self.text_projection = clip.text_projection
+        causal = torch.full((self.context_length, self.context_length), float("-inf"), device="cpu").triu_(1)
+        self.register_buffer("causal_mask", causal, persistent=False)
+
+    def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        x = embeddings.to(self.positional_embedding.dtype) + self.positional_embedding
+        x = self.ln_final(self.transformer(x, attn_mask=self.causal_mask))
+        return x[torch.arange(x.shape[0], device=x.device), end] @ self.text_projection
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Token ids (P, T) int64 -> features (P, D). The end-of-text token has the highest id of a row."""
+        return self(self.token_embedding(tokens), tokens.argmax(dim=-1))
+
+
+def tokenize(texts: list[str] | tuple[str, ...], context_length: int = 77) -> Tensor:
+    """Texts -> token ids (P, T) int64 with CLIP's byte-pair encoding; longer texts are cut at T tokens."""
+    return open_clip.SimpleTokenizer(context_length=context_length)(list(texts))

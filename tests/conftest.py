@@ -1,0 +1,79 @@
+"""Every test runs offline, with caches of its own; weight files in upstream layouts are made once per session."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+
+# Before anything is imported that reads them: no test sees or touches the user's caches or the network.
+_CACHES = tempfile.TemporaryDirectory(prefix="qualiclip-pyiqa-tests-")
+for _name in ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME"):
+    os.environ[_name] = str(Path(_CACHES.name, _name.lower()))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("QUALICLIP_PYIQA_WEIGHTS", None)
+
+import torch  # noqa: E402
+
+import upstream  # noqa: E402
+
+QUALICLIP_TEXTS = (
+    "Good photo.|Bad photo.|Sharp image.|Blurry image.|Sharp edges.|Blurry edges.|High-resolution image.|"
+    "Low-resolution image.|Noise-free image.|Noisy image.|High-quality image.|Low-quality image.|"
+    "Good picture.|Bad picture."
+).split("|")
+CLIPIQA_TEXTS = ["Good photo..", "Bad photo.."]
+
+
+@pytest.fixture(scope="session")
+def upstream_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RN50 and everything that stands on it, under upstream's file names, with random values."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("upstream")
+    config = open_clip.get_model_config("RN50-quickgelu")
+    state = upstream.random_clip(config, seed=0)
+    torch.save(state, folder / "RN50.pt")
+    tuned = upstream.random_clip(config, seed=1)
+    upstream.write_qualiclip(folder / "QualiCLIP.pth", tuned)
+    shared, own = "CLIP-IQA+_learned_prompts-603f3273.pth", "CLIPIQA+_RN50_512-89f5d940.pth"
+    upstream.write_context(folder / shared, state, CLIPIQA_TEXTS, per_text=False, bare=True, seed=2)
+    upstream.write_context(folder / own, state, CLIPIQA_TEXTS, per_text=True, bare=False, seed=3)
+    for seed, dataset in enumerate(("koniq", "clive", "flive", "spaq"), start=4):
+        file = folder / f"QualiCLIP+_{dataset}.pth"
+        upstream.write_context(file, tuned, QUALICLIP_TEXTS, per_text=True, bare=False, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def upstream_weights(upstream_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, in the look-up path; its random files cannot have the published hashes."""
+    monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(upstream_folder))
+    monkeypatch.setenv("QUALICLIP_PYIQA_VERIFY", "0")
+    return upstream_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny-resnet` and `tiny-vit` known to open_clip, with weight files `NAME.pt`: OpenAI-style towers in small."""
+    folder = tmp_path_factory.mktemp("tiny")
+    upstream.add_tiny_backbones(folder)
+    torch.save(upstream.random_clip(upstream.TINY_RESNET, seed=0), folder / "tiny-resnet.pt")
+    torch.save(upstream.random_clip(upstream.TINY_VIT, seed=0), folder / "tiny-vit.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pkg_resources_stand_in() -> None:
+    """openai-clip imports `packaging` from pkg_resources, which setuptools >= 82 no longer has."""
+    if "pkg_resources" not in sys.modules:
+        import packaging
+        import packaging.version
+
+        module = types.ModuleType("pkg_resources")
+        module.packaging = packaging  # type: ignore[attr-defined]
+        sys.modules["pkg_resources"] = module

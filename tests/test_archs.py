@@ -1,0 +1,290 @@
+"""What every network must do, whatever its tower: the contract of an ordinary module and of a pyiqa metric."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import pyiqa
+import upstream
+from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
+from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
+
+NETWORKS = ["tiny-resnet", "tiny-vit", "tiny-resnet-pos", "tiny-context", "qualiclip-mini"]
+
+
+def build(kind: str, folder: Path, **more: object) -> PromptIQA:
+    if kind == "qualiclip-mini":
+        return OpenQualiCLIP("qualiclip-mini", **more).eval()
+    if kind == "tiny-context":
+        opts = {"pretrained": False, "backbone": "tiny-resnet", "weights": folder / "tiny-resnet.pt"}
+        return OpenCLIPIQA("clipiqa+", **{**opts, **more}).eval()
+    backbone = kind.removesuffix("-pos")
+    opts = {"backbone": backbone, "weights": folder / f"{backbone}.pt", "pos_embedding": kind.endswith("-pos")}
+    return OpenCLIPIQA("clipiqa", **{**opts, **more}).eval()
+
+
+@pytest.fixture(params=NETWORKS)
+def net(request: pytest.FixtureRequest, tiny_folder: Path) -> PromptIQA:
+    return build(request.param, tiny_folder)
+
+
+@torch.no_grad()
+def test_batch_equals_single_and_nothing_changes(net: PromptIQA) -> None:
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    for height, width in ((32, 32), (33, 47), (100, 64), (256, 160)):
+        x = upstream.pictures(5, height, width)
+        kept = x.clone()
+        together = net(x)
+        alone = torch.cat([net(x[i : i + 1]) for i in range(5)])
+        # Kernels may block a batch differently; one float32 rounding of a logit near 20 is 2e-6 of a score at most.
+        assert (together - alone).abs().max() <= 1e-6
+        assert torch.equal(x, kept)
+        assert together.dtype == torch.float32 and together.shape == (5, 1)
+        assert ((together >= 0) & (together <= 1)).all() and together.std() > 1e-4
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+@torch.no_grad()
+def test_copies_score_alike(net: PromptIQA) -> None:
+    x = upstream.pictures(2, 64, 80)
+    expected = net(x)
+    assert torch.equal(copy.deepcopy(net)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
+    assert (net.double()(x.double()) - expected).abs().max() < 1e-5
+
+
+# Half precision keeps 11 (float16) or 8 (bfloat16) bits of a feature; the head is float32 whatever the tower is.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.03), (torch.bfloat16, 0.15)])
+@torch.no_grad()
+def test_half_precision(net: PromptIQA, dtype: torch.dtype, tolerance: float) -> None:
+    x = upstream.pictures(3, 64, 96)
+    expected = net(x)
+    with torch.autocast("cpu", dtype=dtype):
+        cast = net(x)
+    half = copy.deepcopy(net).to(dtype)
+    for found in (cast, half(x.to(dtype)), half(x)):
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() < tolerance
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_compiles_whole_and_for_any_size(net: PromptIQA) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((2, 64, 96), (3, 100, 80)):
+        x = upstream.pictures(*size)
+        assert (compiled(x) - net(x)).abs().max() < 1e-5
+
+
+def test_gradients_reach_the_picture(net: PromptIQA) -> None:
+    x = upstream.pictures(2, 64, 64).requires_grad_()
+    net(x).mean().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_grey_is_rgb_three_times_and_sizes_are_checked(net: PromptIQA) -> None:
+    grey = upstream.pictures(1, 48, 48)[:, :1]
+    assert torch.equal(net(grey), net(grey.expand(-1, 3, -1, -1)))
+    with pytest.raises(ImageError, match="31x64 pixels; the smallest that can be scored is 32x32"):
+        net(torch.rand(1, 3, 64, 31))
+    for shape in ((3, 64, 64), (1, 4, 64, 64)):
+        with pytest.raises(ImageError, match="expected"):
+            net(torch.rand(shape))
+
+
+def test_state_dict_holds_a_context_and_nothing_else(net: PromptIQA) -> None:
+    context = {"prompt_learner.ctx", "prompt_learner.token_prefix", "prompt_learner.token_suffix"}
+    assert set(net.state_dict()) == (context if net.prompt_learner is not None else set())
+    assert [name for name, _ in net.named_parameters()] == (["prompt_learner.ctx"] if net.prompt_learner else [])
+    parent = nn.Sequential(nn.Conv2d(3, 3, 1), net)
+    assert not any("tower" in key for key in parent.state_dict())
+    parent.load_state_dict(parent.state_dict())
+
+
+def test_attributes(tiny_folder: Path) -> None:
+    pairs = {"light": ("Bright photo.", "Dark photo."), "sharp": [("Sharp photo.", "Blurry photo."), ("a", "b")]}
+    net = build("tiny-resnet", tiny_folder, prompts=pairs)
+    x = upstream.pictures(3, 64, 64)
+    with torch.no_grad():
+        scores = net(x)
+        assert net.attributes == ("light", "sharp") and scores.shape == (3, 2)
+        light = build("tiny-resnet", tiny_folder, prompts=[pairs["light"]])(x)
+        assert (scores[:, :1] - light).abs().max() < 1e-6
+        singles = [build("tiny-resnet", tiny_folder, prompts=[pair])(x) for pair in pairs["sharp"]]
+        assert (scores[:, 1:] - sum(singles) / 2).abs().max() < 1e-6
+        net.set_prompts([pairs["light"]])
+        assert torch.equal(net(x), light)
+        net.half().set_prompts("look")
+        assert net(x).shape == (3, 6) and net.prompt_features.dtype == torch.float16
+
+
+def test_score_is_the_formula(tiny_folder: Path) -> None:
+    """Against the formula of CLIP-IQA written out with open_clip's own model (224 x 224, positional table on)."""
+    import open_clip
+
+    from qualiclip_pyiqa.clip import MEAN, STD, tokenize
+
+    model = open_clip.CLIP(**upstream.TINY_RESNET).eval()
+    model.load_state_dict(torch.load(tiny_folder / "tiny-resnet.pt"))
+    x = upstream.pictures(3, 224, 224)
+    texts = ["Good photo.", "Bad photo.", "Sharp photo.", "Blurry photo."]
+    with torch.no_grad():
+        pixels = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        image = model.encode_image(pixels, normalize=True)
+        text = model.encode_text(tokenize(texts), normalize=True)
+        logits = model.logit_scale.exp() * image @ text.T / 3
+        expected = logits.view(3, 2, 2).softmax(-1)[..., 0].mean(dim=1, keepdim=True)
+        net = build("tiny-resnet-pos", tiny_folder, temperature=3, prompts=[texts[:2], texts[2:]])
+        assert (net(x) - expected).abs().max() < 1e-5
+
+
+def test_pyiqa_metric_and_loss(tiny_folder: Path) -> None:
+    metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
+    assert metric.score_range == "0, 1" and metric.lower_better is False and metric.metric_mode == "NR"
+    x = upstream.pictures(2, 64, 64)
+    assert not metric(x).requires_grad
+    loss = pyiqa.create_metric("qualiclip-mini", device="cpu", as_loss=True)
+    x.requires_grad_()
+    loss(x).backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+
+
+def test_describe_says_what_decides_a_score(tiny_folder: Path) -> None:
+    said = build("tiny-resnet", tiny_folder, prompts="look", temperature=1.5).describe()
+    assert said["prompts"]["sharpness"] == [["Sharp photo.", "Blurry photo."]]
+    assert said["temperature"] == 1.5 and said["activation"] == "GELU" or said["activation"] == "QuickGELU"
+    assert said["direction"] == "higher is better" and said["resize"].startswith("none")
+    mini = OpenQualiCLIP("qualiclip-mini").describe()
+    assert len(mini["weights"]["sha256"]) == 64 and mini["weights"]["licence"] == "CC-BY-SA-4.0"
+    json.dumps([said, mini])
+
+
+def test_a_fresh_context_learns(tiny_folder: Path) -> None:
+    net = build("tiny-context", tiny_folder, n_ctx=4).train()
+    assert not net.tower.training
+    x = upstream.pictures(4, 64, 64)
+    target = torch.tensor([[0.9], [0.1], [0.9], [0.1]])
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.mse_loss(net(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        trained = net(x)
+        assert (net.eval()(x) - trained).abs().max() < 1e-6  # eval encodes the context once, as it now is
+        other = build("tiny-context", tiny_folder, n_ctx=4)
+        assert (other(x) - trained).abs().max() > 1e-3
+        other.load_state_dict(net.state_dict())
+        assert (other(x) - trained).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("per_text", [True, False])
+def test_a_context_of_either_shape_loads(tiny_folder: Path, per_text: bool) -> None:
+    source = build("tiny-context", tiny_folder, prompt_specific_ctx=per_text, ctx_init="a photo of")
+    assert source.prompt_learner is not None and source.prompt_learner.n_ctx == 3
+    with torch.no_grad():
+        source.prompt_learner.ctx.add_(0.1)
+    target = build("tiny-context", tiny_folder, n_ctx=3, prompt_specific_ctx=not per_text)
+    target.load_state_dict(source.state_dict())
+    x = upstream.pictures(2, 64, 64)
+    with torch.no_grad():
+        assert (target(x) - source.train().eval()(x)).abs().max() < 1e-6
+
+
+def _train_one_rank(rank: int, folder: str, tiny: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    upstream.add_tiny_backbones(Path(tiny))
+    torch.manual_seed(rank)  # the first rank's context must win
+    net = build("tiny-context", Path(tiny), ctx_init="").train()
+    with torch.no_grad():
+        net.prompt_learner.ctx.add_(torch.randn_like(net.prompt_learner.ctx) * 0.01)
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(2):
+        x = upstream.pictures(2, 64, 64, seed=10 * rank + step)
+        optimizer.zero_grad()
+        (1 - wrapped(x)).mean().backward()
+        optimizer.step()
+    torch.save(net.prompt_learner.ctx.detach(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_trains_a_context(tiny_folder: Path, tmp_path: Path) -> None:
+    mp.spawn(_train_one_rank, (str(tmp_path), str(tiny_folder)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    fresh = build("tiny-context", tiny_folder).prompt_learner.ctx
+    assert (first - fresh).abs().max() > 0
+
+
+def _settings(folder: Path) -> list[tuple[dict, type[Exception], str]]:
+    tiny = {"backbone": "tiny-resnet", "weights": folder / "tiny-resnet.pt"}
+    return [
+        ({"model_type": "clipiq"}, SettingsError, "did you mean 'clipiqa'"),
+        ({"model_type": "qualiclip-mini"}, SettingsError, "belongs to OpenQualiCLIP"),
+        ({"backbone": "RN5", "weights": folder / "tiny-resnet.pt"}, SettingsError, "did you mean 'RN50'"),
+        ({"backbone": "coca_ViT-B-32", "weights": folder / "tiny-resnet.pt"}, SettingsError, "not OpenAI-style"),
+        ({"backbone": "tiny-vit", "weights": folder / "tiny-resnet.pt"}, WeightsError, "lacks|another model"),
+        ({**tiny, "temperature": 0}, SettingsError, "positive"),
+        ({**tiny, "pretrained": "some.pth"}, SettingsError, "fixed prompts"),
+        ({**tiny, "prompts": "quallity"}, PromptError, "did you mean 'quality'"),
+        ({**tiny, "model_type": "clipiqa+"}, SettingsError, "learned on RN50"),
+        ({**tiny, "model_type": "clipiqa+", "pretrained": False, "n_ctx": 75}, SettingsError, "do not fit"),
+        ({**tiny, "model_type": "clipiqa+", "pretrained": False, "n_ctx": 0}, SettingsError, "at least one"),
+    ]
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_settings_errors_are_one_clear_line(tiny_folder: Path, index: int) -> None:
+    options, kind, said = _settings(tiny_folder)[index]
+    with pytest.raises(kind, match=said) as caught:
+        OpenCLIPIQA(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_mini_knows_its_own_texts_only() -> None:
+    net = OpenQualiCLIP("qualiclip-mini", prompts={"sharpness": ("Sharp image.", "Blurry image.")})
+    assert net.attributes == ("sharpness",)
+    with pytest.raises(PromptError, match="no text tower and no feature for 'Happy photo.'"):
+        net.set_prompts("happy")
+
+
+def test_learned_context_refuses_other_prompts(tiny_folder: Path) -> None:
+    with pytest.raises(SettingsError, match="learned context"):
+        build("tiny-context", tiny_folder).set_prompts("look")
+
+
+def scores_of(net: PromptIQA, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(x)
+
+
+def test_qualiclip_file_serves_both_scales_and_other_prompts(upstream_weights: Path) -> None:
+    x = upstream.pictures(2, 64, 64)
+    two, one = (pyiqa.create_metric(name, device="cpu").net for name in ("qualiclip", "qualiclip-hub"))
+    assert two.text_tower is None
+    stored = torch.load(upstream_weights / "QualiCLIP.pth")["prompts_features"]
+    assert torch.allclose(two.prompt_features, stored, atol=1e-6)
+    assert (two.temperature, one.temperature) == (2, 1)
+    assert (scores_of(two, x) - scores_of(one, x)).abs().max() > 1e-3
+    two.set_prompts("look")
+    assert scores_of(two, x).shape == (2, 6)

@@ -1,0 +1,94 @@
+"""Weight files in the exact upstream layouts with random content whose features really depend on the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+TINY_RESNET = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+}
+TINY_VIT = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+}
+
+def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """(N, 3, H, W) in 0..1: coloured noise whose coarseness, contrast and brightness differ from picture to picture."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for index in range(count):
+        cells = 2 + 5 * ((index + seed) % 7)
+        coarse = torch.rand(1, 3, cells, cells, generator=generator)
+        smooth = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+        fine = torch.rand(1, 3, height, width, generator=generator)
+        share = torch.rand((), generator=generator)
+        gain = 0.3 + 0.7 * torch.rand((), generator=generator)
+        out.append(((1 - share) * smooth + share * fine) * gain)
+    return torch.cat(out).clamp(0, 1)
+
+
+def random_clip(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """State dict of a whole CLIP with random values; BatchNorm statistics are those of `pictures`."""
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**config)
+    visual = model.visual
+    for name, parameter in visual.named_parameters():
+        if name.endswith("bn3.weight"):  # zero at initialisation, which would switch the block off
+            nn.init.constant_(parameter, 0.7)
+    if hasattr(visual, "positional_embedding"):
+        nn.init.normal_(visual.positional_embedding, std=0.3)
+    norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the cumulative average of what follows
+    with torch.no_grad():
+        if norms:
+            visual.train()
+            visual(torch.cat([pictures(8, 224, 224, seed), pictures(8, 224, 224, seed + 7)]) * 4 - 2)
+        model.eval()
+    # OpenAI's files hold float16 values, to which pyiqa's loader rounds whatever it is given.
+    return {k: v.half().float() if v.is_floating_point() else v.clone() for k, v in model.state_dict().items()}
+
+
+def write_qualiclip(path: Path, state: dict[str, Tensor], seed: int = 1) -> None:
+    """`QualiCLIP.pth`: `clip_model.*` and unit-length `prompts_features` (14, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(14, state["text_projection"].shape[1], generator=generator)
+    features = features / features.norm(dim=-1, keepdim=True)
+    torch.save({**{f"clip_model.{key}": value for key, value in state.items()}, "prompts_features": features}, path)
+
+
+def write_context(path: Path, state: dict[str, Tensor], texts: list[str], per_text: bool, bare: bool, seed: int) -> None:
+    """A learned context of 16 tokens: a bare tensor, or pyiqa's `params` with prefix and suffix."""
+    generator = torch.Generator().manual_seed(seed)
+    table = state["token_embedding.weight"]
+    shape = (len(texts), 16, table.shape[1]) if per_text else (16, table.shape[1])
+    ctx = torch.randn(shape, generator=generator) * 0.5
+    if bare:
+        torch.save(ctx, path)
+        return
+    tokens = open_clip.SimpleTokenizer()([" ".join(["X"] * 16) + " " + text for text in texts])
+    embedded = table[tokens]
+    params = {
+        "prompt_learner.ctx": ctx,
+        "prompt_learner.token_prefix": embedded[:, :1].clone(),
+        "prompt_learner.token_suffix": embedded[:, 17:].clone(),
+    }
+    torch.save({"params": params}, path)
+
+
+def add_tiny_backbones(folder: Path) -> None:
+    """Teach open_clip the names `tiny-resnet` and `tiny-vit`."""
+    for name, config in (("tiny-resnet", TINY_RESNET), ("tiny-vit", TINY_VIT)):
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
