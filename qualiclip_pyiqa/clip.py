@@ -132,14 +132,14 @@ def freeze(tower: nn.Module) -> nn.Module:
 
 
 def _fold_batchnorm(tower: nn.Module) -> None:
-    """Fold every BatchNorm that directly follows a convolution (`convI`, `bnI`, or neighbours in a Sequential)."""
+    """Fold every BatchNorm that follows a convolution: `convI` and `bnI` or `normI`, or neighbours in a Sequential."""
     for module in list(tower.modules()):
         children = dict(module.named_children())
         names = list(children)
-        followers = {name: name.replace("conv", "bn") for name in names if name.startswith("conv")}
+        followers = [(name, name.replace("conv", norm)) for name in names for norm in ("bn", "norm") if "conv" in name]
         if isinstance(module, nn.Sequential):
-            followers |= dict(pairwise(names))
-        for first, second in followers.items():
+            followers += pairwise(names)
+        for first, second in followers:
             conv, norm = children.get(first), children.get(second)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))

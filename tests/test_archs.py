@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pyiqa
 import upstream
+from qualiclip_pyiqa import clip
 from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
 
@@ -271,6 +274,59 @@ def test_mini_knows_its_own_texts_only() -> None:
 def test_learned_context_refuses_other_prompts(tiny_folder: Path) -> None:
     with pytest.raises(SettingsError, match="learned context"):
         build("tiny-context", tiny_folder).set_prompts("look")
+
+
+@pytest.mark.parametrize("kind", ["tiny-resnet", "qualiclip-mini"])
+@torch.no_grad()
+def test_memory_grows_linearly_with_the_picture(tiny_folder: Path, kind: str) -> None:
+    class Largest(TorchDispatchMode):
+        """The largest tensor that any operation returns."""
+
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    net = build(kind, tiny_folder)
+    largest = []
+    for side in (512, 2048):  # attention over all pairs of 4096 tokens would be the largest at 2048
+        with Largest() as mode:
+            net(torch.rand(1, 3, side, side))
+        largest.append(mode.numel)
+    assert largest[1] <= 16 * largest[0]  # 16 times the pixels
+
+
+def test_fixed_prompts_are_encoded_once(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = clip.TextTower.forward
+    monkeypatch.setattr(clip.TextTower, "forward", lambda *args: calls.append(1) or forward(*args))
+    fixed, learned = build("tiny-resnet", tiny_folder), build("tiny-context", tiny_folder)
+    assert fixed.text_tower is None
+    x = upstream.pictures(1, 64, 64)
+
+    def calls_of(*nets: PromptIQA) -> int:
+        calls.clear()
+        for net in nets * 3:
+            net(x)
+        return len(calls)
+
+    assert calls_of(fixed, learned) == 0
+    assert calls_of(learned.train()) == 3
+    learned.eval()
+    assert calls_of(learned) == 0
+
+
+def test_qualiclip_needs_one_file(upstream_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "QualiCLIP.pth").symlink_to(upstream_folder / "QualiCLIP.pth")
+    (tmp_path / "QualiCLIP+_koniq.pth").symlink_to(upstream_folder / "QualiCLIP+_koniq.pth")
+    monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("QUALICLIP_PYIQA_VERIFY", "0")
+    for name in ("qualiclip", "qualiclip+"):
+        assert pyiqa.create_metric(name, device="cpu")(upstream.pictures(1, 32, 32)).shape == (1, 1)
 
 
 def scores_of(net: PromptIQA, x: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""MiniTower: a small image tower for blind quality, trained from scratch without opinion scores.
+
+The strategy of training is QualiCLIP's (Agnolucci et al., arXiv:2403.11176: rank degraded crops by their similarity to
+antonym prompt anchors). The network is our own: quality lives in shallow, fine-grained features, so every stage of a
+small residual network is pooled (mean and log standard deviation), beside a few log energies that need no learning.
+
+The feature is a concatenation of unit-length blocks, each of which sees other inputs: an anchor of the p-th antonym
+prompt pair is zero outside the p-th block, so that the mean over pairs is the mean of P independent opinions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
+CELL = 4  # side of the cells whose local energy is taken
+# Variance of the Laplacian (coefficients 4, -1, -1, -1, -1) of a picture's rounding to 8 bits: 20 * (1/255)^2 / 12.
+ROUNDING_ENERGY = 20.0 / 12.0 / 255.0**2
+ENERGIES = 3 * SCALES + 6
+
+# What the block of each of the seven pairs of the prompt set `qualiclip` sees, in the set's order.
+BLOCKS: tuple[tuple[str, ...], ...] = (
+    ("energies", "stage1", "stage2", "stage3", "stage4"),  # Good photo.
+    ("energies",),  # Sharp image.
+    ("stage1",),  # Sharp edges.
+    ("stage2",),  # High-resolution image.
+    ("energies", "stage1", "stage2"),  # Noise-free image.
+    ("stage3",),  # High-quality image.
+    ("stage4",),  # Good picture.
+)
+
+
+def log_energies(rgb: Tensor) -> Tensor:
+    """What of a photograph's quality can be had without learning: sharpness by octave, exposure, colour.
+
+    Per octave the log of the mean Laplacian energy (the classic sharpness measure; dominated by the strongest edges),
+    the mean of the local log energy (dominated by flat parts, where noise and blocking show) and its standard
+    deviation; then mean and standard deviation of luma, log spread of two opponent colours, dark and bright fractions.
+
+    Shape:
+        rgb: (N, 3, H, W) in 0..1, float32 or float64, H, W >= 32 -> (N, ENERGIES).
+    """
+    red, green, blue = rgb.unbind(1)
+    luma = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    stats = []
+    octave = luma
+    for scale in range(SCALES):
+        if scale:
+            octave = F.avg_pool2d(octave, 2)
+        p = F.pad(octave, (1, 1, 1, 1), mode="replicate")
+        laplacian = 4 * octave - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
+        energy = F.avg_pool2d(laplacian.square(), CELL).flatten(1)
+        local = (energy + ROUNDING_ENERGY).log()
+        stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), _std(local)]
+    flat = luma.flatten(1)
+    stats += [flat.mean(1), _std(flat)]
+    stats += [_std((red - green).flatten(1)).log(), _std((0.5 * (red + green) - blue).flatten(1)).log()]
+    stats += [torch.sigmoid((0.08 - flat) * 50).mean(1), torch.sigmoid((flat - 0.92) * 50).mean(1)]
+    return torch.stack(stats, dim=1)
+
+
+def _std(x: Tensor) -> Tensor:
+    return (x.var(dim=-1, correction=0) + 1e-5).sqrt()
+
+
+class Standardise(nn.Module):
+    """Batch normalisation of pooled statistics (N, C) without parameters, in float32 whatever the network's dtype.
+
+    Without it the unit-length features of a fresh network are all alike and training stays on a plateau.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, features: int, momentum: float = 0.02) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.mean.to(x.dtype), self.var.to(x.dtype)
+        if self.training:
+            mean, var = x.mean(0), x.var(0, correction=0)
+            with torch.no_grad():
+                self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
+                self.var.lerp_(var.to(self.var.dtype), self.momentum)
+        return (x - mean) * (var + 1e-4).rsqrt()
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around a shortcut; the first may halve the picture and widen it."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.widen = nn.Conv2d(width_in, width, 1, bias=False) if stride > 1 or width_in != width else None
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.widen is not None:
+            x = self.widen(F.avg_pool2d(x, 2, ceil_mode=True) if self.stride > 1 else x)
+        return F.relu(x + y)
+
+
+class Head(nn.Module):
+    """Pooled statistics (N, C) -> a block of unit length (N, D)."""
+
+    def __init__(self, width_in: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.standardise = Standardise(width_in)
+        self.fc1 = nn.Linear(width_in, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(self.standardise(x), self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype))
+        x = F.linear(F.gelu(x), self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
+        return F.normalize(x, dim=-1)
+
+
+class MiniTower(nn.Module):
+    """Image tower of `qualiclip-mini`; all arguments are JSON-serialisable and stand in the weight file.
+
+    Args:
+        widths: channels of the stages; stage k works at 1/2^k of the picture's size.
+        depths: residual blocks of each stage.
+        hidden: width of each head's hidden layer.
+        dim: length of one block of the feature.
+        blocks: per block the names of what it sees: `energies`, `stage1`, `stage2`, ...
+
+    Shape:
+        rgb: (N, 3, H, W) in 0..1, H and W at least 32 -> (N, feature_dim), float32 (float64 for a double network);
+        each of the P blocks of `dim` has unit length, so the feature's length is sqrt(P).
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (24, 48, 96, 128),
+        depths: Sequence[int] = (2, 2, 2, 1),
+        hidden: int = 64,
+        dim: int = 16,
+        blocks: Sequence[Sequence[str]] = BLOCKS,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.blocks = tuple(tuple(block) for block in blocks)
+        self.feature_dim = dim * len(self.blocks)
+        # Stage 1 begins with the picture and its high-pass, at the size where blocking and noise still show.
+        self.stem = nn.Sequential(
+            nn.Conv2d(6, widths[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        self.stages = nn.ModuleList()
+        width_in = widths[0]
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            layers = []
+            for layer in range(depth):
+                layers.append(Residual(width_in, width, stride=2 if stage and not layer else 1))
+                width_in = width
+            self.stages.append(nn.Sequential(*layers))
+        sizes = {"energies": ENERGIES} | {f"stage{k}": 2 * width for k, width in enumerate(widths, 1)}
+        self.heads = nn.ModuleList(Head(sum(sizes[name] for name in block), hidden, dim) for block in self.blocks)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        precise = torch.promote_types(rgb.dtype, torch.float32)
+        high = rgb - F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        x = self.stem(torch.cat([rgb - 0.45, 8 * high], dim=1).contiguous(memory_format=torch.channels_last))
+        with torch.autocast(rgb.device.type, enabled=False):
+            seen = {"energies": log_energies(rgb.to(precise))}
+        for number, stage in enumerate(self.stages, 1):
+            x = stage(x)
+            with torch.autocast(rgb.device.type, enabled=False):
+                flat = x.to(precise).flatten(2)
+                seen[f"stage{number}"] = torch.cat([flat.mean(-1), _std(flat).log()], dim=1)
+        with torch.autocast(rgb.device.type, enabled=False):
+            features = [
+                head(torch.cat([seen[name] for name in block], dim=1))
+                for head, block in zip(self.heads, self.blocks, strict=True)
+            ]
+            return torch.cat(features, dim=1)
