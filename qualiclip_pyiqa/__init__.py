@@ -1,0 +1,60 @@
+"""QualiCLIP and CLIP-IQA for pyiqa. Importing the package registers its metrics; what it offers is imported on use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import qualiclip_pyiqa_start
+
+if TYPE_CHECKING:
+    from .archs import OpenCLIPIQA, OpenQualiCLIP
+    from .errors import ImageError, PromptError, SettingsError, WeightsError
+    from .images import as_batch, load_image
+    from .loss import QualityLoss
+    from .metrics import METRICS
+    from .prompts import prompt_set_names
+
+__all__ = [
+    "METRICS",
+    "ImageError",
+    "OpenCLIPIQA",
+    "OpenQualiCLIP",
+    "PromptError",
+    "QualityLoss",
+    "SettingsError",
+    "WeightsError",
+    "as_batch",
+    "load_image",
+    "prompt_set_names",
+]
+
+_ROOMS = {
+    "OpenCLIPIQA": "archs",
+    "OpenQualiCLIP": "archs",
+    "ImageError": "errors",
+    "PromptError": "errors",
+    "SettingsError": "errors",
+    "WeightsError": "errors",
+    "as_batch": "images",
+    "load_image": "images",
+    "QualityLoss": "loss",
+    "METRICS": "metrics",
+    "prompt_set_names": "prompts",
+}
+
+qualiclip_pyiqa_start.arrange()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qualiclip-pyiqa")
+    if name in _ROOMS:
+        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

@@ -320,6 +320,11 @@ def test_toy_training_learns_to_rank_and_is_deterministic(folder: Path, tmp_path
     assert not torch.equal(first["visual.stem.0.weight"], torch.zeros_like(first["visual.stem.0.weight"]))
     assert not list(tmp_path.rglob("*.part"))
 
+    again = trainer.train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "c", start=path)
+    assert torch.allclose(load_file(again)["visual.heads.0.fc1.weight"], first["visual.heads.0.fc1.weight"], atol=1e-6)
+    with pytest.raises(SettingsError, match="--start"):
+        trainer.train(dataclasses.replace(TOY, dim=4), folder, tmp_path / "d", start=path)
+
     fresh = trainer.train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "untrained", seed=3)
     untrained = json.loads((fresh.parent / "log.jsonl").read_text().splitlines()[-1])
     # Photographs that were not trained on; every type counts alike. An untrained network ranks about half the pairs.
@@ -368,6 +373,7 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
         ({"half": 1}, "half"),
         ({"native": 1.5}, "native"),
         ({"stacks": 1}, "stacks"),
+        ({"repeat": {"a": 0.5}}, "repeat"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"type_weights": {"smudge": 1}}, "smudge"),
     ],
@@ -383,7 +389,7 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
     del values["steps"]
     with pytest.raises(SettingsError, match="missing steps"):
         make_config(values)
-    with pytest.raises(SettingsError, match="mini, toy"):
+    with pytest.raises(SettingsError, match="mini, mini-finish, toy"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(SettingsError, match="not TOML"):
@@ -401,4 +407,4 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
 def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = trainer.main(["--config", "toy", "--pristine", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")])
     assert status == 1 and not capsys.readouterr().out
-    assert load_config("mini").steps > 100  # the shipped settings are valid
+    assert load_config("mini").steps > load_config("mini-finish").steps > 100  # the shipped settings are valid

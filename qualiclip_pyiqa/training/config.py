@@ -40,6 +40,7 @@ class Config:
     camera: float  # probability of each of the mild changes that all levels of a stack share
     delivery: float  # probability of each of scaling down and JPEG after the degradation, alike for all levels
     composition: float  # probability of a second type, from another group
+    repeat: dict[str, float]  # how many times as often photographs of a top-level folder are drawn; 1 if not named
     type_weights: dict[str, float]  # how often a type is drawn; 1 where it is not named
     # Losses
     margin_consistency: float
@@ -147,6 +148,8 @@ def _check(c: Config) -> None:
     need(0 < c.learning_rate < 1, "learning_rate", "between 0 and 1")
     for name in ("workers", "warmup", "weight_decay", "weight_consistency", "weight_across", "weight_centre"):
         need(getattr(c, name) >= 0, name, "at least 0")
+    for copies in c.repeat.values():
+        need(copies >= 1 and copies == int(copies), "repeat", "whole numbers of at least 1")
     for name, weight in c.type_weights.items():
         need(name in DEGRADATIONS, "type_weights", f"degradation types as keys, not {name!r}")
         need(weight >= 0, "type_weights", "weights of at least 0")

@@ -20,9 +20,12 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -163,6 +166,21 @@ def save(
         partial.unlink(missing_ok=True)
 
 
+def load(path: Path, tower: MiniTower) -> Tensor:
+    """Fill the tower from a model that `save` wrote, and return its anchors.
+
+    Raises:
+        SettingsError: no such file, or one with another tower.
+    """
+    try:
+        state = load_file(path)
+        tower.load_state_dict({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
+        return state["prompts_features"]
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        cause = str(error).splitlines()[0]
+        raise SettingsError(f"--start {path} does not fit ({cause}); expected a model of the same tower") from None
+
+
 def train(
     config: Config,
     pristine: Path,
@@ -170,8 +188,11 @@ def train(
     seed: int = 0,
     exclude: Path | None = None,
     licence: str = "not stated",
+    start: Path | None = None,
 ) -> Path:
     """Run a training and return the path of its model; `licence` goes into the file as it is.
+
+    With `start`, tower and anchors begin as those of an earlier run's model, whose tower must be alike.
 
     The result is decided by configuration, photographs and seed (on one machine with one version of torch and as many
     threads).
@@ -184,7 +205,8 @@ def train(
     smallest = max(*config.crops, config.recalibrate_crop, 32)
     paths = list_photographs(pristine, exclude)
     photographs = [read_photograph(p) for p in tqdm(paths, desc="photographs", file=sys.stderr, leave=False)]
-    large = [p for p in photographs if min(p.shape[1:]) >= smallest]
+    folders = [path.relative_to(pristine).parts[0] for path in paths]
+    large = [(p, f) for p, f in zip(photographs, folders, strict=True) if min(p.shape[1:]) >= smallest]
     if len(large) < len(photographs):
         log.warning("%d photographs with a side under %d are left out", len(photographs) - len(large), smallest)
     if len(large) < config.validation + config.stacks:
@@ -194,14 +216,17 @@ def train(
         )
     out.mkdir(parents=True, exist_ok=True)
     random.Random(f"split {seed}").shuffle(large)
-    validation = Validation(large[: config.validation], config, seed)
-    training = large[config.validation :]
+    validation = Validation([p for p, _ in large[: config.validation]], config, seed)
+    kept = large[config.validation :]
+    training = [p for p, folder in kept for _ in range(int(config.repeat.get(folder, 1)))]
 
     torch.manual_seed(seed)
     tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS).to(
         memory_format=torch.channels_last
     )
     anchors = make_anchors(tower, seed)
+    if start is not None:
+        anchors = load(start, tower)
     averaged = copy.deepcopy(tower)
     decayed = [p for p in tower.parameters() if p.dim() > 1]
     others = [p for p in tower.parameters() if p.dim() <= 1]
@@ -227,7 +252,7 @@ def train(
             journal.write(json.dumps({"seconds": round(time.monotonic() - started, 1)} | record) + "\n")
             journal.flush()
 
-        note(seed=seed, photographs=len(training), config=dataclasses.asdict(config), digest=config.digest)
+        note(seed=seed, photographs=len(kept), config=dataclasses.asdict(config), digest=config.digest)
         tower.train()
         for step, batch in enumerate(tqdm(batches, desc="steps", file=sys.stderr), 1):
             parts = losses(tower, anchors, batch, config)
@@ -244,9 +269,9 @@ def train(
             schedule.step()
             decay = min(config.average, step / (step + 10))
             with torch.no_grad():
-                for kept, new in zip(averaged.state_dict().values(), tower.state_dict().values(), strict=True):
-                    if kept.is_floating_point():
-                        kept.lerp_(new, 1 - decay)
+                for old, new in zip(averaged.state_dict().values(), tower.state_dict().values(), strict=True):
+                    if old.is_floating_point():
+                        old.lerp_(new, 1 - decay)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             if step % config.validate_every == 0 or step == config.steps:
@@ -276,7 +301,13 @@ def train(
             logit_scale=logit_scale,
             types={k: round(v, 3) for k, v in accuracy.items()},
         )
-        summary = {"seed": seed, "steps": config.steps, "config_sha256": config.digest, "photographs": len(training)}
+        summary = {
+            "seed": seed,
+            "steps": config.steps,
+            "config_sha256": config.digest,
+            "photographs": len(kept),
+            "start": start and sha256(start.read_bytes()).hexdigest(),
+        }
         save(out / "model.safetensors", averaged, anchors, logit_scale, config, summary, licence)
     return out / "model.safetensors"
 
@@ -291,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder for model.safetensors and log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exclude", type=Path, help="text file of further photographs not to train on, one per line")
+    parser.add_argument("--start", type=Path, help="model of an earlier run to begin from")
     parser.add_argument("--licence", default="not stated", help="of the weights; the photographs' licences decide")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")

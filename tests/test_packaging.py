@@ -1,0 +1,82 @@
+"""What a wheel holds, and that an editable install works the same and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, since a build writes into it."""
+    target = tmp_path_factory.mktemp("source") / "checkout"
+    skip = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", ".venv")
+    shutil.copytree(ROOT, target, ignore=skip)
+    return target
+
+
+def pip(python: str, *arguments: str) -> str:
+    command = [python, "-m", "pip", *arguments, "--no-input", "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp_path: Path) -> None:
+    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        line = archive.read("qualiclip_pyiqa.pth").decode()
+        start = archive.read("qualiclip_pyiqa.start").decode()
+    top = {name.split("/")[0] for name in names}
+    info = next(name for name in top if name.endswith(".dist-info"))
+    assert top == {
+        "qualiclip_pyiqa", "qualiclip_pyiqa_start.py", "qualiclip_pyiqa.pth", "qualiclip_pyiqa.start", info,
+    }  # fmt: skip
+    for name in ("manifest.toml", "qualiclip-mini.safetensors", "PROVENANCE.md"):
+        assert f"qualiclip_pyiqa/_weights/{name}" in names
+    assert {f"qualiclip_pyiqa/{path.name}" for path in (ROOT / "qualiclip_pyiqa").glob("*.py")} <= set(names)
+    configs = (ROOT / "qualiclip_pyiqa" / "training" / "configs").glob("*.toml")
+    assert {f"qualiclip_pyiqa/training/configs/{path.name}" for path in configs} <= set(names)
+    # One `import` line, as .pth files want it; and PEP 829's `module:function`.
+    assert line.startswith("import ") and line.count("\n") == 1
+    module, function = start.strip().split(":")
+    assert callable(getattr(__import__(module), function))
+
+
+def test_editable_install_and_uninstall(source: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    # The new environment sees this one's packages, except this distribution.
+    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "zz_others.pth").write_text("".join(f"{path}\n" for path in others))
+    before = set(os.listdir(site))
+    pip(
+        sys.executable, "--python", python, "install", "--no-deps", "--no-build-isolation", "--ignore-installed",
+        "-e", str(source),
+    )  # fmt: skip
+    assert {"qualiclip_pyiqa.pth", "qualiclip_pyiqa.start"} <= set(os.listdir(site))
+    code = """
+import pyiqa.default_model_configs as table, qualiclip_pyiqa, qualiclip_pyiqa.weights as w, qualiclip_pyiqa_start
+assert "qualiclip-mini" in table.DEFAULT_CONFIGS
+print(qualiclip_pyiqa.__file__); print(w.find("qualiclip-mini")); print(qualiclip_pyiqa_start.__file__)
+"""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert all(Path(line).is_relative_to(source) for line in done.stdout.splitlines()), done.stdout
+    pip(sys.executable, "--python", python, "uninstall", "-y", "qualiclip-pyiqa")
+    left = {name for name in set(os.listdir(site)) - before if name != "__pycache__"}
+    assert not left

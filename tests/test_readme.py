@@ -1,0 +1,74 @@
+"""The README's table is the package's own, and its Python examples run. `python tests/test_readme.py` prints the table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from qualiclip_pyiqa import weights
+from qualiclip_pyiqa.metrics import METRICS
+from qualiclip_pyiqa.prompts import ATTRIBUTES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def metrics_table() -> str:
+    records = weights.manifest()
+    rows = [
+        "| metric | what | range | better | weights | licence of the weights | commercial use |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for spec in METRICS.values():
+        attribute = spec.name.removeprefix("clipiqa-")
+        name, summary = f"`{spec.name}`", spec.summary
+        if attribute in ATTRIBUTES:
+            if attribute != next(iter(ATTRIBUTES)):
+                continue
+            name = "`clipiqa-ATTRIBUTE`"
+            summary = f"zero-shot look and feel; ATTRIBUTE is one of {', '.join(ATTRIBUTES)}"
+        files = [records[record] for record in (spec.weights, spec.context) if record is not None]
+        licences = list(dict.fromkeys(record.licence for record in files))
+        free = "yes" if all(record.commercial_use for record in files) else "no"
+        rows.append(
+            f"| {name} | {summary} | {spec.score_range} | {'lower' if spec.lower_better else 'higher'} "
+            f"| {', '.join(f'`{record.file}`' for record in files)} | {'; '.join(licences)} | {free} |"
+        )
+    return "\n".join(rows)
+
+
+def test_metrics_table() -> None:
+    assert metrics_table() in README, "README.md's table is out of date: python tests/test_readme.py prints it"
+
+
+@pytest.fixture
+def context() -> dict:
+    torch.manual_seed(0)
+    picture = torch.rand(1, 3, 64, 64)
+    return {"l1": torch.nn.L1Loss(), "restored": picture.clone().requires_grad_(), "target": picture}
+
+
+def test_python_examples_run(
+    upstream_weights: Path, monkeypatch: pytest.MonkeyPatch, context: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        exec(block, context)
+    assert re.search(r"^0\.\d+", capsys.readouterr().out, flags=re.MULTILINE)
+    assert context["look"].net.attributes[2] == "sharpness"
+    context["loss"].backward()
+    assert context["restored"].grad.abs().max() > 0
+
+
+def test_every_link_and_path_exists() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+if __name__ == "__main__":
+    print(metrics_table())
