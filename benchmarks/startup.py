@@ -2,13 +2,14 @@
 
     python benchmarks/startup.py [--runs 200]
 
-Starts `python -c pass` alternately with our .pth file's line replaced by nothing and as installed, and prints the medians
-of the wall time; the module's own import time as `-X importtime` reports it stands beside them.
+Starts Python alternately with two folders treated as site-packages, of which only one holds our .pth file, and prints the
+medians of the wall time and, from `-X importtime`, the time that importing the hook's module takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import py_compile
 import re
 import statistics
@@ -26,23 +27,28 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     runs = parser.parse_args().runs
     module = Path(qualiclip_pyiqa_start.__file__)
+    line = next(path for entry in sys.path if (path := Path(entry, "qualiclip_pyiqa.pth")).is_file())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, module.name)
-        copy.write_text(module.read_text())
-        py_compile.compile(str(copy))  # as pip does at installation
-        hook = f"import sys; sys.path.insert(0, {folder!r}); import qualiclip_pyiqa_start as q; q.start()"
-        none = f"import sys; sys.path.insert(0, {folder!r})"
-        times: dict[str, list[float]] = {none: [], hook: []}
+        commands = []
+        for name in ("without", "with"):
+            site = Path(folder, name)
+            site.mkdir()
+            (site / module.name).write_text(module.read_text())
+            py_compile.compile(str(site / module.name))  # as pip does at installation
+            commands.append(f"import site; site.addsitedir({str(site)!r})")
+        (site / line.name).write_text(line.read_text())
+        times: list[list[float]] = [[], []]
         for _ in range(runs):
-            for code, taken in times.items():
+            for code, taken in zip(commands, times, strict=True):
                 started = time.perf_counter()
-                subprocess.run([sys.executable, "-S", "-c", code], check=True)
+                subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)
                 taken.append((time.perf_counter() - started) * 1e3)
         reported = subprocess.run(
-            [sys.executable, "-S", "-X", "importtime", "-c", hook], capture_output=True, text=True, check=True
+            [sys.executable, "-S", "-X", "importtime", "-c", commands[1]], capture_output=True, text=True, check=True
         ).stderr
     (own,) = re.findall(r"(\d+) \|\s+\d+ \|\s*qualiclip_pyiqa_start", reported)
-    without, with_hook = (statistics.median(taken) for taken in times.values())
+    without, with_hook = (statistics.median(taken) for taken in times)
     print(f"start without hook {without:.2f} ms, with hook {with_hook:.2f} ms, difference {with_hook - without:.2f} ms")
     print(f"import of the hook's module: {int(own) / 1e3:.2f} ms")
 

@@ -221,7 +221,7 @@ class PromptIQA(nn.Module):
         if pretrained is False:
             self.prompt_learner = PromptLearner(text, self.prompts.texts, std=self.context_std, **learn)
         else:
-            record = spec.context if pretrained is True else pretrained
+            record: Any = spec.context if pretrained is True else pretrained
             if record == spec.context and self.source.backbone != spec.backbone:
                 raise SettingsError(
                     f"the context of {spec.name} was learned on {spec.backbone}, not {self.source.backbone}; "
@@ -252,7 +252,8 @@ class PromptIQA(nn.Module):
                     f"{len(self.prompts.texts)} prompts: {' '.join(str(error).split())}"
                 ) from error
         del text.token_embedding  # 25 of its 63 million values, and the learner has taken what it needs
-        self.text_tower = clip.freeze(text)
+        clip.freeze(text)
+        self.text_tower = text
         self._refresh()
         self.register_load_state_dict_post_hook(_refresh_after_load)
 

@@ -97,7 +97,10 @@ def load_into(tower: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """
     expected = tower.state_dict()
     # Some exports leave out BatchNorm's counter, which no score depends on.
-    state = {**{key: value.new_zeros((), device="cpu") for key, value in expected.items() if key.endswith(_COUNTER)}, **state}
+    state = {
+        **{key: value.new_zeros((), device="cpu") for key, value in expected.items() if key.endswith(_COUNTER)},
+        **state,
+    }
     missing = [key for key in expected if key not in state]
     if missing:
         raise WeightsError(f"{what} lacks {len(missing)} tensors of this backbone (first: {missing[0]!r})")
@@ -153,6 +156,9 @@ class _Tower(nn.Module):
         rgb: (N, 3, H, W), RGB in 0..1, H and W at least 32 -> features (N, D), not of unit length.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, visual: nn.Module, pos_embedding: bool) -> None:
         super().__init__()
         for name, child in visual.named_children():
@@ -180,6 +186,22 @@ def _flat_resize(table: Tensor, tokens: int) -> Tensor:
 
 class ResNetTower(_Tower):
     """OpenAI's ModifiedResNet with an attention pool whose only query is the mean token."""
+
+    conv1: nn.Module
+    conv2: nn.Module
+    conv3: nn.Module
+    bn1: nn.Module
+    bn2: nn.Module
+    bn3: nn.Module
+    act1: nn.Module
+    act2: nn.Module
+    act3: nn.Module
+    avgpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    attnpool: Any  # open_clip's AttentionPool2d, of which only the weights are used
 
     def forward(self, rgb: Tensor) -> Tensor:
         x = self.normalise(rgb)
@@ -213,6 +235,14 @@ class ResNetTower(_Tower):
 class ViTTower(_Tower):
     """OpenAI's VisionTransformer; its patch convolution leaves out the rows and columns that do not fill a patch."""
 
+    conv1: nn.Module
+    ln_pre: nn.Module
+    ln_post: nn.Module
+    transformer: nn.Module
+    class_embedding: Tensor
+    positional_embedding: Tensor
+    proj: Tensor
+
     def forward(self, rgb: Tensor) -> Tensor:
         x = self.conv1(self.normalise(rgb)).flatten(2).transpose(1, 2)  # (N, L, C)
         start = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
@@ -230,9 +260,12 @@ class TextTower(nn.Module):
         embeddings (P, T, W) and the index of each end-of-text token (P,) -> features (P, D), not of unit length.
     """
 
-    def __init__(self, clip: nn.Module) -> None:
+    positional_embedding: Tensor
+    causal_mask: Tensor
+
+    def __init__(self, clip: open_clip.CLIP) -> None:
         super().__init__()
-        self.context_length: int = clip.context_length  # type: ignore[assignment]
+        self.context_length: int = clip.context_length
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding
         self.transformer = clip.transformer

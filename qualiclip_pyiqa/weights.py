@@ -46,6 +46,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from .errors import WeightsError
 
@@ -238,7 +239,9 @@ def _places(record: WeightRecord) -> Iterator[tuple[Path, str]]:
         yield (own / record.file).with_suffix(".safetensors"), FOLDERS_VARIABLE
     yield data_folder() / record.file, "embedded"
     yield cache_folder() / record.file, "own cache"
-    yield _torch_hub() / "pyiqa" / record.file, "pyiqa's cache"
+    # pyiqa names a download after its URL, in which the hub's library writes `+` as `%2B`.
+    for name in dict.fromkeys((record.file, quote(record.file))):
+        yield _torch_hub() / "pyiqa" / name, "pyiqa's cache"
     yield _torch_hub() / "clip" / record.file, "pyiqa's cache"
     yield Path.home() / ".cache" / "clip" / record.file, "open_clip's cache"
     if record.hf_repo:
@@ -288,7 +291,7 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 def expected_sha256(record: WeightRecord, path: Path) -> tuple[str, str]:
     """The hash (or its first digits) that a record's file must have, and who says so; empty where nobody knows."""
-    if path.name == record.file and record.sha256:
+    if unquote(path.name) == record.file and record.sha256:
         if record.layout == "openai-clip" and not _is_torchscript(path):
             return "", ""  # a plain state dict in the archive's place
         return record.sha256, "the manifest"
@@ -376,7 +379,7 @@ def provenance(path: str | Path) -> dict[str, Any]:
 
 
 def _is_file_of(record: WeightRecord, path: Path) -> bool:
-    if path.name == record.file or path.name == Path(record.file).with_suffix(".safetensors").name:
+    if unquote(path.name) == record.file or path.name == Path(record.file).with_suffix(".safetensors").name:
         return True
     folder = f"models--{record.hf_repo.replace('/', '--')}"
     return bool(record.hf_repo) and path.name == record.hf_file and folder in path.parts

@@ -18,14 +18,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("QUALICLIP_PYIQA_WEIGHTS", None)
 
 import torch  # noqa: E402
-
 import upstream  # noqa: E402
 
-QUALICLIP_TEXTS = (
-    "Good photo.|Bad photo.|Sharp image.|Blurry image.|Sharp edges.|Blurry edges.|High-resolution image.|"
-    "Low-resolution image.|Noise-free image.|Noisy image.|High-quality image.|Low-quality image.|"
-    "Good picture.|Bad picture."
-).split("|")
+QUALICLIP_TEXTS = [
+    "Good photo.",
+    "Bad photo.",
+    "Sharp image.",
+    "Blurry image.",
+    "Sharp edges.",
+    "Blurry edges.",
+    "High-resolution image.",
+    "Low-resolution image.",
+    "Noise-free image.",
+    "Noisy image.",
+    "High-quality image.",
+    "Low-quality image.",
+    "Good picture.",
+    "Bad picture.",
+]
 CLIPIQA_TEXTS = ["Good photo..", "Bad photo.."]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pyiqa
 import pytest
 import torch
+import upstream
 from torch import nn
 
-import pyiqa
-import upstream
 from qualiclip_pyiqa import QualityLoss
 from qualiclip_pyiqa.errors import SettingsError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -37,23 +36,27 @@ def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        held = archive.namelist()
         line = archive.read("qualiclip_pyiqa.pth").decode()
         start = archive.read("qualiclip_pyiqa.start").decode()
-    top = {name.split("/")[0] for name in names}
+    top = {name.split("/")[0] for name in held}
     info = next(name for name in top if name.endswith(".dist-info"))
     assert top == {
         "qualiclip_pyiqa", "qualiclip_pyiqa_start.py", "qualiclip_pyiqa.pth", "qualiclip_pyiqa.start", info,
     }  # fmt: skip
     for name in ("manifest.toml", "qualiclip-mini.safetensors", "PROVENANCE.md"):
-        assert f"qualiclip_pyiqa/_weights/{name}" in names
-    assert {f"qualiclip_pyiqa/{path.name}" for path in (ROOT / "qualiclip_pyiqa").glob("*.py")} <= set(names)
+        assert f"qualiclip_pyiqa/_weights/{name}" in held
+    assert {f"qualiclip_pyiqa/{path.name}" for path in (ROOT / "qualiclip_pyiqa").glob("*.py")} <= set(held)
     configs = (ROOT / "qualiclip_pyiqa" / "training" / "configs").glob("*.toml")
-    assert {f"qualiclip_pyiqa/training/configs/{path.name}" for path in configs} <= set(names)
+    assert {f"qualiclip_pyiqa/training/configs/{path.name}" for path in configs} <= set(held)
     # One `import` line, as .pth files want it; and PEP 829's `module:function`.
     assert line.startswith("import ") and line.count("\n") == 1
     module, function = start.strip().split(":")
     assert callable(getattr(__import__(module), function))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_editable_install_and_uninstall(source: Path, tmp_path: Path) -> None:
@@ -63,12 +66,12 @@ def test_editable_install_and_uninstall(source: Path, tmp_path: Path) -> None:
     # The new environment sees this one's packages, except this distribution.
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site / "zz_others.pth").write_text("".join(f"{path}\n" for path in others))
-    before = set(os.listdir(site))
+    before = names(site)
     pip(
         sys.executable, "--python", python, "install", "--no-deps", "--no-build-isolation", "--ignore-installed",
         "-e", str(source),
     )  # fmt: skip
-    assert {"qualiclip_pyiqa.pth", "qualiclip_pyiqa.start"} <= set(os.listdir(site))
+    assert {"qualiclip_pyiqa.pth", "qualiclip_pyiqa.start"} <= names(site)
     code = """
 import pyiqa.default_model_configs as table, qualiclip_pyiqa, qualiclip_pyiqa.weights as w, qualiclip_pyiqa_start
 assert "qualiclip-mini" in table.DEFAULT_CONFIGS
@@ -78,5 +81,5 @@ print(qualiclip_pyiqa.__file__); print(w.find("qualiclip-mini")); print(qualicli
     assert done.returncode == 0, done.stderr
     assert all(Path(line).is_relative_to(source) for line in done.stdout.splitlines()), done.stdout
     pip(sys.executable, "--python", python, "uninstall", "-y", "qualiclip-pyiqa")
-    left = {name for name in set(os.listdir(site)) - before if name != "__pycache__"}
+    left = {name for name in names(site) - before if name != "__pycache__"}
     assert not left

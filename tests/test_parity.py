@@ -8,13 +8,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import open_clip
+import pyiqa
 import pytest
 import torch
-
-import pyiqa
 import upstream
 
-# Two fp32 implementations that fold, fuse and order their sums differently: 2e-6 is what is seen, 1e-4 what is promised.
+# Two fp32 implementations that fold, fuse and order their sums differently: 2e-6 is seen, 1e-4 is promised.
 TOLERANCE = 1e-5
 
 SIZES = [(1, 32, 32), (8, 64, 96), (3, 33, 47), (1, 225, 311), (2, 512, 384)]
@@ -117,9 +116,7 @@ def test_a_fresh_context_equals_pyiqa(
         assert (ours(x) - theirs(x)).abs().max() < TOLERANCE
 
 
-def test_vit_large_equals_pyiqa(
-    pkg_resources_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_vit_large_equals_pyiqa(pkg_resources_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from conftest import CLIPIQA_TEXTS
 
     config = open_clip.get_model_config("ViT-L-14-quickgelu")

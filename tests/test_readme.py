@@ -1,4 +1,4 @@
-"""The README's table is the package's own, and its Python examples run. `python tests/test_readme.py` prints the table."""
+"""The README's table is the package's own, and its Python examples run; as a script it prints the table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def metrics_table() -> str:
 
 
 def test_metrics_table() -> None:
-    assert metrics_table() in README, "README.md's table is out of date: python tests/test_readme.py prints it"
+    assert metrics_table() in README, "README.md's table is out of date: run python tests/test_readme.py"
 
 
 @pytest.fixture

@@ -182,6 +182,19 @@ def test_look_up_order(own_caches: Path, folder: Path, tmp_path: Path, monkeypat
     assert weights.locate(record) is None
 
 
+def test_pyiqas_own_downloads_are_found_under_the_name_that_pyiqa_gives_them(own_caches: Path) -> None:
+    from pyiqa.archs.arch_util import get_url_from_name
+
+    record = weights.manifest()["QualiCLIP+_koniq"]
+    name = get_url_from_name(record.file).rsplit("/", 1)[-1]
+    assert name != record.file  # the plus sign is written as %2B
+    file = write(own_caches / "torch" / "hub" / "pyiqa" / name)
+    assert weights.locate(record.name) == (file, "pyiqa's cache")
+    with pytest.raises(WeightsError, match="expected sha256 450292893e96"):  # and held against the manifest
+        weights.find(record.name)
+    assert weights.provenance(file)["record"] == record.name
+
+
 def test_a_variable_that_names_no_folder_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

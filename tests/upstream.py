@@ -23,6 +23,7 @@ TINY_VIT = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 
+
 def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     """(N, 3, H, W) in 0..1: coloured noise whose coarseness, contrast and brightness differ from picture to picture."""
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +69,9 @@ def write_qualiclip(path: Path, state: dict[str, Tensor], seed: int = 1) -> None
     torch.save({**{f"clip_model.{key}": value for key, value in state.items()}, "prompts_features": features}, path)
 
 
-def write_context(path: Path, state: dict[str, Tensor], texts: list[str], per_text: bool, bare: bool, seed: int) -> None:
+def write_context(
+    path: Path, state: dict[str, Tensor], texts: list[str], per_text: bool, bare: bool, seed: int
+) -> None:
     """A learned context of 16 tokens: a bare tensor, or pyiqa's `params` with prefix and suffix."""
     generator = torch.Generator().manual_seed(seed)
     table = state["token_embedding.weight"]
