@@ -1,7 +1,7 @@
 """Makes pyiqa know the metrics of qualiclip_pyiqa; the only place that touches pyiqa's config dict and registry.
 
-Python runs `start` at start-up, through `qualiclip_pyiqa.start` (PEP 829) or, before 3.15, `qualiclip_pyiqa.pth`. So this
-module imports nothing: it costs an interpreter that never imports pyiqa a fraction of a millisecond.
+Python runs `start` at start-up, through `qualiclip_pyiqa.start` (PEP 829) or, before 3.15, `qualiclip_pyiqa.pth`. So
+this module imports nothing: it costs an interpreter that never imports pyiqa a fraction of a millisecond.
 """
 
 import sys

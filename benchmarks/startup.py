@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--runs 200]
 
-Starts Python alternately with two folders treated as site-packages, of which only one holds our .pth file, and prints the
+Starts Python alternately with two folders treated as site-packages, of which one holds our .pth file, and prints the
 medians of the wall time and, from `-X importtime`, the time that importing the hook's module takes.
 """
 

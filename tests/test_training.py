@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ from qualiclip_pyiqa.errors import ImageError, SettingsError
 from qualiclip_pyiqa.mini import BLOCKS, MiniTower, log_energies
 from qualiclip_pyiqa.prompts import QUALITY_SETS
 from qualiclip_pyiqa.training import train as trainer
-from qualiclip_pyiqa.training.config import load_config, make_config
+from qualiclip_pyiqa.training.config import CONFIGS, load_config, make_config
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS, LEVELS, degrade, lab_to_rgb, rgb_to_lab
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from qualiclip_pyiqa.training.stacks import Recipe, Stacks, list_photographs
@@ -309,6 +310,12 @@ def test_step_is_decided_by_seed_and_number() -> None:
     assert Recipe(("mean_shift", "jpeg"), 0).monotone is False
 
 
+def short_toy() -> str:
+    """toy.toml with one step so small that nothing moves."""
+    text = (CONFIGS / "toy.toml").read_text()
+    return text.replace("steps = 60", "steps = 1").replace("learning_rate = 5e-3", "learning_rate = 1e-9")
+
+
 def test_toy_training_learns_to_rank_and_is_deterministic(folder: Path, tmp_path: Path) -> None:
     log = []
     for run in ("a", "b"):
@@ -320,7 +327,14 @@ def test_toy_training_learns_to_rank_and_is_deterministic(folder: Path, tmp_path
     assert not torch.equal(first["visual.stem.0.weight"], torch.zeros_like(first["visual.stem.0.weight"]))
     assert not list(tmp_path.rglob("*.part"))
 
-    again = trainer.train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "c", start=path)
+    (tmp_path / "short.toml").write_text(short_toy())
+    arguments = ["--config", str(tmp_path / "short.toml"), "--pristine", str(folder), "--out", str(tmp_path / "c")]
+    assert trainer.main([*arguments, "--seed", "7", "--licence", "CC0", "--start", str(path)]) == 0
+    again = tmp_path / "c" / "model.safetensors"
+    with safe_open(again, "pt") as file:
+        written = file.metadata()
+    assert written["licence"] == "CC0" and json.loads(written["training"])["seed"] == 7
+    assert json.loads(written["training"])["start"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert torch.allclose(load_file(again)["visual.heads.0.fc1.weight"], first["visual.heads.0.fc1.weight"], atol=1e-6)
     with pytest.raises(SettingsError, match="--start"):
         trainer.train(dataclasses.replace(TOY, dim=4), folder, tmp_path / "d", start=path)

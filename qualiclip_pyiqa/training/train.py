@@ -328,7 +328,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     try:
         path = train(
-            load_config(options.config), options.pristine, options.out, options.seed, options.exclude, options.licence
+            load_config(options.config),
+            options.pristine,
+            options.out,
+            seed=options.seed,
+            exclude=options.exclude,
+            licence=options.licence,
+            start=options.start,
         )
     except (SettingsError, ImageError, DivergedError) as error:
         log.error("%s", error)
