@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import upstream
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qualiclip_pyiqa import clip
+from qualiclip_pyiqa import clip, weights
 from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
 
@@ -269,6 +270,34 @@ def test_mini_knows_its_own_texts_only() -> None:
     assert net.attributes == ("sharpness",)
     with pytest.raises(PromptError, match="no text tower and no feature for 'Happy photo"):
         net.set_prompts("happy")
+
+
+def test_a_file_trained_with_this_package_says_what_it_holds(tiny_folder: Path, tmp_path: Path) -> None:
+    """`weights=` of our own format: tower, prompts and scale come from the file, the temperature does not."""
+    state = torch.load(tiny_folder / "tiny-resnet.pt")
+    features = nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    file = tmp_path / "model.safetensors"
+    metadata = {
+        "format": "qualiclip-pyiqa/1",
+        "backbone": "tiny-resnet",
+        "tower": "{}",
+        "prompts": json.dumps([["Fine.", "Poor."], ["Crisp.", "Soft."]]),
+        "licence": "CC0-1.0",
+        "source": "this test",
+    }
+    tensors = {key: value for key, value in state.items() if key.startswith("visual.")}
+    save_file({**tensors, "prompts_features": features, "logit_scale": torch.tensor(3.0)}, file, metadata)
+    x = upstream.pictures(3, 64, 64)
+    metric = pyiqa.create_metric("qualiclip", device="cpu", weights=str(file), prompts=[("Fine.", "Poor.")])
+    with torch.no_grad():
+        image = nn.functional.normalize(build("tiny-resnet", tiny_folder).tower(x), dim=-1)
+        logits = torch.tensor(3.0).exp() * image @ features[:2].T / 2
+        assert (metric(x) - logits.softmax(-1)[:, :1]).abs().max() < 1e-6
+    assert metric.net.describe()["weights"]["licence"] == "CC0-1.0"
+    with pytest.raises(PromptError, match="expected some of 'Fine"):
+        pyiqa.create_metric("qualiclip", device="cpu", weights=str(file), prompts="happy")
+    mini = pyiqa.create_metric("qualiclip", device="cpu", weights=weights.find("qualiclip-mini"), temperature=1)
+    assert torch.equal(mini(x), pyiqa.create_metric("qualiclip-mini", device="cpu")(x))
 
 
 def test_learned_context_refuses_other_prompts(tiny_folder: Path) -> None:
