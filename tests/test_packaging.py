@@ -64,8 +64,14 @@ def test_editable_install_and_uninstall(source: Path, tmp_path: Path) -> None:
     python = str(tmp_path / "venv" / "bin" / "python")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
     # The new environment sees this one's packages, except this distribution.
-    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (site / "zz_others.pth").write_text("".join(f"{path}\n" for path in others))
+    others = tmp_path / "others"
+    others.mkdir()
+    for folder in (Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
+        for entry in folder.iterdir():
+            ours = entry.name.lower().lstrip("_").startswith(("qualiclip", "editable"))
+            if not ours and not (others / entry.name).exists():
+                (others / entry.name).symlink_to(entry)
+    (site / "zz_others.pth").write_text(f"{others}\n")
     before = names(site)
     pip(
         sys.executable, "--python", python, "install", "--no-deps", "--no-build-isolation", "--ignore-installed",
