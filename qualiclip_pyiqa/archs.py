@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from . import clip
 from . import weights as weight_files
 from .errors import ImageError, PromptError, SettingsError, WeightsError
-from .images import MIN_SIDE
 from .metrics import METRICS, MetricSpec, metric_spec
+from .pixels import MIN_SIDE
 from .prompt_learner import PromptLearner
 from .prompts import QUALITY_SETS, Prompts, resolve_prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from qualiclip_pyiqa.errors import ImageError
-from qualiclip_pyiqa.images import MIN_SIDE, as_batch, load_image
+from qualiclip_pyiqa.images import as_batch, load_image
+from qualiclip_pyiqa.pixels import MIN_SIDE, read_pixels
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -198,13 +200,43 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         load_image([1, 2])  # type: ignore[arg-type]
 
 
-def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:  # as root, who may run the tests, reads every file
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a child process that may give up root's rights")
+def test_unreadable_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    Image.fromarray(RGB).save(file)
+    file.chmod(0)
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:  # root reads every file
+            os.setuid(65534)
+        try:
+            read_pixels(file)
+        except ImageError as error:
+            os.write(send, str(error).encode())
+        os._exit(0)
+    os.close(send)
+    os.waitpid(child, 0)
+    with os.fdopen(receive, "rb") as pipe:
+        message = pipe.read().decode()
+    assert message == f"{file} cannot be read (Permission denied); expected a picture file"
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ImageError, match=r"x\.png cannot be read .*Permission denied"):
-        load_image(tmp_path / "x.png")
+
+def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="is a pipe, socket or device; expected a picture file"):
+            load_image(path)
+    with pytest.raises(ImageError, match="is a folder"):
+        load_image(tmp_path)
+
+
+def test_errors_stay_one_line_whatever_the_files_name(tmp_path: Path) -> None:
+    for name in ("a\nb.png", os.fsdecode(b"\xff.png")):
+        with pytest.raises(ImageError) as caught:
+            load_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()  # no surrogates: it can be printed and written
 
 
 @pytest.mark.parametrize(

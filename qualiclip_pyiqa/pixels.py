@@ -1,0 +1,131 @@
+"""Pictures as arrays: a path, bytes, a PIL image or a NumPy array becomes checked pixels, or one clear error.
+
+Without torch, so that a process that only decodes starts in a moment and stays small.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import ImageError
+
+MIN_SIDE = 32  # pixels; CLIP's ResNets halve a picture five times
+PixelSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+def read_pixels(source: PixelSource) -> np.ndarray:
+    """The pixels of one picture, converted as `qualiclip_pyiqa.images` says but not yet scaled to 0..1.
+
+    Args:
+        source: path; encoded bytes; PIL image; array (H, W) or (H, W, C) with C = 1, 3 or 4.
+
+    Returns:
+        (H, W) or (H, W, C), uint8, uint16 or floating point, in the machine's byte order; H and W at least 32. Never
+        memory of the source's.
+
+    Raises:
+        ImageError: no such file, no regular file, not a picture, damaged, too large or small, wrong shape or dtype.
+    """
+    if isinstance(source, np.ndarray):
+        return _checked(source, source_name(source))
+    if isinstance(source, Image.Image):
+        return _from_pil(source, source_name(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source), source_name(source))
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(
+            f"picture is a {type(source).__name__}; expected a path, bytes, a PIL image, a NumPy array or a tensor"
+        )
+    path = Path(source)
+    name = source_name(source)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name} is a folder; expected a picture file")
+        if not stat.S_ISREG(mode):  # to open a pipe may wait for ever, and a device may never end
+            raise ImageError(f"{name} is a pipe, socket or device; expected a picture file")
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist; expected a picture file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name} cannot be read ({reason}); expected a picture file") from error
+    with file:
+        return _decode(file, name)
+
+
+def source_name(source: object) -> str:
+    """What an error calls a source: a file by its path, in quotes and escaped if that is not one printable line."""
+    if isinstance(source, str | os.PathLike):
+        text = str(source)
+        return text if text.isprintable() else repr(text)
+    if isinstance(source, Image.Image):
+        return source_name(getattr(source, "filename", "") or "PIL image")
+    return {"ndarray": "array", "Tensor": "tensor"}.get(type(source).__name__, type(source).__name__)
+
+
+def _decode(file: BinaryIO, name: str) -> np.ndarray:
+    if not file.read(1):
+        raise ImageError(f"{name} is empty (0 bytes); expected a picture")
+    try:
+        file.seek(0)
+        image = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise _too_large(name, str(error)) from error
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name} is no picture, or of a format that Pillow cannot read") from None
+    except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged headers
+        raise ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture") from error
+    return _from_pil(image, name)
+
+
+def _too_large(name: str, what: str) -> ImageError:
+    return ImageError(
+        f"{name} is too large, which may be a decompression bomb ({what}); "
+        "raise PIL.Image.MAX_IMAGE_PIXELS if it is to be read"
+    )
+
+
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise _too_large(name, f"{image.width}x{image.height}, limit {limit} pixels")
+    check_size(image.height, image.width, name)  # before the work of decoding
+    try:
+        image = ImageOps.exif_transpose(image)
+        # Pillow cannot convert 16 and 32 bits a channel without loss: they go on as they are.
+        if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        array = np.asarray(image)
+    except Exception as error:  # as above; the pixels are decoded only here
+        raise ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture") from error
+    if image.mode == "I":  # Pillow's mode for 16 bits in some formats, and for 32 bits
+        if array.min() < 0 or array.max() > 65535:
+            raise ImageError(f"{name} has 32-bit values from {array.min()} to {array.max()}; expected 0..65535")
+        array = array.astype(np.uint16)
+    return _checked(array, name)
+
+
+def _checked(array: np.ndarray, name: str) -> np.ndarray:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"{name} has shape {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if array.dtype.name not in ("uint8", "uint16") and array.dtype.kind != "f":
+        raise ImageError(f"{name} has dtype {array.dtype}; expected uint8, uint16, or floating point in 0..1")
+    check_size(array.shape[0], array.shape[1], name)
+    # A copy in the machine's byte order, which torch needs; shared memory could be read-only, or change later.
+    dtype = np.float64 if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
+    return np.array(array, dtype=dtype, order="C")
+
+
+def check_size(height: int, width: int, name: str) -> None:
+    if min(height, width) < MIN_SIDE:
+        raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
