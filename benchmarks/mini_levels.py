@@ -76,7 +76,7 @@ def plot(summary: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.supxlabel("level (0 is pristine)")
     figure.supylabel(f"mean score of {summary['pictures']} held-out photographs")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0.02, 0, 1, 1))
     figure.savefig(path, dpi=100)
 
 

@@ -125,6 +125,10 @@ class PromptIQA(nn.Module):
         self._set_features(resolved, self._fixed_features(resolved, state, stored))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Image features (N, D), not of unit length, of what `forward` takes: metrics on one tower can share them."""
         if x.dim() != 4 or x.shape[1] not in (1, 3):
             raise ImageError(f"picture tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
         if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
@@ -133,12 +137,15 @@ class PromptIQA(nn.Module):
             )
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
-        image = self.tower(x.to(self.prompt_features.dtype))
+        return self.tower(x.to(self.prompt_features.dtype))
+
+    def score(self, features: Tensor) -> Tensor:
+        """Scores (N, A) of image features (N, D)."""
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
         # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
-        with torch.autocast(x.device.type, enabled=False):
-            precise = torch.promote_types(image.dtype, torch.float32)
-            image = F.normalize(image.to(precise), dim=-1)
+        with torch.autocast(features.device.type, enabled=False):
+            precise = torch.promote_types(features.dtype, torch.float32)
+            image = F.normalize(features.to(precise), dim=-1)
             text = F.normalize(text.to(precise), dim=-1)
             logits = image @ text.T * (self.logit_scale / self.temperature)
             positive = logits.unflatten(1, (-1, 2)).softmax(dim=-1)[..., 0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import SettingsError, WeightsError
+from .strips import in_strips
 
 # Mean and std of RGB in 0..1 that CLIP was trained with (openai/CLIP, clip.py).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -197,21 +198,27 @@ class ResNetTower(_Tower):
     act2: nn.Module
     act3: nn.Module
     avgpool: nn.Module
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
     attnpool: Any  # open_clip's AttentionPool2d, of which only the weights are used
 
     def forward(self, rgb: Tensor) -> Tensor:
+        # Rows beyond a strip that its values depend on, in rows of each part's input (each block has one 3x3).
+        deep = [2 * len(stage) for stage in (self.layer3, self.layer4)]
+        reach = 5 + 4 * len(self.layer1) + 8 * len(self.layer2)
+        x = in_strips(self._shallow, rgb, stride=8, reach=reach)
+        x = in_strips(self.layer3, x, stride=2, reach=deep[0], density=16)
+        return self._pool(in_strips(self.layer4, x, stride=2, reach=deep[1], density=64))
+
+    def _shallow(self, rgb: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C, H/8, W/8): where nearly all the memory is needed."""
         x = self.normalise(rgb)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
-        x = self.avgpool(x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self._pool(x)
+        return self.layer2(self.layer1(self.avgpool(x)))
 
     def _pool(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, D). Exact, and linear in h*w: with one query q the key projection can be moved to the

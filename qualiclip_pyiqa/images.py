@@ -15,13 +15,15 @@ refused before it is decoded: raise that number for such pictures.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ImageError
-from .pixels import PixelSource, check_size, read_pixels, source_name
+from .pixels import PixelSource, check_range, check_size, read_pixels
 
 Source: TypeAlias = PixelSource | Tensor
 
@@ -44,14 +46,14 @@ def load_image(source: Source) -> Tensor:
     if isinstance(source, Tensor):
         if source.dim() not in (2, 3):
             raise ImageError(f"tensor has shape {tuple(source.shape)}; expected (C, H, W) or (H, W)")
-        return _rgb(source if source.dim() == 3 else source.unsqueeze(0), "tensor")
-    return from_pixels(read_pixels(source), source_name(source))
+        return _from_tensor(source if source.dim() == 3 else source.unsqueeze(0))
+    return from_pixels([read_pixels(source)])[0]
 
 
-def from_pixels(array: Any, name: str, device: Any = None) -> Tensor:
-    """What `read_pixels` gives as (3, H, W) float32 in 0..1 on `device`; raises ImageError for NaN or wrong range."""
-    pixels = torch.from_numpy(array).to(device)
-    return _rgb(pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels.unsqueeze(0), name)
+def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None = None) -> Tensor:
+    """N arrays of one shape and dtype, as `read_pixels` gives them -> (N, 3, H, W) float32 in 0..1 on `device`."""
+    pixels = torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
+    return _rgb(pixels.movedim(-1, 1) if pixels.dim() == 4 else pixels.unsqueeze(1), "array")
 
 
 def as_batch(source: Source) -> Tensor:
@@ -59,7 +61,7 @@ def as_batch(source: Source) -> Tensor:
     if isinstance(source, Tensor) and source.dim() == 4:
         if not len(source):
             raise ImageError("tensor has shape (0, ...); expected at least one picture")
-        return _rgb(source, "tensor")
+        return _from_tensor(source)
     return load_image(source).unsqueeze(0)
 
 
@@ -74,8 +76,6 @@ def _rgb(pixels: Tensor, name: str) -> Tensor:
     if scale is None and not pixels.is_floating_point():
         raise ImageError(f"{name} has dtype {pixels.dtype}; expected uint8, uint16, or floating point in 0..1")
     pixels = pixels.float() if scale is None else pixels.float() / scale
-    if scale is None:
-        _check_range(pixels.detach(), name)
     if channels == 4:
         alpha = pixels[..., 3:, :, :]
         pixels = pixels[..., :3, :, :] * alpha + (1 - alpha)
@@ -84,10 +84,8 @@ def _rgb(pixels: Tensor, name: str) -> Tensor:
     return pixels.contiguous()
 
 
-def _check_range(pixels: Tensor, name: str) -> None:
-    if not torch.isfinite(pixels).all():
-        raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
-    low, high = pixels.min().item(), pixels.max().item()
-    if low < 0 or high > 1:
-        advice = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
-        raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {advice}")
+def _from_tensor(tensor: Tensor) -> Tensor:
+    rgb = _rgb(tensor, "tensor")
+    if tensor.is_floating_point():
+        check_range(tensor.min().item(), tensor.max().item(), "tensor")
+    return rgb

@@ -146,3 +146,16 @@ def metric_spec(name: str) -> MetricSpec:
         near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
         raise SettingsError(f"unknown metric {name!r}; did you mean {near!r}? Known: {', '.join(METRICS)}")
     return METRICS[name]
+
+
+def lower_is_better(column: str) -> bool:
+    """Direction of a score by its column, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
+
+    A column that is no metric's name counts as higher is better, as every metric of this package is.
+    """
+    for name in (column, column.rpartition(".")[0]):
+        if name in METRICS:
+            return METRICS[name].lower_better
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    return bool(DEFAULT_CONFIGS.get(column, {}).get("lower_better", False))

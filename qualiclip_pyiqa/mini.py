@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .strips import in_strips
+
 SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
 CELL = 4  # side of the cells whose local energy is taken
 # Variance of the Laplacian (coefficients 4, -1, -1, -1, -1) of a picture's rounding to 8 bits: 20 * (1/255)^2 / 12.
@@ -150,7 +152,7 @@ class MiniTower(nn.Module):
         blocks: Sequence[Sequence[str]] = BLOCKS,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.depths = dim, tuple(depths)
         self.blocks = tuple(tuple(block) for block in blocks)
         self.feature_dim = dim * len(self.blocks)
         # Stage 1 begins with the picture and its high-pass, at the size where blocking and noise still show.
@@ -170,12 +172,17 @@ class MiniTower(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         precise = torch.promote_types(rgb.dtype, torch.float32)
-        high = rgb - F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        x = self.stem(torch.cat([rgb - 0.45, 8 * high], dim=1).contiguous(memory_format=torch.channels_last))
         with torch.autocast(rgb.device.type, enabled=False):
             seen = {"energies": log_energies(rgb.to(precise))}
-        for number, stage in enumerate(self.stages, 1):
-            x = stage(x)
+        x = rgb
+        for number, (stage, depth) in enumerate(zip(self.stages, self.depths, strict=True), 1):
+            blocks = 4 * depth  # two 3x3 convolutions each, at half the size of what comes in
+            if self.training:  # normalisation statistics are those of the whole batch
+                x = stage(x) if number > 1 else self._first(x)
+            elif number == 1:
+                x = in_strips(self._first, x, stride=2, reach=3 + blocks)
+            else:
+                x = in_strips(stage, x, stride=2, reach=blocks, density=4 ** (number - 1))
             with torch.autocast(rgb.device.type, enabled=False):
                 flat = x.to(precise).flatten(2)
                 seen[f"stage{number}"] = torch.cat([flat.mean(-1), _std(flat).log()], dim=1)
@@ -185,3 +192,8 @@ class MiniTower(nn.Module):
                 for head, block in zip(self.heads, self.blocks, strict=True)
             ]
             return torch.cat(features, dim=1)
+
+    def _first(self, rgb: Tensor) -> Tensor:
+        high = rgb - F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        x = torch.cat([rgb - 0.45, 8 * high], dim=1).contiguous(memory_format=torch.channels_last)
+        return self.stages[0](self.stem(x))

@@ -6,6 +6,7 @@ Without torch, so that a process that only decodes starts in a moment and stays 
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 from pathlib import Path
@@ -31,7 +32,8 @@ def read_pixels(source: PixelSource) -> np.ndarray:
         memory of the source's.
 
     Raises:
-        ImageError: no such file, no regular file, not a picture, damaged, too large or small, wrong shape or dtype.
+        ImageError: no such file, no regular file, not a picture, damaged, too large or small, wrong shape or dtype,
+            NaN, out of range.
     """
     if isinstance(source, np.ndarray):
         return _checked(source, source_name(source))
@@ -121,6 +123,8 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.name not in ("uint8", "uint16") and array.dtype.kind != "f":
         raise ImageError(f"{name} has dtype {array.dtype}; expected uint8, uint16, or floating point in 0..1")
     check_size(array.shape[0], array.shape[1], name)
+    if array.dtype.kind == "f":
+        check_range(float(array.min()), float(array.max()), name)
     # A copy in the machine's byte order, which torch needs; shared memory could be read-only, or change later.
     dtype = np.float64 if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
     return np.array(array, dtype=dtype, order="C")
@@ -129,3 +133,12 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
 def check_size(height: int, width: int, name: str) -> None:
     if min(height, width) < MIN_SIDE:
         raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
+
+
+def check_range(low: float, high: float, name: str) -> None:
+    """Smallest and largest floating-point value; NaN, which both are as soon as one value is, is an error too."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
+    if low < 0 or high > 1:
+        advice = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
+        raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {advice}")

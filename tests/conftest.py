@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-import types
 from pathlib import Path
 
 import pytest
@@ -75,15 +73,3 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(upstream.random_clip(upstream.TINY_RESNET, seed=0), folder / "tiny-resnet.pt")
     torch.save(upstream.random_clip(upstream.TINY_VIT, seed=0), folder / "tiny-vit.pt")
     return folder
-
-
-@pytest.fixture(scope="session")
-def pkg_resources_stand_in() -> None:
-    """openai-clip imports `packaging` from pkg_resources, which setuptools >= 82 no longer has."""
-    if "pkg_resources" not in sys.modules:
-        import packaging
-        import packaging.version
-
-        module = types.ModuleType("pkg_resources")
-        module.packaging = packaging  # type: ignore[attr-defined]
-        sys.modules["pkg_resources"] = module

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qualiclip_pyiqa import clip, weights
+from qualiclip_pyiqa import clip, strips, weights
 from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
 
@@ -373,3 +373,34 @@ def test_qualiclip_file_serves_both_scales_and_other_prompts(upstream_weights: P
     assert (scores_of(two, x) - scores_of(one, x)).abs().max() > 1e-3
     two.set_prompts("look")
     assert scores_of(two, x).shape == (2, 6)
+
+
+# In float64 rounding is out of the way, so that a wrong row or a missing one would show.
+@pytest.mark.parametrize("kind", ["tiny-resnet", "tiny-resnet-pos", "qualiclip-mini"])
+@pytest.mark.parametrize("size", [(611, 70), (512, 64), (1000, 33), (1031, 47)])
+@torch.no_grad()
+def test_large_pictures_in_strips_score_as_in_one_piece(
+    kind: str, size: tuple[int, int], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = build(kind, tiny_folder).double()
+    x = upstream.pictures(2, *size).double()
+    whole = net.features(x)
+    calls = []
+    deep = net.tower.stages[-1] if kind == "qualiclip-mini" else net.tower.layer4
+    deep.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    assert (net.features(x) - whole).abs().max() < 1e-10
+    assert len(calls) > 3
+
+
+def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No strips and no other memory layout in training: the gradient is an ordinary, contiguous one."""
+    net = build("tiny-resnet", tiny_folder).double()
+    x = upstream.pictures(1, 300, 64).double().requires_grad_()
+    net(x).sum().backward()
+    expected = x.grad
+    assert expected is not None and expected.is_contiguous()
+    x.grad = None
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    net(x).sum().backward()
+    assert torch.equal(x.grad, expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 from pathlib import Path
-from urllib.parse import unquote
 
 import open_clip
 import pyiqa
@@ -30,30 +29,6 @@ RN50_NAMES = [
 FULL_HD = {"clipiqa", "clipiqa+_rn50_512", "qualiclip"}
 
 
-def oracle(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **more: object) -> torch.nn.Module:
-    """pyiqa's own network of this name, reading the files of `folder` where it would read its downloads."""
-    from pyiqa.archs import clip_model, clipiqa_arch, qualiclip_arch
-
-    def load(backbone: str, device: str) -> torch.nn.Module:
-        # pyiqa's own loader takes OpenAI's archive only; what it does with the tensors is `build_model`.
-        state = torch.load(folder / f"{backbone.replace('/', '-')}.pt", weights_only=True)
-        return clip_model.build_model(state).float()
-
-    def local(url: str, *_: object) -> str:
-        return str(folder / unquote(url.split("/")[-1]))
-
-    for module in (clipiqa_arch, qualiclip_arch):
-        monkeypatch.setattr(module, "load", load)
-        monkeypatch.setattr(module, "load_file_from_url", local)
-    monkeypatch.setattr("pyiqa.archs.arch_util.load_file_from_url", local)
-    opts = {
-        "clipiqa+_rn50_512": {"pos_embedding": True},
-        "clipiqa+_vitL14_512": {"pos_embedding": True, "backbone": "ViT-L/14"},
-    }.get(name, {})
-    arch = clipiqa_arch.CLIPIQA if name.startswith("clipiqa") else qualiclip_arch.QualiCLIP
-    return arch(model_type=name, **opts, **more).eval()
-
-
 @torch.no_grad()
 def check(name: str, ours: torch.nn.Module, theirs: torch.nn.Module, sizes: list[tuple[int, int, int]]) -> None:
     scores = []
@@ -68,10 +43,8 @@ def check(name: str, ours: torch.nn.Module, theirs: torch.nn.Module, sizes: list
 
 
 @pytest.mark.parametrize("name", RN50_NAMES)
-def test_equals_pyiqa(
-    name: str, upstream_weights: Path, pkg_resources_stand_in: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = oracle(name, upstream_weights, monkeypatch)
+def test_equals_pyiqa(name: str, upstream_weights: Path) -> None:
+    theirs = upstream.oracle(name, upstream_weights)
     metric = pyiqa.create_metric(name, device="cpu")
     assert type(metric.net).__module__ == "qualiclip_pyiqa.archs"
     check(name, metric.net, theirs, SIZES + ([(1, 1080, 1920)] if name in FULL_HD else []))
@@ -84,10 +57,8 @@ def test_equals_pyiqa(
     metric.net.load_state_dict(theirs.state_dict())
 
 
-def test_a_trained_context_goes_both_ways(
-    upstream_weights: Path, pkg_resources_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    theirs = oracle("qualiclip+", upstream_weights, monkeypatch)
+def test_a_trained_context_goes_both_ways(upstream_weights: Path, tmp_path: Path) -> None:
+    theirs = upstream.oracle("qualiclip+", upstream_weights)
     with torch.no_grad():
         theirs.prompt_learner.ctx.add_(0.05 * torch.randn(theirs.prompt_learner.ctx.shape))
     file = tmp_path / "trained.pth"
@@ -106,17 +77,15 @@ def test_a_trained_context_goes_both_ways(
         assert (again.net(x) - expected).abs().max() < TOLERANCE
 
 
-def test_a_fresh_context_equals_pyiqa(
-    upstream_weights: Path, pkg_resources_stand_in: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = oracle("clipiqa+", upstream_weights, monkeypatch, pretrained=False)
+def test_a_fresh_context_equals_pyiqa(upstream_weights: Path) -> None:
+    theirs = upstream.oracle("clipiqa+", upstream_weights, pretrained=False)
     ours = pyiqa.create_metric("clipiqa+", device="cpu", pretrained=False).net
     x = upstream.pictures(2, 64, 64)
     with torch.no_grad():
         assert (ours(x) - theirs(x)).abs().max() < TOLERANCE
 
 
-def test_vit_large_equals_pyiqa(pkg_resources_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_vit_large_equals_pyiqa(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from conftest import CLIPIQA_TEXTS
 
     config = open_clip.get_model_config("ViT-L-14-quickgelu")
@@ -128,7 +97,7 @@ def test_vit_large_equals_pyiqa(pkg_resources_stand_in: None, monkeypatch: pytes
     monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("QUALICLIP_PYIQA_VERIFY", "0")
     try:
-        theirs = oracle("clipiqa+_vitL14_512", tmp_path, monkeypatch)
+        theirs = upstream.oracle("clipiqa+_vitL14_512", tmp_path)
         metric = pyiqa.create_metric("clipiqa+_vitL14_512", device="cpu")
         check("clipiqa+_vitL14_512", metric.net, theirs, [(1, 32, 32), (2, 100, 57), (2, 224, 224), (1, 300, 420)])
     finally:

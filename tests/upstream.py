@@ -1,10 +1,15 @@
-"""Weight files in the exact upstream layouts with random content whose features really depend on the picture."""
+"""Weight files in the exact upstream layouts with random content whose features really depend on the picture, and
+pyiqa's own networks on the same files, as the oracle."""
 
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from urllib.parse import unquote
 
 import open_clip
 import torch
@@ -95,3 +100,38 @@ def add_tiny_backbones(folder: Path) -> None:
     for name, config in (("tiny-resnet", TINY_RESNET), ("tiny-vit", TINY_VIT)):
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
+
+
+def oracle(name: str, folder: Path, **more: object) -> nn.Module:
+    """pyiqa's own network of this name, reading the files of `folder` where it would read its downloads."""
+    if "pkg_resources" not in sys.modules:
+        import packaging
+        import packaging.version
+
+        # openai-clip imports `packaging` from pkg_resources, which setuptools >= 82 no longer has.
+        stand_in = types.ModuleType("pkg_resources")
+        stand_in.packaging = packaging  # type: ignore[attr-defined]
+        sys.modules["pkg_resources"] = stand_in
+    from pyiqa.archs import clip_model, clipiqa_arch, qualiclip_arch
+
+    def load(backbone: str, device: str) -> nn.Module:
+        # pyiqa's own loader takes OpenAI's archive only; what it does with the tensors is `build_model`.
+        state = torch.load(folder / f"{backbone.replace('/', '-')}.pt", weights_only=True)
+        return clip_model.build_model(state).float()
+
+    def local(url: str, *_: object) -> str:
+        return str(folder / unquote(url.split("/")[-1]))
+
+    opts = {
+        "clipiqa+_rn50_512": {"pos_embedding": True},
+        "clipiqa+_vitL14_512": {"pos_embedding": True, "backbone": "ViT-L/14"},
+    }.get(name, {})
+    arch = clipiqa_arch.CLIPIQA if name.startswith("clipiqa") else qualiclip_arch.QualiCLIP
+    with (
+        mock.patch.object(clipiqa_arch, "load", load),
+        mock.patch.object(qualiclip_arch, "load", load),
+        mock.patch.object(clipiqa_arch, "load_file_from_url", local),
+        mock.patch.object(qualiclip_arch, "load_file_from_url", local),
+        mock.patch("pyiqa.archs.arch_util.load_file_from_url", local),
+    ):
+        return arch(model_type=name, **opts, **more).eval()

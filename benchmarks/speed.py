@@ -1,0 +1,260 @@
+"""One network call against pyiqa's own on the same weights: time, memory, scores.
+
+    python benchmarks/speed.py [--device cpu] [--repeat 5] [--no-compile] [--weights DIR] [--json FILE]
+    python benchmarks/speed.py --device cuda [--json FILE]
+
+Without --weights (a folder with RN50.pt and QualiCLIP.pth) the files are made, in upstream's layouts, with random
+content: time and memory do not depend on it, and scores are compared on whatever the weights are.
+
+On the CPU every case is timed in this process, alternately ours and pyiqa's, and the medians are compared; `limit` is
+how long its multiply-adds would take at the rate of a large matrix product measured in the same run. Memory is the rise
+of a fresh process's peak over what it held with the model loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import open_clip
+import pyiqa
+import torch
+import upstream
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Metric, batch, height, width, and how many times pyiqa's speed is to be reached (eager, compiled).
+CPU_CASES = (
+    ("clipiqa", 1, 224, 224, 6.0, None),
+    ("qualiclip", 8, 224, 224, 1.5, None),
+    ("qualiclip", 1, 768, 1024, 1.6, 2.1),
+    ("qualiclip", 1, 1080, 1920, 2.1, None),
+    ("qualiclip", 1, 2160, 3840, 3.0, None),
+)
+GPU_SIZES = ((224, 224), (384, 512), (1080, 1920), (2160, 3840))
+GPU_BATCH_PIXELS = 2**25
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = options.weights or make_weights(Path(made))
+        os.environ["QUALICLIP_PYIQA_WEIGHTS"] = str(folder)
+        os.environ["QUALICLIP_PYIQA_VERIFY"] = "1" if options.weights else "0"
+        with torch.no_grad():
+            rows = on_gpu(folder, options) if options.device.startswith("cuda") else on_cpu(folder, options)
+    report = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(options.device),
+        "versions": {"torch": torch.__version__, "pyiqa": pyiqa.__version__, "python": platform.python_version()},
+        "weights": str(options.weights.name) if options.weights else "random, upstream's layouts",
+        "rows": rows,
+    }
+    print(f"{report['date']}, {report['machine']}, torch {torch.__version__}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def make_weights(folder: Path) -> Path:
+    config = open_clip.get_model_config("RN50-quickgelu")
+    torch.save(upstream.random_clip(config, seed=0), folder / "RN50.pt")
+    upstream.write_qualiclip(folder / "QualiCLIP.pth", upstream.random_clip(config, seed=1))
+    return folder
+
+
+def machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def on_cpu(folder: Path, options: argparse.Namespace) -> list[dict]:
+    rate = multiply_adds_per_second()
+    print("| case | this package | pyiqa | ratio | at least | compiled | ratio | at least | limit | score difference |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for name, count, height, width, wanted, wanted_compiled in CPU_CASES:
+        ours = pyiqa.create_metric(name, device="cpu").net
+        theirs = upstream.oracle(name, folder)
+        x = upstream.pictures(count, height, width)
+        calls = [lambda ours=ours, x=x: ours(x), lambda theirs=theirs, x=x: theirs(x)]
+        if options.compile and wanted_compiled:
+            compiled = torch.compile(ours)
+            calls.append(lambda compiled=compiled, x=x: compiled(x))
+        with FlopCounterMode(display=False) as counter:
+            score = ours(x)
+        own, upstreams, *rest = medians(calls, options.repeat)
+        row = {
+            "case": f"{name} {count}x{height}x{width}",
+            "seconds": own,
+            "pyiqa_seconds": upstreams,
+            "ratio": upstreams / own,
+            "at_least": wanted,
+            "compiled_seconds": rest[0] if rest else None,
+            "compiled_ratio": upstreams / rest[0] if rest else None,
+            "compiled_at_least": wanted_compiled,
+            "limit_seconds": counter.get_total_flops() / 2 / rate,
+            "difference": float((score - theirs(x)).abs().max()),
+        }
+        if height * width <= 1080 * 1920:
+            exact = ours.double()(x.double())
+            row["difference_to_float64"] = float((score - exact).abs().max())
+            row["pyiqa_difference_to_float64"] = float((theirs(x) - exact).abs().max())
+        rows.append(row)
+        print(
+            f"| {row['case']} | {own:.3f} s | {upstreams:.3f} s | {row['ratio']:.2f} | {wanted} | "
+            + (f"{rest[0]:.3f} s | {row['compiled_ratio']:.2f} | {wanted_compiled}" if rest else "- | - | -")
+            + f" | {row['limit_seconds']:.3f} s | {row['difference']:.1e} |",
+            flush=True,
+        )
+        del ours, theirs, calls
+        torch.compiler.reset()
+        gc.collect()
+    create = [lambda: pyiqa.create_metric("qualiclip", device="cpu"), lambda: upstream.oracle("qualiclip", folder)]
+    own, upstreams = medians(create, options.repeat)
+    rows.append({"case": "create_metric('qualiclip')", "seconds": own, "pyiqa_seconds": upstreams, "at_least": 4})
+    print(f"| create_metric('qualiclip') | {own:.3f} s | {upstreams:.3f} s | {upstreams / own:.2f} | 4 |" + 5 * " - |")
+    own_mib, their_mib = (peak_memory(which, folder, 2160, 3840) for which in ("ours", "pyiqa"))
+    rows.append({"case": "memory 2160x3840", "mib": own_mib, "pyiqa_mib": their_mib})
+    print(
+        f"\nextra memory at 1x2160x3840: {own_mib:.0f} MiB, pyiqa {their_mib:.0f} MiB, {own_mib / their_mib:.0%} of it"
+    )
+    own_mib = peak_memory("ours", folder, 10000, 10000)
+    rows.append({"case": "memory 10000x10000", "mib": own_mib})
+    print(f"extra memory at 1x10000x10000 (100 megapixels), the picture's own 1144 MiB included: {own_mib:.0f} MiB\n")
+    return rows
+
+
+def medians(calls: list[Callable[[], object]], repeat: int) -> list[float]:
+    """Median seconds of each call; they take turns, so that what else the machine does hits all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(repeat):
+        for call, taken in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in times]
+
+
+def multiply_adds_per_second(size: int = 3072) -> float:
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    (seconds,) = medians([lambda: a @ b], 5)
+    return size**3 / seconds
+
+
+def peak_memory(which: str, folder: Path, height: int, width: int) -> float:
+    """MiB by which a forward pass raises the peak of a fresh process that has loaded the model."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory, (which, str(folder), height, width))
+
+
+@torch.no_grad()
+def _peak_memory(which: str, folder: str, height: int, width: int) -> float:
+    net = (
+        pyiqa.create_metric("qualiclip", device="cpu").net
+        if which == "ours"
+        else upstream.oracle("qualiclip", Path(folder))
+    )
+    net(upstream.pictures(1, 64, 64))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading included, is forgotten
+    before = _kib("VmRSS")
+    large = height * width > 2**24  # such a picture counts as part of what scoring it needs
+    x = torch.rand(1, 3, height, width) if large else upstream.pictures(1, height, width)
+    if not large:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _kib("VmRSS")
+    net(x)
+    return (_kib("VmHWM") - before) / 1024
+
+
+def _kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def on_gpu(folder: Path, options: argparse.Namespace) -> list[dict]:
+    """Pictures per second and peak memory by size and precision, beside pyiqa's one picture at a time."""
+    rows = []
+    print("| size | what | batch | pictures/s | ratio to pyiqa | peak MiB | score difference to fp32 |")
+    print("|---|---|---|---|---|---|---|")
+    theirs = upstream.oracle("qualiclip", folder).to(options.device)
+    for height, width in GPU_SIZES:
+        batch = min(64, max(1, GPU_BATCH_PIXELS // (height * width)))
+        x = upstream.pictures(min(batch, 8), height, width).to(options.device)
+        x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch]
+        base, _, memory = gpu_rate(theirs, x[:1], options)
+        rows.append(gpu_row(f"{height}x{width}", "pyiqa fp32, single", 1, base, base, memory, 0.0))
+        exact = None
+        for what in ("fp32", "tf32", "bf16", "bf16 compiled", "fp32, single", "bf16, single"):
+            if "compiled" in what and not options.compile:
+                continue
+            net: nn.Module = pyiqa.create_metric("qualiclip", device=options.device).net
+            dtype = torch.bfloat16 if "bf16" in what else torch.float32
+            net = net.to(dtype)
+            if "compiled" in what:
+                net = torch.compile(net, dynamic=True)
+            inputs = x[:1] if "single" in what else x
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = what == "tf32"
+            speed, score, memory = gpu_rate(net, inputs, options)
+            exact = score if exact is None else exact
+            difference = float((score - exact[: len(score)]).abs().max())
+            rows.append(gpu_row(f"{height}x{width}", what, len(inputs), speed, base, memory, difference))
+            del net
+            torch.cuda.empty_cache()
+    return rows
+
+
+def gpu_rate(net: nn.Module, x: Tensor, options: argparse.Namespace) -> tuple[float, Tensor, float]:
+    for _ in range(3):
+        score = net(x)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(max(10, options.repeat)):
+        started = time.perf_counter()
+        net(x)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return len(x) / statistics.median(times), score.float(), torch.cuda.max_memory_allocated() / 2**20
+
+
+def gpu_row(size: str, what: str, batch: int, speed: float, base: float, memory: float, difference: float) -> dict:
+    row = {"size": size, "what": what, "batch": batch, "per_second": speed, "ratio": speed / base}
+    row |= {"peak_mib": memory, "difference": difference}
+    print(
+        f"| {size} | {what} | {batch} | {speed:.1f} | {row['ratio']:.1f} | {memory:.0f} | {difference:.1e} |",
+        flush=True,
+    )
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Many pictures: decoded in worker processes, scored in batches of one size, one record each in input order.
+
+A picture goes  source -> `Decoder` -> waiting room by size -> `Network` on a device -> record.  Nothing is padded or
+resized, so that a batched score is the single picture's. The number of pictures between the oldest without a record and
+the newest that was read is bounded, and so is what their pixels weigh, whatever the number of inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+import os
+import queue
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .archs import PromptIQA
+from .decoding import Decoder, decode
+from .errors import ImageError, SettingsError
+from .images import Source, from_pixels, load_image
+from .strips import STRIP_PIXELS
+from .tables import Record
+
+logger = logging.getLogger(__name__)
+
+# Pixels of a batch: 85 pictures of 512x384, 8 of 1080p, 2 of 4K. A larger picture goes alone.
+BATCH_PIXELS = 2**24
+# What decoded pictures may weigh while they wait for a device.
+WAITING_BYTES = 2**30
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Scorer:
+    """Scores any number of pictures by one or more no-reference metrics.
+
+    Scores equal those of one picture at a time to 2e-6 (fp32), whatever the batch size, workers, order and devices.
+
+    Args:
+        metrics: a name that `pyiqa.create_metric` knows, a metric or network, a list of those, or a mapping from column
+            to one of those. Metrics on the same tower share its pass. Metrics that are not this package's are scored
+            picture by picture, since theirs may depend on what else is in a batch.
+        device: such as "cpu", "cuda" or "cuda:0"; several, in a list or with commas, share the work. Default: CUDA if
+            there is one.
+        batch_size: pictures of equal size that go through a network together, at most; fewer where they are large.
+            Default: 32, on a CPU 8.
+        workers: processes that decode; 0 decodes here, in between. Default: by the number of CPU cores.
+        precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16".
+        compile: whether the networks go through `torch.compile`, which pays from a few hundred pictures on.
+        max_pixels: larger pictures are refused before they are decoded. Default: Pillow's limit, 89 million.
+
+    Raises:
+        SettingsError: an unknown metric, one that needs a reference, two with the same column, or a setting that makes
+            no sense. WeightsError: a weight file is missing.
+
+    Example:
+        >>> for record in Scorer(["qualiclip", "clipiqa"]).score(Path("photos").glob("*.jpg")):
+        ...     print(record.path, record.scores)
+    """
+
+    def __init__(
+        self,
+        metrics: Any,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        precision: str = "fp32",
+        compile: bool = False,
+        max_pixels: int | None = None,
+    ) -> None:
+        devices = _devices(device)
+        on_cpu = devices[0].type == "cpu"
+        cores = os.cpu_count() or 1
+        self.batch_size = _at_least(1, "batch_size", 8 if on_cpu else 32, batch_size)
+        self.workers = _at_least(0, "workers", max(1, min(8, cores // 4 if on_cpu else cores)), workers)
+        self.max_pixels = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
+        if precision not in PRECISIONS:
+            raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        built = _build(metrics, devices[0])
+        self.networks = [
+            Network(built if not k else copy.deepcopy(built), d, precision, compile) for k, d in enumerate(devices)
+        ]
+        #: Names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
+        self.columns = self.networks[0].columns
+
+    def score(self, images: Iterable[Source]) -> Iterator[Record]:
+        """Yield one record per picture, in input order, as they are ready.
+
+        Args:
+            images: what `load_image` takes, one picture each; any iterable, read as needed and never kept. Paths and
+                bytes are decoded in worker processes.
+
+        A picture that cannot be scored is a record with an error. A decoding process that is killed is replaced; a
+        batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
+        """
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        decoder = Decoder(self.workers, events, self.max_pixels)
+        threads = [ThreadPoolExecutor(1) for _ in self.networks]
+        try:
+            yield from _Run(self, iter(images), events, decoder, threads)
+        finally:
+            decoder.close()
+            for thread in threads:
+                thread.shutdown(cancel_futures=True)
+
+
+class _Run:
+    """One pass over the inputs. Everything but decoding and the networks happens in the caller's thread."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        images: Iterator[Source],
+        events: queue.SimpleQueue[Any],
+        decoder: Decoder,
+        threads: Sequence[ThreadPoolExecutor],
+    ) -> None:
+        self.scorer, self.images, self.events, self.decoder, self.threads = scorer, images, events, decoder, threads
+        self.window = 8 * scorer.batch_size + 2 * scorer.workers
+        self.busy = [0] * len(threads)  # batches that a device has or that wait for it
+        self.paths: dict[int, str | None] = {}
+        self.waiting: OrderedDict[Any, deque[tuple[int, np.ndarray]]] = OrderedDict()  # by shape and dtype
+        self.waiting_bytes = 0
+        self.done: dict[int, Record] = {}
+        self.read = 0  # pictures taken from the input
+        self.exhausted = False
+
+    def __iter__(self) -> Iterator[Record]:
+        number = 0
+        while True:
+            while number in self.done:
+                yield self.done.pop(number)
+                number += 1
+            while self._may_read(number):
+                self._read_one()
+            self._dispatch()
+            if self.exhausted and number == self.read:
+                return
+            if number not in self.done:
+                self._handle(*self.events.get())
+
+    def _may_read(self, number: int) -> bool:
+        full = self.waiting_bytes >= WAITING_BYTES or self.read - number >= self.window
+        return not self.exhausted and not full and self.decoder.ready
+
+    def _read_one(self) -> None:
+        try:
+            source = next(self.images)
+        except StopIteration:
+            self.exhausted = True
+            return
+        number, self.read = self.read, self.read + 1
+        is_path = isinstance(source, str | os.PathLike)
+        self.paths[number] = os.fspath(source) if is_path else None  # type: ignore[arg-type]
+        if is_path or isinstance(source, bytes):
+            self.decoder.submit(number, source)  # type: ignore[arg-type]
+        elif isinstance(source, Tensor):
+            try:
+                self._decoded(number, np.asarray(load_image(source).detach().cpu().movedim(0, -1)))
+            except ImageError as error:
+                self._decoded(number, error)
+        else:
+            self._decoded(number, decode(source, self.scorer.max_pixels))
+
+    def _decoded(self, number: int, result: np.ndarray | ImageError) -> None:
+        if isinstance(result, ImageError):
+            self.done[number] = Record(self.paths.pop(number), error=str(result))
+            return
+        self.waiting.setdefault((result.shape, result.dtype), deque()).append((number, result))
+        self.waiting_bytes += result.nbytes
+
+    def _dispatch(self) -> None:
+        """Give every device work: a full batch ahead of time, a smaller one only if there is nothing else to do."""
+        for device, thread in enumerate(self.threads):
+            while self.waiting and self.busy[device] < 2:
+                size = self.scorer.batch_size
+                key = next((key for key, room in self.waiting.items() if len(room) >= size), None)
+                if key is None:
+                    if self.busy[device]:
+                        break
+                    key = min(self.waiting, key=lambda key: self.waiting[key][0][0])  # that of the oldest picture
+                room = self.waiting[key]
+                batch = [room.popleft() for _ in range(min(size, len(room)))]
+                if not room:
+                    del self.waiting[key]
+                self.waiting_bytes -= sum(pixels.nbytes for _, pixels in batch)
+                numbers, pixels = [n for n, _ in batch], [p for _, p in batch]
+                self.busy[device] += 1
+                future = thread.submit(self.scorer.networks[device], pixels)
+                shape = pixels[0].shape
+                future.add_done_callback(
+                    lambda done, device=device, numbers=numbers, shape=shape: self.events.put(  # type: ignore[misc]
+                        ("scored", device, numbers, shape, done)
+                    )
+                )
+
+    def _handle(self, what: str, *event: Any) -> None:
+        if what == "decoded":
+            number, outcome = event
+            result = self.decoder.receive(number, outcome)
+            if result is not None:
+                self._decoded(number, result)
+            return
+        device, numbers, (height, width, *_), done = event
+        self.busy[device] -= 1
+        finished: Future[list[tuple[dict[str, float], str | None]]] = done
+        for number, (scores, error) in zip(numbers, finished.result(), strict=True):
+            self.done[number] = Record(self.paths.pop(number), width, height, scores, error)
+
+
+class Network:
+    """All metrics on one device: pixels of one shape and dtype -> per picture its scores and what went wrong.
+
+    Args:
+        metrics: what `_build` gives.
+        device, precision, compile: see `Scorer`.
+    """
+
+    def __init__(self, metrics: Mapping[str, nn.Module], device: torch.device, precision: str, compile: bool) -> None:
+        self.device = device
+        self.precision = precision
+        self.batch_pixels = BATCH_PIXELS
+        self.heads: list[tuple[list[str], PromptIQA, int]] = []  # columns, network, index of its tower
+        self.towers: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = []  # compiled, plain
+        self.others: list[tuple[str, nn.Module]] = []
+        towers: list[nn.Module] = []
+        for name, metric in metrics.items():
+            net = getattr(metric, "net", metric)
+            if not isinstance(net, PromptIQA):
+                self.others.append((name, metric.to(device).eval()))
+                continue
+            net = net.eval()
+            index = next((k for k, tower in enumerate(towers) if _same(tower, net.tower)), len(towers))
+            if index == len(towers):
+                towers.append(net.tower)
+            net.tower = towers[index]  # the twin's memory is freed
+            net.to(device=device, dtype=PRECISIONS[precision])
+            single = len(net.attributes) == 1
+            self.heads.append(([name if single else f"{name}.{a}" for a in net.attributes], net, index))
+        for index in range(len(towers)):
+            net = next(net for _, net, k in self.heads if k == index)
+            self.towers.append((torch.compile(net.features, dynamic=True) if compile else net.features, net.features))
+        self.columns = tuple(c for columns, _, _ in self.heads for c in columns) + tuple(n for n, _ in self.others)
+        if len(set(self.columns)) < len(self.columns):
+            twice = next(c for c in self.columns if self.columns.count(c) > 1)
+            raise SettingsError(f"two metrics would be called {twice!r}; pass a mapping from column to metric")
+
+    @torch.no_grad()
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]]:
+        each = pixels[0].shape[0] * pixels[0].shape[1]
+        out: list[tuple[dict[str, float], str | None]] = []
+        while len(out) < len(pixels):
+            count = max(1, self.batch_pixels // each)
+            part = pixels[len(out) : len(out) + count]
+            with _tf32(self.precision == "tf32"):
+                scored = self._unless_out_of_memory(part)
+            if scored is not None:
+                out += scored
+            elif len(part) > 1:
+                self.batch_pixels = each * (len(part) // 2)
+                logger.warning("%s is out of memory; going on with %d pictures a batch", self.device, len(part) // 2)
+            else:
+                height, width = part[0].shape[:2]
+                out.append(({}, f"{width}x{height} pixels do not fit into the memory of {self.device}"))
+            if scored is None and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return out
+
+    def _unless_out_of_memory(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]] | None:
+        try:
+            return self._score(pixels)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                return None
+            raise
+
+    def _score(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]]:
+        rgb = from_pixels(pixels, self.device)
+        rows: list[dict[str, float]] = [{} for _ in pixels]
+        errors: list[list[str]] = [[] for _ in pixels]
+        # Strips, which keep a large picture's memory low, are not compiled.
+        large = rgb.shape[2] * rgb.shape[3] > STRIP_PIXELS
+        features = [(plain if large else compiled)(rgb) for compiled, plain in self.towers]
+        for columns, net, index in self.heads:
+            for row, problems, scores in zip(rows, errors, net.score(features[index]).tolist(), strict=True):
+                for column, score in zip(columns, scores, strict=True):
+                    _keep(row, problems, column, score)
+        for name, metric in self.others:
+            for row, problems, picture in zip(rows, errors, rgb, strict=True):
+                try:
+                    score = metric(picture.unsqueeze(0)).item()
+                except (torch.OutOfMemoryError, MemoryError):
+                    raise
+                except Exception as error:  # what a foreign metric cannot score is that picture's error, not the end
+                    problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+                else:
+                    _keep(row, problems, name, score)
+        return [(row, "; ".join(problems) or None) for row, problems in zip(rows, errors, strict=True)]
+
+
+def _keep(row: dict[str, float], problems: list[str], column: str, score: float) -> None:
+    if math.isfinite(score):
+        row[column] = float(f"{score:.9g}")  # all that single precision holds
+    else:
+        problems.append(f"{column}: the score is {score}")
+
+
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two towers give the same features."""
+    if type(first) is not type(second) or getattr(first, "pos_embedding", None) != getattr(
+        second, "pos_embedding", None
+    ):
+        return False
+    ours, theirs = dict(first.named_buffers()), dict(second.named_buffers())
+    return ours.keys() == theirs.keys() and all(
+        value.shape == theirs[name].shape and torch.equal(value.to(theirs[name]), theirs[name])
+        for name, value in ours.items()
+    )
+
+
+def _build(metrics: Any, device: torch.device) -> dict[str, nn.Module]:
+    """Column -> metric, made for this run or copied, so that nothing of the caller's is moved or changed."""
+    import pyiqa
+
+    if not isinstance(metrics, Mapping):
+        metrics = [metrics] if isinstance(metrics, str | nn.Module) else list(metrics)
+        named = [(metric if isinstance(metric, str) else _name(metric), metric) for metric in metrics]
+        metrics = dict(named)
+        if len(metrics) < len(named):
+            raise SettingsError("two metrics have the same name; pass a mapping from column to metric")
+    if not metrics:
+        raise SettingsError("no metric was given; expected names such as 'qualiclip-mini'")
+    built: dict[str, nn.Module] = {}
+    for column, metric in metrics.items():
+        if isinstance(metric, str):
+            known = pyiqa.list_models()
+            if metric not in known:
+                near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)[0]
+                raise SettingsError(f"unknown metric {metric!r}; did you mean {near!r}? `pyiqa -ls` lists all")
+            metric = pyiqa.create_metric(metric, device=device)
+        elif isinstance(metric, nn.Module):
+            metric = copy.deepcopy(metric)
+        else:
+            raise SettingsError(f"metric is a {type(metric).__name__}; expected a name, a pyiqa metric or a network")
+        if getattr(metric, "metric_mode", "NR") != "NR":
+            raise SettingsError(f"{column} needs a reference picture; expected no-reference metrics")
+        built[column] = metric
+    return built
+
+
+def _name(metric: Any) -> str:
+    return getattr(metric, "metric_name", None) or getattr(metric, "model_type", None) or type(metric).__name__
+
+
+def _devices(device: Any) -> list[torch.device]:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = device.split(",") if isinstance(device, str) else [device] if isinstance(device, torch.device) else device
+    try:
+        devices = [torch.device(name) for name in names]
+        for each in devices:
+            torch.empty(0, device=each)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch says in its first line what is missing
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"device {device!r} cannot be used ({reason}); expected such as 'cpu' or 'cuda:0'"
+        ) from error
+    if not devices or len({each.type for each in devices}) > 1:
+        raise SettingsError(f"device is {device!r}; expected one, or several of one kind")
+    return devices
+
+
+def _at_least(least: int, what: str, default: int, value: int | None) -> int:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise SettingsError(f"{what} is {value!r}; expected an integer of at least {least}")
+    return default if value is None else value
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """NVIDIA GPUs' coarser products for this block only where asked for; PyTorch has them on for convolutions."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
