@@ -33,12 +33,13 @@ class Decoder:
 
     Args:
         workers: number of processes.
+        ahead: how many pictures may be on their way at a time.
         results: where `("decoded", number, Decoded)` goes, in whatever order.
         max_pixels: pictures of more pixels are refused before they are decoded; None: Pillow's limit.
     """
 
-    def __init__(self, workers: int, results: queue.SimpleQueue[Any], max_pixels: int | None) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, ahead: int, results: queue.SimpleQueue[Any], max_pixels: int | None) -> None:
+        self.workers, self.ahead = workers, ahead
         self.results = results
         self.max_pixels = max_pixels
         self.pending: dict[int, PixelSource] = {}
@@ -49,8 +50,8 @@ class Decoder:
 
     @property
     def ready(self) -> bool:
-        """Whether `submit` may be called: the workers would soon be idle, and none is suspected to be killed."""
-        return not self._suspects and self._alone is None and len(self.pending) < max(1, 2 * self.workers)
+        """Whether `submit` may be called: not too many are pending, and none is tried alone."""
+        return not self._suspects and self._alone is None and len(self.pending) < self.ahead
 
     def submit(self, number: int, source: PixelSource) -> None:
         self.pending[number] = source

@@ -93,7 +93,7 @@ def _decode(file: BinaryIO, name: str) -> np.ndarray:
 def _too_large(name: str, what: str) -> ImageError:
     return ImageError(
         f"{name} is too large, which may be a decompression bomb ({what}); "
-        "raise PIL.Image.MAX_IMAGE_PIXELS if it is to be read"
+        "if it is to be read, raise PIL.Image.MAX_IMAGE_PIXELS (on the command line --max-pixels)"
     )
 
 

@@ -102,7 +102,7 @@ class Scorer:
         batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
         """
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        decoder = Decoder(self.workers, events, self.max_pixels)
+        decoder = Decoder(self.workers, 2 * self.workers or self.batch_size, events, self.max_pixels)
         threads = [ThreadPoolExecutor(1) for _ in self.networks]
         try:
             yield from _Run(self, iter(images), events, decoder, threads)
@@ -247,7 +247,7 @@ class Network:
             self.heads.append(([name if single else f"{name}.{a}" for a in net.attributes], net, index))
         for index in range(len(towers)):
             net = next(net for _, net, k in self.heads if k == index)
-            self.towers.append((torch.compile(net.features, dynamic=True) if compile else net.features, net.features))
+            self.towers.append((compiled(net.features) if compile else net.features, net.features))
         self.columns = tuple(c for columns, _, _ in self.heads for c in columns) + tuple(n for n, _ in self.others)
         if len(set(self.columns)) < len(self.columns):
             twice = next(c for c in self.columns if self.columns.count(c) > 1)
@@ -304,6 +304,24 @@ class Network:
                 else:
                     _keep(row, problems, name, score)
         return [(row, "; ".join(problems) or None) for row, problems in zip(rows, errors, strict=True)]
+
+
+def compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`torch.compile`, with the frozen weights packed for the CPU's convolutions.
+
+    The first size is compiled as such, which is fastest; the second one makes it a graph for any size. Packing is
+    Inductor's "freezing" (environment variable TORCHINDUCTOR_FREEZING); given as an option of `torch.compile` it has no
+    effect in torch 2.15. The function must not need gradients, and its weights must not change afterwards.
+    """
+    import torch._inductor.config
+
+    fast = torch.compile(function)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad(), torch._inductor.config.patch(freezing=x.device.type == "cpu"):
+            return fast(x)
+
+    return call
 
 
 def _keep(row: dict[str, float], problems: list[str], column: str, score: float) -> None:

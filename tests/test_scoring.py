@@ -1,0 +1,298 @@
+"""Many pictures: the scores of one at a time, in input order, in bounded memory, whatever happens to processes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyiqa
+import pytest
+import torch
+import upstream
+from killer import Killer
+from PIL import Image
+from test_archs import build
+
+from qualiclip_pyiqa import load_image
+from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.scoring import BATCH_PIXELS, Scorer
+from qualiclip_pyiqa.tables import Record
+
+# What the issue of batching may cost: kernels block a batch differently.
+SAME = 2e-6
+SIZES = [(40, 64), (64, 40), (33, 47), (96, 128)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """13 pictures of four sizes, the sizes in turn."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = []
+    for number in range(13):
+        height, width = SIZES[number % len(SIZES)]
+        pixels = (upstream.pictures(1, height, width, seed=number)[0].movedim(0, -1) * 255).round().byte().numpy()
+        paths.append(folder / f"{number:02}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def expected(photos: list[Path]) -> list[float]:
+    net = pyiqa.create_metric("qualiclip-mini", device="cpu").net
+    with torch.no_grad():
+        return [net(load_image(path)[None]).item() for path in photos]
+
+
+def close(records: list[Record], expected: list[float]) -> bool:
+    return np.allclose([r.scores["qualiclip-mini"] for r in records], expected, rtol=0, atol=SAME)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "workers"),
+    [("cpu", 1, 0), ("cpu", 3, 0), ("cpu", 8, 2), ("cpu,cpu", 2, 1), (["cpu", "cpu", "cpu"], 4, 2)],
+)
+def test_scores_are_those_of_single_pictures_in_input_order(
+    device: object, batch_size: int, workers: int, photos: list[Path], expected: list[float]
+) -> None:
+    scorer = Scorer("qualiclip-mini", device=device, batch_size=batch_size, workers=workers)
+    assert scorer.columns == ("qualiclip-mini",)
+    for paths, scores in ((photos, expected), (photos[::-1], expected[::-1])):
+        records = list(scorer.score(paths))
+        assert [record.path for record in records] == [str(path) for path in paths]
+        assert [(record.height, record.width) for record in records] == [load_image(p).shape[1:] for p in paths]
+        assert close(records, scores)
+        assert all(record.error is None for record in records)
+    assert np.std(expected) > 1000 * SAME
+
+
+def test_every_kind_of_source(photos: list[Path], expected: list[float]) -> None:
+    path = photos[3]
+    pixels = np.asarray(Image.open(path))
+    tensor = torch.from_numpy(pixels.copy()).movedim(-1, 0)
+    sources = [path, str(path), path.read_bytes(), Image.open(path), pixels, tensor, tensor / 255, pixels / 255.0]
+    records = list(Scorer(["qualiclip-mini"], workers=1).score([*sources, torch.zeros(2, 40, 40), 5, b"no picture"]))
+    assert close(records[:8], [expected[3]] * 8)
+    assert [record.path for record in records[:3]] == [str(path), str(path), None]
+    assert [record.error is None for record in records] == [True] * 8 + [False] * 3
+    assert "shape (2, 40, 40)" in records[8].error and "is a int" in records[9].error and "bytes" in records[10].error
+
+
+def test_metrics_on_one_tower_share_its_pass(tiny_folder: Path, photos: list[Path]) -> None:
+    pairs = {"light": ("Bright photo.", "Dark photo."), "sharp": ("Sharp image.", "Blurry image.")}
+    metrics = {
+        "one": build("tiny-resnet", tiny_folder),
+        "two": build("tiny-resnet", tiny_folder, prompts=pairs),
+        "other": build("tiny-vit", tiny_folder),
+        "learned": build("tiny-context", tiny_folder),
+        "mini": pyiqa.create_metric("qualiclip-mini", device="cpu"),
+    }
+    scorer = Scorer(metrics, device="cpu", batch_size=4, workers=0)
+    assert scorer.columns == ("one", "two.light", "two.sharp", "other", "learned", "mini")
+    calls: list[int] = []
+    for _, net, _ in scorer.networks[0].heads:
+        if net.tower not in [hooked for hooked, _ in calls]:
+            net.tower.register_forward_hook(lambda tower, *_: calls.append((tower, 1)))
+            calls.append((net.tower, 0))
+    records = list(scorer.score(photos[:1]))
+    assert sum(count for _, count in calls) == 3  # resnet, vit, mini
+    with torch.no_grad():
+        x = load_image(photos[0])[None]
+        singles = [metrics["one"](x), metrics["two"](x), metrics["other"](x), metrics["learned"](x), metrics["mini"](x)]
+    flat = torch.cat([single[0] for single in singles]).tolist()
+    assert np.allclose(list(records[0].scores.values()), flat, atol=SAME, rtol=0)
+    # What was passed in is untouched: the copies share a tower, the originals do not.
+    assert metrics["one"].tower is not metrics["two"].tower
+
+
+def test_other_metrics_of_pyiqa_are_scored_one_by_one(photos: list[Path], tmp_path: Path) -> None:
+    flat = tmp_path / "flat.png"
+    Image.new("RGB", (64, 40)).save(flat)
+    records = list(Scorer(["piqe", "qualiclip-mini"], device="cpu", workers=0).score([photos[3], photos[0], flat]))
+    metric = pyiqa.create_metric("piqe", device="cpu")
+    for record in records[:2]:
+        assert record.scores["piqe"] == pytest.approx(metric(str(record.path)).item(), abs=1e-4)
+    assert "qualiclip-mini" in records[2].scores
+
+
+def test_a_foreign_metrics_failure_is_that_pictures_error(photos: list[Path]) -> None:
+    class Fussy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[3] == 47:
+                raise ValueError("too\nnarrow")
+            return torch.full((1,), float("nan") if x.shape[3] == 40 else 0.5)
+
+    records = list(Scorer({"qualiclip-mini": "qualiclip-mini", "fussy": Fussy()}, device="cpu").score(photos[:4]))
+    assert [record.error for record in records] == [
+        None,
+        "fussy: the score is nan",
+        "fussy: ValueError: too narrow",
+        None,
+    ]
+    assert all("qualiclip-mini" in record.scores for record in records)
+    assert ["fussy" in record.scores for record in records] == [True, False, False, True]
+
+
+def test_memory_is_bounded_and_the_rest_is_left_unread(photos: list[Path]) -> None:
+    read = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal read
+        for path in itertools.cycle(photos):
+            read += 1
+            yield path
+
+    scorer = Scorer("qualiclip-mini", device="cpu", batch_size=2, workers=1)
+    running = scorer.score(endless())
+    for number, record in enumerate(itertools.islice(running, 30)):
+        assert record.path == str(photos[number % len(photos)])
+        assert read - number <= 8 * 2 + 2 * 1
+    running.close()  # and this returns, with its processes gone
+    assert not workers_of(os.getpid())
+
+
+def test_no_pictures_no_records() -> None:
+    assert list(Scorer("qualiclip-mini", device="cpu").score([])) == []
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    photos: list[Path], expected: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = Scorer("qualiclip-mini", device="cpu", batch_size=13, workers=0)
+    (network,) = scorer.networks
+    sizes = []
+
+    def small_device(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        if len(x) > 2 or x.shape[3] == 47:
+            raise torch.OutOfMemoryError("out of memory")
+        return network.heads[0][1].features(x)
+
+    network.towers = [(small_device, small_device)]
+    pictures = [np.array(Image.open(path)) for path in [*photos[0::4], *photos[1::4], photos[2]]]
+    with caplog.at_level(logging.WARNING):
+        records = list(scorer.score(pictures))
+    assert close(records[:-1], [*expected[0::4], *expected[1::4]])
+    assert records[-1].error == "47x33 pixels do not fit into the memory of cpu" and not records[-1].scores
+    assert "out of memory; going on with 2 pictures a batch" in caplog.text
+    assert max(sizes) > 2 and sizes.count(max(sizes)) == 1  # not tried again
+    # What is no lack of memory is raised.
+    network.towers = [(lambda x: 1 / 0, lambda x: 1 / 0)]
+    with pytest.raises(ZeroDivisionError):
+        list(scorer.score(pictures))
+
+
+def test_large_pictures_go_through_the_network_in_small_batches(photos: list[Path]) -> None:
+    scorer = Scorer("qualiclip-mini", device="cpu", batch_size=8, workers=0)
+    (network,) = scorer.networks
+    sizes = []
+    network.towers = [(lambda x: sizes.append(len(x)) or network.heads[0][1].features(x),) * 2]
+    assert network.batch_pixels == BATCH_PIXELS
+    network.batch_pixels = 3 * 40 * 64
+    list(scorer.score([photos[0]] * 8))
+    assert max(sizes) == 3
+
+
+def workers_of(pid: int) -> list[int]:
+    """Process ids of the decoding workers of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            if b"popen_loky" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
+
+
+def test_a_killed_worker_costs_no_picture(photos: list[Path], expected: list[float]) -> None:
+    killed = []
+
+    def meanwhile() -> Iterator[Path]:
+        for number, path in enumerate(photos * 3):
+            if number in (7, 20):
+                for worker in workers_of(os.getpid()):
+                    os.kill(worker, signal.SIGKILL)
+                    killed.append(worker)
+            yield path
+
+    records = list(Scorer("qualiclip-mini", device="cpu", batch_size=2, workers=2).score(meanwhile()))
+    assert len(killed) >= 2
+    assert [record.path for record in records] == [str(path) for path in photos * 3]
+    assert close(records, expected * 3)
+
+
+@pytest.mark.parametrize(("times", "scored"), [(2, True), (99, False)])
+def test_a_picture_that_kills_its_worker_is_an_error_and_its_neighbours_are_not(
+    times: int, scored: bool, photos: list[Path], tmp_path: Path
+) -> None:
+    log = tmp_path / "deaths"
+    sources = [*photos[:5], Killer(str(photos[5]), times, str(log)), *photos[6:]]
+    records = list(Scorer("qualiclip-mini", device="cpu", workers=2).score(sources))
+    assert [record.path for record in records] == [str(path) for path in photos]
+    assert all(record.error is None for record in records[:5] + records[6:])
+    if scored:
+        assert records[5].error is None
+    else:
+        assert "the process that tried it was killed" in records[5].error
+        assert log.stat().st_size == 3  # once among others, twice alone
+
+
+def test_refused_before_decoding(tmp_path: Path, photos: list[Path]) -> None:
+    for workers in (0, 1):
+        records = list(Scorer("qualiclip-mini", device="cpu", workers=workers, max_pixels=5000).score(photos[:4]))
+        assert [record.error is None for record in records] == [True, True, True, False]
+        assert "is too large" in records[3].error
+    before = Image.MAX_IMAGE_PIXELS
+    buffer = io.BytesIO()
+    Image.new("L", (before // 1000 + 1, 1000)).save(buffer, "PNG")
+    (refused,) = Scorer("qualiclip-mini", device="cpu", workers=0).score([buffer.getvalue()])
+    assert "too large" in refused.error and before == Image.MAX_IMAGE_PIXELS
+
+
+def test_precision(photos: list[Path], expected: list[float]) -> None:
+    for precision, tolerance in (("tf32", SAME), ("bf16", 0.15), ("fp16", 0.03)):
+        records = list(Scorer("qualiclip-mini", device="cpu", precision=precision, workers=0).score(photos))
+        scores = [record.scores["qualiclip-mini"] for record in records]
+        assert np.allclose(scores, expected, rtol=0, atol=tolerance)
+        assert precision == "tf32" or not np.array_equal(scores, expected)
+
+
+def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
+    net = build("tiny-resnet", tiny_folder)
+    plain, fast = (Scorer({"x": net}, device="cpu", workers=0, compile=c) for c in (False, True))
+    chosen = photos[0::4]
+    assert np.allclose(
+        [r.scores["x"] for r in plain.score(chosen)], [r.scores["x"] for r in fast.score(chosen)], rtol=0, atol=SAME
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options", "message"),
+    [
+        ("qualiclip-min", {}, "did you mean 'qualiclip-mini'"),
+        ([], {}, "no metric was given"),
+        ("psnr", {}, "needs a reference"),
+        (["qualiclip-mini", "qualiclip-mini"], {}, "two metrics have the same name"),
+        ([5], {}, "metric is a int"),
+        ("qualiclip-mini", {"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
+        ("qualiclip-mini", {"workers": -1}, "workers is -1"),
+        ("qualiclip-mini", {"max_pixels": 1.5}, "max_pixels is 1.5"),
+        ("qualiclip-mini", {"precision": "int8"}, "expected one of fp32, tf32, bf16, fp16"),
+        ("qualiclip-mini", {"device": "tpu"}, "device 'tpu' cannot be used"),
+        ("qualiclip-mini", {"device": "cpu,meta"}, "several of one kind"),
+        ("qualiclip-mini", {"device": []}, "expected one"),
+    ],
+)
+def test_settings_that_make_no_sense(metrics: object, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Scorer(metrics, **{"device": "cpu", **options})
+
+
+def test_two_columns_of_one_name_are_refused(tiny_folder: Path) -> None:
+    pairs = {"b": ("Bright photo.", "Dark photo."), "c": ("Sharp image.", "Blurry image.")}
+    with pytest.raises(SettingsError, match=r"two metrics would be called 'a\.b'"):
+        Scorer({"a": build("tiny-resnet", tiny_folder, prompts=pairs), "a.b": "qualiclip-mini"}, device="cpu")
