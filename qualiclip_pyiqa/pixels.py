@@ -9,6 +9,7 @@ import io
 import math
 import os
 import stat
+import warnings
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -80,7 +81,9 @@ def _decode(file: BinaryIO, name: str) -> np.ndarray:
         raise ImageError(f"{name} is empty (0 bytes); expected a picture")
     try:
         file.seek(0)
-        image = Image.open(file)
+        with warnings.catch_warnings():  # what Pillow would warn of is an error here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except Image.UnidentifiedImageError:

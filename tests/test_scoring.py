@@ -15,7 +15,7 @@ import pyiqa
 import pytest
 import torch
 import upstream
-from killer import Killer
+from faults import Killer
 from PIL import Image
 from test_archs import build
 

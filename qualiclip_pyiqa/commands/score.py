@@ -65,13 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"no pictures in {', '.join(arguments.paths)}{others}")
     columns, engine = _engine(arguments, arguments.metric or [DEFAULT_METRIC])
     summary = _Summary(columns, len(found.paths) + len(found.unreadable))
-    table: ScoreTable | CsvStream = (
-        CsvStream(sys.stdout.buffer, columns)
-        if arguments.output is None
-        else ScoreTable(arguments.output, columns, arguments.resume)
-    )
     try:
-        with table:
+        with _table(arguments, columns) as table:
             _fill(table, found, engine, summary)
     except KeyboardInterrupt:
         print(f"qualiclip: stopped after {summary.rows} rows{_how_to_go_on(arguments.output)}", file=sys.stderr)
@@ -86,6 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     summary.print(found.others)
     return int(summary.errors > 0)
+
+
+def _table(arguments: argparse.Namespace, columns: Sequence[str]) -> ScoreTable | CsvStream:
+    if arguments.output is None:
+        return CsvStream(sys.stdout.buffer, columns)
+    return ScoreTable(arguments.output, columns, arguments.resume)
 
 
 def _fill(table: ScoreTable | CsvStream, found: Found, engine: Engine, summary: _Summary) -> None:

@@ -1,0 +1,366 @@
+"""`qualiclip score` and `qualiclip filter`: tables, exit status, and real faults of files, disks and processes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import as_nobody
+from PIL import Image
+from test_scoring import workers_of
+
+from qualiclip_pyiqa import cli
+from qualiclip_pyiqa.discover import find_pictures
+from qualiclip_pyiqa.scoring import Scorer
+from qualiclip_pyiqa.tables import Record, read_table, write_table
+
+RNG = np.random.default_rng(0)
+
+
+def picture(path: Path, width: int = 48, height: int = 40, mode: str = "RGB", **options: object) -> Path:
+    image = Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def score(*arguments: object) -> int:
+    return cli.main(["score", *map(str, arguments), "--device", "cpu"])
+
+
+def rows(path: Path) -> list[Record]:
+    return list(read_table(path)[1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(4):
+        picture(tmp_path / "photos" / f"{number}.png", 48 + number % 2, 40)
+    picture(tmp_path / "photos" / "sub" / "deep.jpg")
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    return tmp_path / "photos"
+
+
+def test_table_summary_and_status(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s.csv"
+    assert score(folder, "-m", "qualiclip-mini", "-m", "piqe", "-o", out) == 0
+    with out.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["path", "width", "height", "qualiclip-mini", "piqe", "error"]
+    assert [row["path"] for row in table] == [str(folder / f"{n}.png") for n in range(4)] + [
+        str(folder / "sub" / "deep.jpg")
+    ]
+    assert (table[1]["width"], table[1]["height"], table[1]["error"]) == ("49", "40", "")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    scores = [float(row["qualiclip-mini"]) for row in table]
+    assert f"qualiclip-mini (higher is better): count 5, mean {np.mean(scores):.4f}" in captured.err
+    assert f"50% {np.median(scores):.4f}" in captured.err
+    assert f"  best: {max(scores):.4f} {table[int(np.argmax(scores))]['path']}" in captured.err
+    assert f"  worst: {min(scores):.4f} {table[int(np.argmin(scores))]['path']}" in captured.err
+    assert "piqe (lower is better)" in captured.err
+    assert "files passed over, since their suffix is no picture's: 1" in captured.err
+    assert "5/5" in captured.err  # the progress bar
+
+
+def test_stdout_and_stdin(
+    folder: Path, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = picture(folder / "line\nbreak.png")
+    paths = [folder / "1.png", strange, folder / "0.png"]
+    stdin = io.TextIOWrapper(io.BytesIO(b"\0".join(os.fsencode(path) for path in paths) + b"\0"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert score("-", "-0") == 0
+    table = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode())))
+    assert [row["path"] for row in table] == [str(path) for path in paths]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{folder / '0.png'}\r\n\n{folder}\n".encode())))
+    assert score("-") == 0
+    table = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode())))
+    assert len(table) == 6 and table[0]["path"] == str(folder / "0.png")  # and once only
+
+
+def test_usage_errors_have_status_2_and_write_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "s.csv"
+    for arguments, message in (
+        ([folder, "-m", "qualiclipmini", "-o", out], "did you mean 'qualiclip-mini'"),
+        ([folder, "-o", tmp_path / "s.xls"], "expected a name in .csv"),
+        ([folder, "--resume"], "name it with -o"),
+        ([empty, "-o", out], "no pictures in"),
+        ([folder, "--precision", "fp8", "-o", out], "expected one of fp32"),
+        ([folder, "--batch-size", "0", "-o", out], "batch_size is 0"),
+    ):
+        assert score(*arguments) == 2
+        err = capsys.readouterr().err.strip().splitlines()
+        assert message in err[-1] and err[-1].startswith("qualiclip: ")
+    with pytest.raises(SystemExit) as caught:
+        score()
+    assert caught.value.code == 2
+    assert not out.exists()
+
+
+def test_every_broken_picture_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mixed"
+    good = {
+        "cmyk.jpg": picture(folder / "cmyk.jpg", mode="CMYK"),
+        "png named.jpg": picture(folder / "x.png").rename(folder / "png named.jpg"),
+        "grey.png": picture(folder / "grey.png", mode="L"),
+    }
+    Image.fromarray(RNG.integers(0, 65536, (40, 48), dtype=np.uint16)).save(folder / "16 bit.png")
+    frames = [Image.fromarray(RNG.integers(0, 256, (40, 48), dtype=np.uint8)) for _ in range(3)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    picture(folder / "new\nline.png")
+    picture(folder / "bytes.png").rename(folder / os.fsdecode(b"\xff\xfe.png"))
+    bad = {
+        "truncated.jpg": "is damaged",
+        "empty.png": "is empty (0 bytes)",
+        "text.jpg": "is no picture",
+        "one pixel.png": "is 1x1 pixels",
+        "huge.png": "is too large",
+        "folder.png.link.png": "does not exist",
+        "loop.png": "cannot be read",
+        "pipe.png": "is a pipe",
+    }
+    whole = picture(folder / "truncated.jpg", 400, 400).read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("Hello")
+    picture(folder / "one pixel.png", 1, 1)
+    Image.new("1", (20000, 20000)).save(folder / "huge.png")
+    (folder / "folder.png.link.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "again").symlink_to(folder)  # a loop of folders
+    out = tmp_path / "s.jsonl"
+    assert score(folder, folder / "vanished.png", "-o", out) == 1
+    table = {Path(str(row.path)).name: row for row in rows(out)}
+    assert len(table) == len(rows(out)) == len(bad) + len(good) + 4 + 1
+    for name, message in {**bad, "vanished.png": "does not exist"}.items():
+        assert message in str(table[name].error) and not table[name].scores, name
+        assert "\n" not in str(table[name].error)
+    for name in {*good, "16 bit.png", "animated.gif", "new\nline.png", os.fsdecode(b"\xff\xfe.png")}:
+        assert table[name].error is None and 0 <= table[name].scores["qualiclip-mini"] <= 1
+    err = capsys.readouterr().err
+    assert f"{len(table)} pictures: 7 scored, 9 with an error" in err and "and 4 more" in err
+
+    # The same by pattern and into the other formats; nothing is scored twice when it is done already.
+    for suffix in (".csv", ".parquet"):
+        again = tmp_path / f"s{suffix}"
+        for _ in range(2):
+            assert score(tmp_path / "m*", folder / "vanished.png", "-o", again, "--resume") == 1
+        assert len(rows(again)) == len(table)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "sub").chmod(0)
+    monkeypatch.chdir(folder)  # the folders above may be closed too
+    assert as_nobody(lambda: str(find_pictures(["sub"]).unreadable)) == str({"sub": "Permission denied"})
+    (folder / "sub").chmod(0o755)
+
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # the command itself cannot run without root's rights where its caches are root's
+        if path.endswith("sub"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert score(folder, "-o", tmp_path / "s.csv") == 1
+    first, *others = rows(tmp_path / "s.csv")
+    assert first.path == str(folder / "sub") and "cannot be listed (Permission denied)" in str(first.error)
+    assert len(others) == 4 and all(row.error is None for row in others)
+
+
+def test_find_pictures(folder: Path, tmp_path: Path) -> None:
+    assert find_pictures([str(folder / "**" / "*.jpg")]).paths == [str(folder / "sub" / "deep.jpg")]
+    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "0.png"), str(folder / "1.png")]
+    picture(folder / "[01].png")  # a name that looks like a pattern is a name first
+    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "[01].png")]
+    assert find_pictures([str(folder / "x*"), "x"]).paths == [str(folder / "x*"), "x"]  # so that an error says it
+    found = find_pictures([str(folder / "1.png"), str(folder), str(folder)])
+    assert Counter(found.paths).most_common(1)[0][1] == 1 and found.paths[0] == str(folder / "1.png")
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    for number in range(60):
+        picture(tmp_path / "many" / f"{number:02}.png", 200, 160)
+    return tmp_path / "many"
+
+
+def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "qualiclip_pyiqa.cli", "score", *map(str, arguments), "--device", "cpu"]
+    root = str(Path(cli.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **options)  # type: ignore[call-overload]
+
+
+def wait_for_rows(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not out.exists() or out.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, "no rows came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("suffix", "how"), [(".csv", signal.SIGKILL), (".parquet", signal.SIGINT)])
+def test_a_stopped_run_is_resumed_and_nothing_is_scored_twice(
+    suffix: str, how: signal.Signals, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / f"s{suffix}"
+    growing = tmp_path / "s.parquet.part" if suffix == ".parquet" else out
+    run = start(many, "-o", out, "--workers", 2, "--batch-size", 1)
+    wait_for_rows(growing, 8)
+    workers = workers_of(run.pid)
+    assert workers
+    run.send_signal(how)
+    _, err = run.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert run.returncode == 130
+        assert b"stopped after" in err and b"--resume goes on" in err and b"Traceback" not in err
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a decoding process outlived its run"
+        time.sleep(0.05)
+    before = growing.read_bytes().count(b"\n") - (suffix == ".csv")
+    assert 0 < before < 60
+    with growing.open("ab") as file:
+        file.write(b'"torn')
+
+    scored = []
+    original = Scorer.score
+
+    def watched(self: Scorer, images: list[str]) -> Iterator[Record]:
+        scored.extend(images)
+        return original(self, images)
+
+    monkeypatch.setattr(Scorer, "score", watched)
+    assert score(many, "-o", out, "--resume", "--workers", 0) == 0
+    assert len(scored) == 60 - before
+    assert [row.path for row in rows(out)] == [str(path) for path in sorted(many.iterdir())]
+    whole = tmp_path / "whole.csv"
+    assert score(many, "-o", whole, "--workers", 0) == 0
+    for row, expected in zip(rows(out), rows(whole), strict=True):
+        assert row.scores["qualiclip-mini"] == pytest.approx(expected.scores["qualiclip-mini"], abs=2e-6)
+
+
+def test_a_killed_worker_does_not_stop_the_command(many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.csv"
+    run = start(many, "-o", out, "--workers", 2, "--batch-size", 1)
+    wait_for_rows(out, 8)
+    for worker in workers_of(run.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err.decode()
+    assert [row.path for row in rows(out)] == [str(path) for path in sorted(many.iterdir())]
+    assert all(row.error is None for row in rows(out))
+
+
+def test_a_full_disk_is_said_and_the_rows_before_are_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s.csv"
+
+    def limit() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))
+
+    run = start(folder, "-o", out, "--workers", 0, preexec_fn=limit)
+    _, err = run.communicate(timeout=120)
+    last = err.decode().strip().splitlines()[-1]
+    assert run.returncode == 1 and last.startswith(f"qualiclip: {out} cannot be written (File too large)"), err
+    kept = len(rows(out))
+    assert 0 < kept < 5 and out.read_bytes().endswith(b"\n")
+    assert score(folder, "-o", out, "--resume") == 0
+    assert len({row.path for row in rows(out)}) == len(rows(out)) == 5
+    (tmp_path / "full.csv").symlink_to("/dev/full")
+    assert score(folder, "-o", tmp_path / "full.csv") == 1
+    assert "full.csv cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough(many: Path) -> None:
+    run = start(many, "--workers", 0, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith(b"path,width")
+    run.stdout.close()
+    assert run.stderr is not None
+    assert b"Traceback" not in run.stderr.read()
+    assert run.wait(timeout=60) == 1
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    records = [Record(f"{n}.png", 40, 40, {"qualiclip-mini": n / 10, "piqe": n}) for n in (3, 1, 4, 1.5, 9, 2, 6)]
+    records.insert(3, Record("broken.png", error="broken"))
+    write_table(tmp_path / "t.csv", ["qualiclip-mini", "piqe"], records)
+    return tmp_path / "t.csv"
+
+
+def keep(table: Path, *arguments: object) -> int:
+    return cli.main(["filter", str(table), *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("-m", "qualiclip-mini", "--above", 0.3), "3 4 9 6"),
+        (("-m", "qualiclip-mini", "--below", 0.15), "1 1.5"),
+        (("-m", "qualiclip-mini", "--best", 0.25), "9 6"),
+        (("-m", "piqe", "--best", 0.25), "1 1.5"),  # lower is better
+        (("-m", "piqe", "--best", 0), ""),
+        (("-m", "piqe", "--best", 1), "3 1 4 1.5 9 2 6"),
+    ],
+)
+def test_filter_lists(
+    arguments: tuple[object, ...], expected: str, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert keep(table, *arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split() == [f"{number}.png" for number in expected.split()]
+    assert f"{len(expected.split())} of 7 scored pictures kept; 1 without a score left out" in captured.err
+    assert keep(table, *arguments, "-0") == 0
+    assert capsys.readouterr().out == "".join(f"{number}.png\0" for number in expected.split())
+
+
+def test_filter_keeps_rows_and_copies(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(folder, "-o", tmp_path / "s.csv") == 0
+    capsys.readouterr()
+    assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "k.parquet", "--copy", tmp_path / "kept") == 0
+    assert capsys.readouterr().out == ""
+    assert rows(tmp_path / "k.parquet") == rows(tmp_path / "s.csv")
+    for path in [*folder.glob("*.png"), folder / "sub" / "deep.jpg"]:
+        assert (tmp_path / "kept" / path.relative_to(folder)).read_bytes() == path.read_bytes()
+    assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "kept") == 2
+    assert "is there already" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "more") == 1
+    assert "cannot be copied" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "more").rglob("*") if path.is_file()]
+
+
+def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (("--above", 0.5), "choose one with -m"),
+        (("-m", "niqe", "--above", 0.5), "has no score 'niqe'"),
+        (("-m", "piqe", "--best", 20), "expected a share in 0..1"),
+        (("-m", "piqe", "--best", 1, "-o", table), "is there already"),
+        (("-m", "piqe", "--best", 1, "-o", tmp_path / "x.txt"), "expected a name in"),
+    ):
+        assert keep(table, *arguments) == 2
+        assert message in capsys.readouterr().err
