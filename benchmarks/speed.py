@@ -15,24 +15,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
-import os
-import platform
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import open_clip
 import pyiqa
 import torch
-import upstream
+import versus
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,40 +49,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = options.weights or make_weights(Path(made))
-        os.environ["QUALICLIP_PYIQA_WEIGHTS"] = str(folder)
-        os.environ["QUALICLIP_PYIQA_VERIFY"] = "1" if options.weights else "0"
-        with torch.no_grad():
-            rows = on_gpu(folder, options) if options.device.startswith("cuda") else on_cpu(folder, options)
-    report = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": machine(options.device),
-        "versions": {"torch": torch.__version__, "pyiqa": pyiqa.__version__, "python": platform.python_version()},
-        "weights": str(options.weights.name) if options.weights else "random, upstream's layouts",
-        "rows": rows,
-    }
-    print(f"{report['date']}, {report['machine']}, torch {torch.__version__}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def make_weights(folder: Path) -> Path:
-    config = open_clip.get_model_config("RN50-quickgelu")
-    torch.save(upstream.random_clip(config, seed=0), folder / "RN50.pt")
-    upstream.write_qualiclip(folder / "QualiCLIP.pth", upstream.random_clip(config, seed=1))
-    return folder
-
-
-def machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"{name}, {torch.get_num_threads()} threads"
+    with versus.weights(options.weights) as folder, torch.no_grad():
+        rows = on_gpu(folder, options) if options.device.startswith("cuda") else on_cpu(folder, options)
+    versus.report(options.json, options.device, options.weights, rows)
 
 
 def on_cpu(folder: Path, options: argparse.Namespace) -> list[dict]:
@@ -101,8 +61,8 @@ def on_cpu(folder: Path, options: argparse.Namespace) -> list[dict]:
     rows = []
     for name, count, height, width, wanted, wanted_compiled in CPU_CASES:
         ours = pyiqa.create_metric(name, device="cpu").net
-        theirs = upstream.oracle(name, folder)
-        x = upstream.pictures(count, height, width)
+        theirs = versus.oracle(name, folder)
+        x = versus.pictures(count, height, width)
         calls = [lambda ours=ours, x=x: ours(x), lambda theirs=theirs, x=x: theirs(x)]
         if options.compile and wanted_compiled:
             fast = compiled(ours)
@@ -136,7 +96,7 @@ def on_cpu(folder: Path, options: argparse.Namespace) -> list[dict]:
         del ours, theirs, calls
         torch.compiler.reset()
         gc.collect()
-    create = [lambda: pyiqa.create_metric("qualiclip", device="cpu"), lambda: upstream.oracle("qualiclip", folder)]
+    create = [lambda: pyiqa.create_metric("qualiclip", device="cpu"), lambda: versus.oracle("qualiclip", folder)]
     own, upstreams = medians(create, options.repeat)
     rows.append({"case": "create_metric('qualiclip')", "seconds": own, "pyiqa_seconds": upstreams, "at_least": 4})
     print(f"| create_metric('qualiclip') | {own:.3f} s | {upstreams:.3f} s | {upstreams / own:.2f} | 4 |" + 5 * " - |")
@@ -182,14 +142,14 @@ def _peak_memory(which: str, folder: str, height: int, width: int) -> float:
     net = (
         pyiqa.create_metric("qualiclip", device="cpu").net
         if which == "ours"
-        else upstream.oracle("qualiclip", Path(folder))
+        else versus.oracle("qualiclip", Path(folder))
     )
-    net(upstream.pictures(1, 64, 64))
+    net(versus.pictures(1, 64, 64))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading included, is forgotten
     before = _kib("VmRSS")
     large = height * width > 2**24  # such a picture counts as part of what scoring it needs
-    x = torch.rand(1, 3, height, width) if large else upstream.pictures(1, height, width)
+    x = torch.rand(1, 3, height, width) if large else versus.pictures(1, height, width)
     if not large:
         Path("/proc/self/clear_refs").write_text("5")
         before = _kib("VmRSS")
@@ -207,10 +167,10 @@ def on_gpu(folder: Path, options: argparse.Namespace) -> list[dict]:
     rows = []
     print("| size | what | batch | pictures/s | ratio to pyiqa | peak MiB | score difference to fp32 |")
     print("|---|---|---|---|---|---|---|")
-    theirs = upstream.oracle("qualiclip", folder).to(options.device)
+    theirs = versus.oracle("qualiclip", folder).to(options.device)
     for height, width in GPU_SIZES:
         batch = min(64, max(1, GPU_BATCH_PIXELS // (height * width)))
-        x = upstream.pictures(min(batch, 8), height, width).to(options.device)
+        x = versus.pictures(min(batch, 8), height, width).to(options.device)
         x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch]
         base, _, memory = gpu_rate(theirs, x[:1], options)
         rows.append(gpu_row(f"{height}x{width}", "pyiqa fp32, single", 1, base, base, memory, 0.0))

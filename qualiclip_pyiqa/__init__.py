@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .loss import QualityLoss
     from .metrics import METRICS
     from .prompts import prompt_set_names
+    from .scoring import Scorer
+    from .tables import Record
 
 __all__ = [
     "METRICS",
@@ -22,6 +24,8 @@ __all__ = [
     "OpenQualiCLIP",
     "PromptError",
     "QualityLoss",
+    "Record",
+    "Scorer",
     "SettingsError",
     "WeightsError",
     "as_batch",
@@ -41,6 +45,8 @@ _ROOMS = {
     "QualityLoss": "loss",
     "METRICS": "metrics",
     "prompt_set_names": "prompts",
+    "Scorer": "scoring",
+    "Record": "tables",
 }
 
 qualiclip_pyiqa_start.arrange()

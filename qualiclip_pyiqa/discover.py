@@ -66,10 +66,15 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> Iterator[str
     for entry in entries:
         if os.path.isdir(entry.path):
             yield from _walk(entry.path, found, seen)
-        elif os.path.splitext(entry.name)[1].lower() in _suffixes():
+        elif is_picture(entry.name):
             yield entry.path
         else:
             found.others += 1
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is a picture by its suffix."""
+    return os.path.splitext(name)[1].lower() in _suffixes()
 
 
 @cache

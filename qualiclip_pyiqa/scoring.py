@@ -91,12 +91,12 @@ class Scorer:
         #: Names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
         self.columns = self.networks[0].columns
 
-    def score(self, images: Iterable[Source]) -> Iterator[Record]:
+    def score(self, images: Iterable[Source | ImageError]) -> Iterator[Record]:
         """Yield one record per picture, in input order, as they are ready.
 
         Args:
-            images: what `load_image` takes, one picture each; any iterable, read as needed and never kept. Paths and
-                bytes are decoded in worker processes.
+            images: what `load_image` takes, one picture each, or the `ImageError` that there is instead of one; any
+                iterable, read as needed and never kept. Paths and bytes are decoded in worker processes.
 
         A picture that cannot be scored is a record with an error. A decoding process that is killed is replaced; a
         batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
@@ -118,7 +118,7 @@ class _Run:
     def __init__(
         self,
         scorer: Scorer,
-        images: Iterator[Source],
+        images: Iterator[Source | ImageError],
         events: queue.SimpleQueue[Any],
         decoder: Decoder,
         threads: Sequence[ThreadPoolExecutor],
@@ -162,6 +162,8 @@ class _Run:
         self.paths[number] = os.fspath(source) if is_path else None  # type: ignore[arg-type]
         if is_path or isinstance(source, bytes):
             self.decoder.submit(number, source)  # type: ignore[arg-type]
+        elif isinstance(source, ImageError):  # of whoever should have brought the picture
+            self._decoded(number, source)
         elif isinstance(source, Tensor):
             try:
                 self._decoded(number, np.asarray(load_image(source).detach().cpu().movedim(0, -1)))

@@ -59,7 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         check_suffix(arguments.output)
     elif arguments.resume:
         raise SettingsError("--resume goes on with a table; name it with -o FILE")
-    found = find_pictures(_named(arguments.paths, b"\0" if arguments.null else b"\n"))
+    names = _named(arguments.paths, b"\0" if arguments.null else b"\n")
+    if arguments.engine == "ray":
+        from ..ray_stage import expand_urls
+
+        names = expand_urls(names)
+    found = find_pictures(names)
     if not found.paths and not found.unreadable:
         others = f" ({found.others} files are none)" if found.others else ""
         raise SettingsError(f"no pictures in {', '.join(arguments.paths)}{others}")
