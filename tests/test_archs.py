@@ -326,7 +326,7 @@ def test_memory_grows_linearly_with_the_picture(tiny_folder: Path, kind: str) ->
         with Largest() as mode:
             net(torch.rand(1, 3, side, side))
         largest.append(mode.numel)
-    assert largest[1] <= 16 * largest[0]  # 16 times the pixels
+    assert largest[1] <= 16.1 * largest[0]  # 16 times the pixels, and a row that is set aside for odd heights
 
 
 def test_fixed_prompts_are_encoded_once(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
