@@ -1,34 +1,62 @@
 """A folder of photographs end to end: `qualiclip score` against `pyiqa METRIC -t FOLDER`, start-up aside.
 
-    python benchmarks/folder.py --images DIR [--limit 200] [--metric qualiclip] [--device cpu] [--weights DIR]
+    python benchmarks/folder.py --images DIR... [--limit 200] [--metric qualiclip] [--device cpu] [--weights DIR]
 
 Both read, decode and score the same files with the same weights (without --weights: random content, which time does not
-depend on) in this process. pyiqa's part is what its command does: `metric(path).item()` for one file after the other,
-with pyiqa's own network; the models are loaded before the clock starts. The photographs, every `--limit`-th of the
-folder in the order of their names, go to each in turn in four portions, so that what else the machine does hits both.
+depend on), each in a process of its own, as the two commands do: ours with `Scorer` and `keep_freed_memory`, pyiqa's
+with `metric(path).item()` for one file after the other and pyiqa's own network. Models are loaded before the clock
+starts. The photographs, every n-th that there is, go to the two in turn in four portions, so that what else the machine
+does hits both.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyiqa
-import torch
 import versus
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.discover import find_pictures
+from qualiclip_pyiqa.memory import keep_freed_memory
 from qualiclip_pyiqa.scoring import Scorer
 
 PORTIONS = 4
 
 
+_loaded: dict[str, Any] = {}  # of the process that scores
+
+
+def load_ours(metric: str, device: str, compile: bool) -> None:
+    keep_freed_memory()
+    _loaded["scorer"] = Scorer(metric, device=device, compile=compile)
+
+
+def load_theirs(metric: str, device: str, folder: Path) -> None:
+    _loaded["metric"] = pyiqa.create_metric(metric, device=device)
+    _loaded["metric"].net = versus.oracle(metric, folder).to(device)
+
+
+def score_ours(paths: list[str]) -> tuple[float, list[float]]:
+    started = time.perf_counter()
+    scores = [next(iter(record.scores.values())) for record in _loaded["scorer"].score(paths)]
+    return time.perf_counter() - started, scores
+
+
+def score_theirs(paths: list[str]) -> tuple[float, list[float]]:
+    started = time.perf_counter()
+    scores = [_loaded["metric"](path).item() for path in paths]
+    return time.perf_counter() - started, scores
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--images", nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--metric", default="qualiclip", choices=("qualiclip", "clipiqa"))
     parser.add_argument("--device", default="cpu")
@@ -36,23 +64,21 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    paths = find_pictures([str(options.images)]).paths
+    paths = find_pictures(options.images).paths
     paths = paths[:: max(1, len(paths) // options.limit)][: options.limit]
-    with versus.weights(options.weights) as folder:
-        scorer = Scorer(options.metric, device=options.device, compile=options.compile)
-        theirs = pyiqa.create_metric(options.metric, device=options.device)
-        theirs.net = versus.oracle(options.metric, folder).to(options.device)
-        list(scorer.score(paths[:2]))
-        [theirs(path) for path in paths[:2]]
-        ours_s = theirs_s = largest = 0.0
-        for portion in range(PORTIONS):
-            part = paths[portion * len(paths) // PORTIONS : (portion + 1) * len(paths) // PORTIONS]
-            started = time.perf_counter()
-            own = [record.scores[options.metric] for record in scorer.score(part)]
-            between = time.perf_counter()
-            upstreams = [theirs(path).item() for path in part]
-            ours_s, theirs_s = ours_s + between - started, theirs_s + time.perf_counter() - between
-            largest = max(largest, float((torch.tensor(own) - torch.tensor(upstreams)).abs().max()))
+    context = multiprocessing.get_context("spawn")
+    ours_s = theirs_s = largest = 0.0
+    with versus.weights(options.weights) as folder, context.Pool(1) as one, context.Pool(1) as other:
+        one.apply(load_ours, (options.metric, options.device, options.compile))
+        other.apply(load_theirs, (options.metric, options.device, folder))
+        for portion in range(-1, PORTIONS):  # a first one, of two pictures, is not counted
+            start, end = max(0, portion * len(paths) // PORTIONS), (portion + 1) * len(paths) // PORTIONS
+            part = paths[start:end] if portion >= 0 else paths[:2]
+            seconds, own = one.apply(score_ours, (part,))
+            upstream_seconds, upstreams = other.apply(score_theirs, (part,))
+            if portion >= 0:
+                ours_s, theirs_s = ours_s + seconds, theirs_s + upstream_seconds
+                largest = max(largest, *(abs(a - b) for a, b in zip(own, upstreams, strict=True)))
     sizes = Counter(tuple(load_image(path).shape[1:]) for path in paths)
     (common, count), *_ = sizes.most_common(1)
     print(

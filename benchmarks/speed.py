@@ -1,6 +1,6 @@
 """One network call against pyiqa's own on the same weights: time, memory, scores.
 
-    python benchmarks/speed.py [--device cpu] [--repeat 5] [--no-compile] [--weights DIR] [--json FILE]
+    python benchmarks/speed.py [--repeat 5] [--no-compile] [--keep-freed-memory] [--weights DIR] [--json FILE]
     python benchmarks/speed.py --device cuda [--json FILE]
 
 Without --weights (a folder with RN50.pt and QualiCLIP.pth) the files are made, in upstream's layouts, with random
@@ -27,6 +27,7 @@ import versus
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from qualiclip_pyiqa.memory import keep_freed_memory
 from qualiclip_pyiqa.scoring import compiled
 
 # Metric, batch, height, width, and how many times pyiqa's speed is to be reached (eager, compiled).
@@ -46,9 +47,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as the qualiclip command does, for both")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.keep_freed_memory:
+        keep_freed_memory()
     with versus.weights(options.weights) as folder, torch.no_grad():
         rows = on_gpu(folder, options) if options.device.startswith("cuda") else on_cpu(folder, options)
     versus.report(options.json, options.device, options.weights, rows)

@@ -44,6 +44,9 @@ class PromptIQA(nn.Module):
         n_ctx, ctx_init, prompt_specific_ctx: a fresh context's length, first words, and whether each text has its own.
         prompts: a set's name, a list of (positive, negative) pairs, or a mapping attribute -> pair or pairs.
         weights: record of the manifest, or a file, that holds the tower.
+        tile: another rule, never the default, for towers whose time grows faster than the picture: the mean score of
+            windows of at most so many pixels a side, evenly spread over the picture. Its scores are not those of the
+            whole picture (docs/speed.md says how far they are apart), and `describe()` names it.
 
     Shape:
         x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any float dtype; the whole picture
@@ -72,6 +75,7 @@ class PromptIQA(nn.Module):
         prompt_specific_ctx: bool = True,
         prompts: Any = None,
         weights: str | Path | None = None,
+        tile: int | None = None,
     ) -> None:
         super().__init__()
         model_type = model_type or self.default_type
@@ -81,6 +85,9 @@ class PromptIQA(nn.Module):
         self.temperature = float(spec.temperature if temperature is None else temperature)
         if not self.temperature > 0:
             raise SettingsError(f"temperature is {temperature}; expected a positive number")
+        if tile is not None and (not isinstance(tile, int) or tile < MIN_SIDE):
+            raise SettingsError(f"tile is {tile!r}; expected None or an integer of at least {MIN_SIDE}")
+        self.tile = tile
         self.pos_embedding = spec.pos_embedding if pos_embedding is None else bool(pos_embedding)
         self.source = _Source(spec, backbone or spec.backbone, weights)
         state, stored = self.source.read()
@@ -128,7 +135,11 @@ class PromptIQA(nn.Module):
         return self.score(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Image features (N, D), not of unit length, of what `forward` takes: metrics on one tower can share them."""
+        """Image features of what `forward` takes, not of unit length: metrics on one tower can share them.
+
+        Shape:
+            x: (N, 3, H, W) or (N, 1, H, W) -> (N, D), or (N, T, D) for T windows where `tile` is set.
+        """
         if x.dim() != 4 or x.shape[1] not in (1, 3):
             raise ImageError(f"picture tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
         if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
@@ -137,10 +148,17 @@ class PromptIQA(nn.Module):
             )
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
-        return self.tower(x.to(self.prompt_features.dtype))
+        x = x.to(self.prompt_features.dtype)
+        if self.tile is None:
+            return self.tower(x)
+        tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
+        windows = [x[:, :, t : t + self.tile, left : left + self.tile] for t in tops for left in lefts]
+        return torch.stack([self.tower(window) for window in windows], dim=1)
 
     def score(self, features: Tensor) -> Tensor:
-        """Scores (N, A) of image features (N, D)."""
+        """Scores (N, A) of image features (N, D), or the mean scores of windows (N, T, D)."""
+        if features.dim() == 3:
+            return self.score(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(dim=1)
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
         # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
         with torch.autocast(features.device.type, enabled=False):
@@ -179,7 +197,9 @@ class PromptIQA(nn.Module):
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
             "pos_embedding": self.pos_embedding,
-            "resize": "none: the whole picture at its own size",
+            "resize": "none: the whole picture at its own size"
+            if self.tile is None
+            else f"none: the mean score of windows of at most {self.tile}x{self.tile} pixels, evenly spread",
             "minimum_side": MIN_SIDE,
             "score_range": self.score_range,
             "lower_better": self.lower_better,
@@ -289,6 +309,12 @@ class OpenQualiCLIP(PromptIQA):
 
     default_type = "qualiclip+"
     context_std = 0.02
+
+
+def _window_starts(side: int, tile: int) -> list[int]:
+    """First pixels of as few windows of `tile` pixels as cover `side`, evenly spread."""
+    count = -(-side // tile)
+    return [0] if count == 1 else [round(k * (side - tile) / (count - 1)) for k in range(count)]
 
 
 def _spec_of(arch: str, model_type: str, pretrained: bool | str | Path) -> MetricSpec:

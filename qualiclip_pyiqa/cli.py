@@ -19,12 +19,14 @@ from collections.abc import Callable, Sequence
 
 from .commands import filter, score, weights
 from .errors import ImageError, PromptError, SettingsError, WeightsError
+from .memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; `argv` is the command line without the program's name. Returns the exit status."""
     logging.basicConfig(format="qualiclip: %(levelname)s: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
+    keep_freed_memory()
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)

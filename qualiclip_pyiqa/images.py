@@ -47,11 +47,14 @@ def load_image(source: Source) -> Tensor:
         if source.dim() not in (2, 3):
             raise ImageError(f"tensor has shape {tuple(source.shape)}; expected (C, H, W) or (H, W)")
         return _from_tensor(source if source.dim() == 3 else source.unsqueeze(0))
-    return from_pixels([read_pixels(source)])[0]
+    return from_pixels([read_pixels(source)])[0].contiguous()
 
 
 def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None = None) -> Tensor:
-    """N arrays of one shape and dtype, as `read_pixels` gives them -> (N, 3, H, W) float32 in 0..1 on `device`."""
+    """N arrays of one shape and dtype, as `read_pixels` gives them -> (N, 3, H, W) float32 in 0..1 on `device`.
+
+    The memory stays in the arrays' order (channels last), which the towers want anyway.
+    """
     pixels = torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
     return _rgb(pixels.movedim(-1, 1) if pixels.dim() == 4 else pixels.unsqueeze(1), "array")
 
@@ -75,17 +78,17 @@ def _rgb(pixels: Tensor, name: str) -> Tensor:
     scale = _SCALE.get(str(pixels.dtype).removeprefix("torch."))
     if scale is None and not pixels.is_floating_point():
         raise ImageError(f"{name} has dtype {pixels.dtype}; expected uint8, uint16, or floating point in 0..1")
-    pixels = pixels.float() if scale is None else pixels.float() / scale
+    pixels = pixels.float() if scale is None else pixels.float().div_(scale)
     if channels == 4:
         alpha = pixels[..., 3:, :, :]
         pixels = pixels[..., :3, :, :] * alpha + (1 - alpha)
     elif channels == 1:
         pixels = pixels.expand(*pixels.shape[:-3], 3, height, width)
-    return pixels.contiguous()
+    return pixels
 
 
 def _from_tensor(tensor: Tensor) -> Tensor:
     rgb = _rgb(tensor, "tensor")
     if tensor.is_floating_point():
         check_range(tensor.min().item(), tensor.max().item(), "tensor")
-    return rgb
+    return rgb.contiguous()

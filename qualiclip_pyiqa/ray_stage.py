@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .errors import ImageError, SettingsError
+from .memory import keep_freed_memory
 from .tables import Record
 
 # Rows of a block: what a worker scores at a time, and what is done again if it is killed.
@@ -94,6 +95,7 @@ class ScoreStage:
         from .scoring import Scorer
 
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.image = image
         self.scorer = Scorer(metrics, workers=1 if workers is None else workers, **options)
 

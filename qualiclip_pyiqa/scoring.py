@@ -32,8 +32,9 @@ from .tables import Record
 
 logger = logging.getLogger(__name__)
 
-# Pixels of a batch: 85 pictures of 512x384, 8 of 1080p, 2 of 4K. A larger picture goes alone.
-BATCH_PIXELS = 2**24
+# Pixels of a batch on a GPU: 85 pictures of 512x384, 8 of 1080p, 2 of 4K; a larger picture goes alone. On a CPU larger
+# batches are slower than single pictures, since their features leave the caches and the memory that is at hand.
+BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
 # What decoded pictures may weigh while they wait for a device.
 WAITING_BYTES = 2**30
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -229,27 +230,30 @@ class Network:
     def __init__(self, metrics: Mapping[str, nn.Module], device: torch.device, precision: str, compile: bool) -> None:
         self.device = device
         self.precision = precision
-        self.batch_pixels = BATCH_PIXELS
-        self.heads: list[tuple[list[str], PromptIQA, int]] = []  # columns, network, index of its tower
+        self.batch_pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cuda"])
+        self.heads: list[tuple[list[str], PromptIQA, int]] = []  # columns, network, index of its features
         self.towers: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = []  # compiled, plain
         self.others: list[tuple[str, nn.Module]] = []
-        towers: list[nn.Module] = []
+        firsts: list[PromptIQA] = []  # those whose features the others share
         for name, metric in metrics.items():
             net = getattr(metric, "net", metric)
             if not isinstance(net, PromptIQA):
                 self.others.append((name, metric.to(device).eval()))
                 continue
             net = net.eval()
-            index = next((k for k, tower in enumerate(towers) if _same(tower, net.tower)), len(towers))
-            if index == len(towers):
-                towers.append(net.tower)
-            net.tower = towers[index]  # the twin's memory is freed
+            twin = next((first for first in firsts if _same(first.tower, net.tower)), None)
+            if twin is not None:
+                net.tower = twin.tower  # and its own memory is freed
             net.to(device=device, dtype=PRECISIONS[precision])
+            index = next(
+                (k for k, first in enumerate(firsts) if (first.tower, first.tile) == (net.tower, net.tile)), -1
+            )
+            if index < 0:
+                index = len(firsts)
+                firsts.append(net)
+                self.towers.append((compiled(net.features) if compile else net.features, net.features))
             single = len(net.attributes) == 1
             self.heads.append(([name if single else f"{name}.{a}" for a in net.attributes], net, index))
-        for index in range(len(towers)):
-            net = next(net for _, net, k in self.heads if k == index)
-            self.towers.append((compiled(net.features) if compile else net.features, net.features))
         self.columns = tuple(c for columns, _, _ in self.heads for c in columns) + tuple(n for n, _ in self.others)
         if len(set(self.columns)) < len(self.columns):
             twice = next(c for c in self.columns if self.columns.count(c) > 1)
@@ -298,7 +302,7 @@ class Network:
         for name, metric in self.others:
             for row, problems, picture in zip(rows, errors, rgb, strict=True):
                 try:
-                    score = metric(picture.unsqueeze(0)).item()
+                    score = metric(picture.unsqueeze(0).contiguous()).item()
                 except (torch.OutOfMemoryError, MemoryError):
                     raise
                 except Exception as error:  # what a foreign metric cannot score is that picture's error, not the end

@@ -8,6 +8,7 @@ import os
 import pickle
 from pathlib import Path
 
+import open_clip
 import pyiqa
 import pytest
 import torch
@@ -137,8 +138,6 @@ def test_attributes(tiny_folder: Path) -> None:
 
 def test_score_is_the_formula(tiny_folder: Path) -> None:
     """Against the formula of CLIP-IQA written out with open_clip's own model (224 x 224, positional table on)."""
-    import open_clip
-
     from qualiclip_pyiqa.clip import MEAN, STD, tokenize
 
     model = open_clip.CLIP(**upstream.TINY_RESNET).eval()
@@ -404,3 +403,34 @@ def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
     net(x).sum().backward()
     assert torch.equal(x.grad, expected)
+
+
+@torch.no_grad()
+def test_tiles_are_another_rule_that_says_so(tiny_folder: Path) -> None:
+    whole, tiled = (build("tiny-resnet", tiny_folder, tile=tile) for tile in (None, 64))
+    x = upstream.pictures(2, 100, 170)
+    windows = [x[:, :, t : t + 64, left : left + 64] for t in (0, 36) for left in (0, 53, 106)]
+    expected = torch.stack([whole(window) for window in windows]).mean(0)
+    assert (tiled(x) - expected).abs().max() < 1e-6
+    assert (whole(x) - expected).abs().max() > 1e-5
+    assert torch.equal(tiled(x[:, :, :64, :50]), whole(x[:, :, :64, :50]))  # nothing to cut
+    assert "the whole picture" in whole.describe()["resize"]
+    assert "64x64" in tiled.describe()["resize"]
+    with pytest.raises(SettingsError, match="tile is 16; expected None or an integer of at least 32"):
+        build("tiny-resnet", tiny_folder, tile=16)
+
+
+def test_folding_does_not_change_gradients(tiny_folder: Path) -> None:
+    """The gradient in the picture is that of open_clip's own model, with its BatchNorm and its full attention pool."""
+    model = open_clip.CLIP(**upstream.TINY_RESNET).double().eval()
+    model.load_state_dict(torch.load(tiny_folder / "tiny-resnet.pt"))
+    net = build("tiny-resnet-pos", tiny_folder).double()
+    x = upstream.pictures(2, 224, 224).double().requires_grad_()
+    direction = torch.randn(net.tower.feature_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (net.tower(x) @ direction).sum().backward()
+    ours, x.grad = x.grad, None
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (clip.MEAN, clip.STD))
+    (model.encode_image((x - mean) / std) @ direction).sum().backward()
+    # Folded weights are float32: what remains is their rounding.
+    assert (ours - x.grad).abs().max() < 1e-5 * x.grad.abs().max()
+    assert ours.is_contiguous()

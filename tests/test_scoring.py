@@ -90,21 +90,20 @@ def test_metrics_on_one_tower_share_its_pass(tiny_folder: Path, photos: list[Pat
         "two": build("tiny-resnet", tiny_folder, prompts=pairs),
         "other": build("tiny-vit", tiny_folder),
         "learned": build("tiny-context", tiny_folder),
+        "tiled": build("tiny-resnet", tiny_folder, tile=32),
         "mini": pyiqa.create_metric("qualiclip-mini", device="cpu"),
     }
     scorer = Scorer(metrics, device="cpu", batch_size=4, workers=0)
-    assert scorer.columns == ("one", "two.light", "two.sharp", "other", "learned", "mini")
-    calls: list[int] = []
-    for _, net, _ in scorer.networks[0].heads:
-        if net.tower not in [hooked for hooked, _ in calls]:
-            net.tower.register_forward_hook(lambda tower, *_: calls.append((tower, 1)))
-            calls.append((net.tower, 0))
+    assert scorer.columns == ("one", "two.light", "two.sharp", "other", "learned", "tiled", "mini")
+    passes = []
+    for tower in {id(net.tower): net.tower for _, net, _ in scorer.networks[0].heads}.values():
+        tower.register_forward_hook(lambda tower, *_: passes.append(tower))
     records = list(scorer.score(photos[:1]))
-    assert sum(count for _, count in calls) == 3  # resnet, vit, mini
+    # The ResNet once for three metrics and once for each of the four tiles of 40x64 pixels, the ViT, the mini tower.
+    assert sorted(passes.count(tower) for tower in set(passes)) == [1, 1, 5]
     with torch.no_grad():
         x = load_image(photos[0])[None]
-        singles = [metrics["one"](x), metrics["two"](x), metrics["other"](x), metrics["learned"](x), metrics["mini"](x)]
-    flat = torch.cat([single[0] for single in singles]).tolist()
+        flat = torch.cat([metric(x)[0] for metric in metrics.values()]).tolist()
     assert np.allclose(list(records[0].scores.values()), flat, atol=SAME, rtol=0)
     # What was passed in is untouched: the copies share a tower, the originals do not.
     assert metrics["one"].tower is not metrics["two"].tower
@@ -192,7 +191,7 @@ def test_large_pictures_go_through_the_network_in_small_batches(photos: list[Pat
     (network,) = scorer.networks
     sizes = []
     network.towers = [(lambda x: sizes.append(len(x)) or network.heads[0][1].features(x),) * 2]
-    assert network.batch_pixels == BATCH_PIXELS
+    assert network.batch_pixels == BATCH_PIXELS["cpu"]
     network.batch_pixels = 3 * 40 * 64
     list(scorer.score([photos[0]] * 8))
     assert max(sizes) == 3
