@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,7 +68,8 @@ def agreement(scores: ArrayLike, opinions: ArrayLike, opposite: bool = False, se
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(len(x), None, None, None, None, None, None)
     sign = -1.0 if opposite else 1.0
-    mapped = _logistic_fit(x, y)
+    mapping = fitted_logistic(x, y)
+    mapped = None if mapping is None else mapping(x)
     plain = float(stats.pearsonr(x, y)[0])
     return Agreement(
         n=len(x),
@@ -121,9 +122,10 @@ def logistic(scores: ArrayLike, top: float, bottom: float, middle: float, width:
     return (top - bottom) / (1 + np.exp(-np.clip(s, -500, 500))) + bottom
 
 
-def _logistic_fit(x: Floats, y: Floats) -> Floats | None:
-    """The mapped scores, or None where the fit does not converge (or there are fewer points than parameters)."""
-    if len(x) < 5:
+def fitted_logistic(scores: ArrayLike, opinions: ArrayLike) -> Callable[[ArrayLike], Floats] | None:
+    """The mapping `logistic` fitted to these pictures; None where it does not converge or has too few points."""
+    x, y = _columns(scores, opinions)
+    if len(x) < 5 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     rising = stats.spearmanr(x, y)[0] >= 0
     ends = (y.max(), y.min()) if rising else (y.min(), y.max())
@@ -133,7 +135,7 @@ def _logistic_fit(x: Floats, y: Floats) -> Floats | None:
             found, _ = optimize.curve_fit(logistic, x, y, p0=(*ends, np.median(x), x.std()), maxfev=20_000)
     except RuntimeError:
         return None
-    return logistic(x, *found)
+    return lambda values: logistic(values, *found)
 
 
 def _columns(scores: ArrayLike, opinions: ArrayLike) -> tuple[Floats, Floats]:

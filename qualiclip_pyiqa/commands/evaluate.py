@@ -1,0 +1,277 @@
+"""`qualiclip evaluate`: agreement with opinion scores, behaviour under degradation, gMAD competitions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ImageError, SettingsError
+from ..metrics import lower_is_better
+from ..pixels import source_name
+
+if TYPE_CHECKING:
+    from ..evaluation import Agreement
+    from ..ratings import Ratings
+    from ..tables import Record
+
+DEFAULT_METRIC = "qualiclip-mini"
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="how well metrics agree with people, and what degradations do to them",
+        description="With --ratings or --dataset: SRCC, PLCC, KRCC and RMSE with opinion scores, with bootstrap "
+        "intervals; positive is agreement, whatever the directions. With --degradations: mean score by distortion "
+        "level. With --gmad: the pairs of a gMAD competition.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "-m", "--metric", action="append", metavar="METRIC", help=f"any NR metric of pyiqa (default: {DEFAULT_METRIC})"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores of the pictures of --images")
+    what.add_argument("--dataset", metavar="NAME", help="a data set that pyiqa knows, such as livec, below --images")
+    what.add_argument("--degradations", type=Path, metavar="DIR", help="pristine photographs, to be degraded")
+    what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="two metrics compete on these pictures")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated pictures or of the data sets")
+    parser.add_argument("--image-column", metavar="NAME", help="column of the picture names (default: found)")
+    parser.add_argument("--mos-column", metavar="NAME", help="column of the opinion scores (default: found)")
+    parser.add_argument("--group", metavar="COLUMN", help="also for each value of this column alone")
+    parser.add_argument("--lower-better", action="store_true", help="lower opinion scores are better, as DMOS")
+    parser.add_argument("--levels", type=int, default=4, metavar="N", help="--gmad: pairs per defender (default: 4)")
+    parser.add_argument("--limit", type=int, metavar="N", help="--degradations: at most so many photographs")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the degradations")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, such as plot.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    metrics = arguments.metric or [DEFAULT_METRIC]
+    if arguments.gmad:
+        if arguments.metric:
+            raise SettingsError("--gmad names its two metrics itself; leave -m out")
+        numbers = _gmad(arguments, *arguments.gmad)
+    elif arguments.degradations:
+        numbers = _degradations(arguments, metrics)
+    else:
+        numbers = _opinions(arguments, metrics)
+    if arguments.json is not None:
+        part = arguments.json.with_name(arguments.json.name + ".part")
+        try:
+            part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+            part.replace(arguments.json)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise SettingsError(f"{arguments.json} cannot be written ({error.strerror or error})") from error
+    return 0
+
+
+def _scored(paths: Sequence[Path], metrics: list[str], device: str | None) -> dict[str, list[float]]:
+    """Score of every picture by column; the first one that cannot be scored is an error."""
+    from ..scoring import Scorer
+
+    scorer = Scorer(metrics, device=device)
+    columns: dict[str, list[float]] = {column: [] for column in scorer.columns}
+    for record in _watched(scorer.score(paths), len(paths)):
+        if record.error is not None:
+            raise ImageError(record.error)
+        for column, score in record.scores.items():
+            columns[column].append(score)
+    return columns
+
+
+def _watched(records: Iterable[Record], total: int) -> Iterator[Record]:
+    from tqdm import tqdm
+
+    return iter(tqdm(records, total=total, unit="picture", file=sys.stderr))
+
+
+def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, Any]:
+    from ..evaluation import agreement, compare
+
+    ratings = _ratings(arguments)
+    scores = _scored(ratings.paths, metrics, arguments.device)
+    direction = "lower" if ratings.lower_better else "higher"
+    print(f"{len(ratings.paths)} pictures ({ratings.columns}; {direction} opinion scores are better)\n")
+    opposite = {name: lower_is_better(name) != ratings.lower_better for name in scores}
+    found = {
+        name: agreement(values, ratings.opinions, opposite[name], arguments.seed) for name, values in scores.items()
+    }
+    _print_agreements(found)
+    numbers: dict[str, Any] = {name: each.as_dict() for name, each in found.items()}
+
+    names = list(scores)
+    for number, first in enumerate(names):
+        for second in names[number + 1 :]:
+            one, other = ([-v for v in scores[n]] if opposite[n] else scores[n] for n in (first, second))
+            difference = compare(one, other, ratings.opinions, arguments.seed)
+            if difference is None:
+                continue
+            low, high = difference.ci95
+            print(
+                f"\nSRCC of {first} minus that of {second}: {difference.difference:+.4f} "
+                f"(95 % interval {low:+.4f} to {high:+.4f}, p = {difference.p:.3g}, paired bootstrap)"
+            )
+            numbers[first].setdefault("versus", {})[second] = {
+                "srcc_difference": difference.difference,
+                "ci95": [low, high],
+                "p": difference.p,
+            }
+    for group in dict.fromkeys(ratings.groups):
+        members = [k for k, each in enumerate(ratings.groups) if each == group]
+        print(f"\n{arguments.group} = {group or '(empty)'}, {len(members)} pictures")
+        if len(members) < 3:
+            print("too few to correlate")
+            continue
+        part = {
+            name: agreement(
+                [values[k] for k in members], [ratings.opinions[k] for k in members], opposite[name], arguments.seed
+            )
+            for name, values in scores.items()
+        }
+        _print_agreements(part)
+        for name, each in part.items():
+            numbers[name].setdefault("groups", {})[group] = each.as_dict()
+    if arguments.plot is not None:
+        from .. import plots
+
+        notes = {name: f"SRCC {_number(each.srcc)}, n = {each.n}" for name, each in found.items()}
+        plots.scatter(arguments.plot, scores, ratings.opinions, notes)
+    return numbers
+
+
+def _ratings(arguments: argparse.Namespace) -> Ratings:
+    from ..ratings import pyiqa_ratings, read_ratings
+
+    if arguments.dataset is not None:
+        if arguments.group or arguments.image_column or arguments.mos_column:
+            raise SettingsError("--group, --image-column and --mos-column are for --ratings, not for --dataset")
+        return pyiqa_ratings(arguments.dataset, arguments.images)
+    if arguments.images is None:
+        raise SettingsError("--ratings needs the folder of its pictures: --images DIR")
+    return read_ratings(
+        arguments.ratings,
+        arguments.images,
+        arguments.image_column,
+        arguments.mos_column,
+        arguments.group,
+        True if arguments.lower_better else None,
+    )
+
+
+def _print_agreements(found: Mapping[str, Agreement]) -> None:
+    print("| metric | n | SRCC | 95 % interval | PLCC | PLCC after logistic | KRCC | RMSE after logistic |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, each in found.items():
+        interval = "-" if each.srcc_ci95 is None else f"{each.srcc_ci95[0]:.4f} to {each.srcc_ci95[1]:.4f}"
+        cells = [_number(each.srcc), interval, *map(_number, (each.plcc, each.plcc_logistic, each.krcc, each.rmse))]
+        print(f"| {name} | {each.n} | " + " | ".join(cells) + " |")
+        if each.srcc is None:
+            print(f"{name}: all scores or all opinion scores are the same, so there is no correlation")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, Any]:
+    """Mean score by level for every type, as QualiCLIP's first figure shows it."""
+    import torch
+
+    from ..discover import find_pictures
+    from ..images import load_image
+    from ..scoring import Scorer
+    from ..training.degradations import DEGRADATIONS, LEVELS, degrade
+
+    paths = find_pictures([str(arguments.degradations)]).paths
+    if arguments.limit:
+        paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
+    if not paths:
+        raise SettingsError(f"no pictures in {arguments.degradations}")
+
+    def ladder() -> Iterator[Any]:
+        for number, path in enumerate(paths):
+            rgb = load_image(path)[None]
+            yield rgb[0]
+            for name in DEGRADATIONS:
+                for level in range(1, LEVELS + 1):
+                    # As a file would hold them: 8 bits.
+                    degraded = degrade(rgb, name, level, seed=arguments.seed + number)[0]
+                    yield (degraded * 255).round().to(torch.uint8)
+
+    scorer = Scorer(metrics, device=arguments.device, workers=0)
+    steps = 1 + LEVELS * len(DEGRADATIONS)
+    sums = {column: [0.0] * steps for column in scorer.columns}
+    for number, record in enumerate(_watched(scorer.score(ladder()), steps * len(paths))):
+        if record.error is not None:
+            raise ImageError(f"{source_name(paths[number // steps])}: {record.error}")
+        for column, score in record.scores.items():
+            sums[column][number % steps] += score / len(paths)
+
+    numbers: dict[str, Any] = {}
+    for column, means in sums.items():
+        sign = -1 if lower_is_better(column) else 1
+        types: dict[str, dict[str, Any]] = {}
+        for index, name in enumerate(DEGRADATIONS):
+            by_level = [means[0], *means[1 + index * LEVELS : 1 + (index + 1) * LEVELS]]
+            falls = all(sign * a > sign * b for a, b in pairwise(by_level[1:]))
+            types[name] = {"means": by_level, "falls": falls, "monotone_by_design": DEGRADATIONS[name].monotone}
+        falling = sum(each["falls"] for each in types.values())
+        numbers[column] = {"photographs": len(paths), "types_falling": falling, "types": types}
+        print(f"\n{column}, {len(paths)} photographs: worse at every level for {falling} of {len(types)} types")
+        print("\n| type | pristine | 1 | 2 | 3 | 4 | 5 | falls |\n|---|---|---|---|---|---|---|---|")
+        for name, each in types.items():
+            cells = " | ".join(f"{mean:.3f}" for mean in each["means"])
+            print(f"| {name} | {cells} | {'yes' if each['falls'] else 'no'} |")
+    if arguments.plot is not None:
+        from .. import plots
+
+        plots.levels(
+            arguments.plot,
+            {c: {n: t["means"] for n, t in each["types"].items()} for c, each in numbers.items()},
+            {c: {n: t["falls"] for n, t in each["types"].items()} for c, each in numbers.items()},
+        )
+    return numbers
+
+
+def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ..discover import find_pictures
+    from ..evaluation import gmad
+
+    paths = [Path(path) for path in find_pictures([folder]).paths]
+    scores = _scored(paths, [first, second], arguments.device)
+    found = gmad(scores, {name: lower_is_better(name) for name in scores}, arguments.levels)
+    print("| defender | at | attacker | finds better | and worse | attacker's gap | defender's gap |")
+    print("|---|---|---|---|---|---|---|")
+    for duel in found:
+        print(
+            f"| {duel.defender} | {duel.level:.4f} | {duel.attacker} | {source_name(paths[duel.better])} | "
+            f"{source_name(paths[duel.worse])} | {duel.attacker_gap:.4f} | {duel.defender_gap:.4f} |"
+        )
+    if arguments.plot is not None:
+        from .. import plots
+
+        plots.duels(
+            arguments.plot,
+            [
+                (
+                    f"defender {d.defender}: alike, {d.level:.3f} (gap {d.defender_gap:.3f})",
+                    paths[d.better],
+                    paths[d.worse],
+                    f"attacker {d.attacker}: gap {d.attacker_gap:.3f}",
+                )
+                for d in found
+            ],
+        )
+    return {
+        "pairs": [{**asdict(d), "better": str(paths[d.better]), "worse": str(paths[d.worse])} for d in found],
+    }

@@ -1,0 +1,255 @@
+"""Evaluation against SciPy and formulas on known data, ties and constant columns included; the command on files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+from scipy import stats
+from test_cli_score import picture
+
+from qualiclip_pyiqa import cli
+from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.evaluation import agreement, compare, fitted_logistic, gmad, logistic
+from qualiclip_pyiqa.ratings import read_ratings
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=200)
+Y = 40 + 20 * np.tanh(X) + RNG.normal(size=200) * 5
+ROOT = Path(__file__).parents[1]
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Mean ranks, by definition."""
+    return np.array([(values < v).sum() + (values == v).sum() / 2 + 0.5 for v in values])
+
+
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=6, max_size=30))
+def test_correlations_equal_their_definitions_with_ties(pairs: list[tuple[int, int]]) -> None:
+    x, y = np.array(pairs, float).T
+    found = agreement(x, y)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert found.n == len(pairs)
+        assert (found.srcc, found.plcc, found.plcc_logistic, found.krcc, found.rmse, found.srcc_ci95) == (None,) * 6
+        return
+    assert found.srcc == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1], abs=1e-12)
+    assert found.plcc == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
+    dx, dy = np.sign(x[:, None] - x), np.sign(y[:, None] - y)
+    tau_b = (dx * dy).sum() / np.sqrt((dx != 0).sum() * (dy != 0).sum())
+    assert found.krcc == pytest.approx(tau_b, abs=1e-12)
+
+
+def test_the_logistic_is_fitted() -> None:
+    found = agreement(X, Y)
+    assert found.plcc_logistic > found.plcc + 0.01  # tanh is a logistic
+    mapped = fitted_logistic(X, Y)(X)
+    assert found.rmse == pytest.approx(np.sqrt(np.mean((mapped - Y) ** 2)))
+    assert found.rmse < 1.05 * 5  # the noise's standard deviation
+    exact = logistic(X, 80, 10, 0.3, 0.5)
+    assert agreement(X, exact).rmse < 1e-6 and agreement(X, exact).plcc_logistic == pytest.approx(1)
+    # Falling data are mapped as well, and a mapped score has the direction of the opinions.
+    falling = agreement(-X, Y, opposite=True)
+    assert falling.srcc == pytest.approx(found.srcc) and falling.rmse == pytest.approx(found.rmse, rel=1e-4)
+    assert falling.plcc_logistic == pytest.approx(found.plcc_logistic, rel=1e-4)
+    assert agreement(X[:4], Y[:4]).rmse is None  # fewer points than make sense
+
+
+def test_the_interval_is_the_bootstraps() -> None:
+    low, high = agreement(X, Y).srcc_ci95
+    reference = stats.bootstrap(
+        (X, Y), lambda a, b: stats.spearmanr(a, b)[0], paired=True, vectorized=False, method="percentile", rng=1
+    ).confidence_interval
+    # Two bootstraps of a thousand samples: their 2.5 % quantiles differ by a tenth of the interval at most.
+    assert abs(low - reference.low) < 0.1 * (high - low) and abs(high - reference.high) < 0.1 * (high - low)
+    assert agreement(X, Y, seed=1).srcc_ci95 != (low, high) and agreement(X, Y).srcc_ci95 == (low, high)
+
+
+def test_paired_comparison() -> None:
+    worse = X + RNG.normal(size=200)
+    alike = X + RNG.normal(size=200) * 0.001
+    found = compare(X, worse, Y)
+    assert found.difference == pytest.approx(stats.spearmanr(X, Y)[0] - stats.spearmanr(worse, Y)[0])
+    assert found.p == pytest.approx(0.001) and 0 < found.ci95[0] < found.difference < found.ci95[1]
+    backwards = compare(worse, X, Y)
+    assert backwards.difference == -found.difference and backwards.p == found.p
+    assert compare(X, alike, Y).p > 0.05
+    assert compare(X, np.ones(200), Y) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [([1, 2], [1, 2], "at least 3"), ([1, 2, 3], [1, 2], "3 scores and 2"), ([1, 2, np.nan], [1, 2, 3], "not finite")],
+)
+def test_what_cannot_be_correlated(x: list[float], y: list[float], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        agreement(x, y)
+
+
+def test_gmad_pairs() -> None:
+    a, b = RNG.uniform(size=300), RNG.uniform(size=300)
+    duels = gmad({"a": a, "b": b}, {"a": False, "b": True}, levels=3)
+    assert [(duel.defender, duel.attacker) for duel in duels] == [("a", "b")] * 3 + [("b", "a")] * 3
+    for duel in duels:
+        defending, attacking, sign = (a, b, -1) if duel.defender == "a" else (b, a, 1)
+        assert duel.defender_gap < 0.2 < 0.8 < duel.attacker_gap
+        assert sign * attacking[duel.better] > sign * attacking[duel.worse]
+        assert duel.level == pytest.approx((defending[duel.better] + defending[duel.worse]) / 2)
+        # No other pair that the defender finds as alike is farther apart for the attacker.
+        inside = np.sort(np.argsort(defending)[1:])
+        between = sorted((defending[duel.better], defending[duel.worse]))
+        inside = [k for k in inside if between[0] <= defending[k] <= between[1]]
+        assert duel.attacker_gap == pytest.approx(max(attacking[inside]) - min(attacking[inside]))
+    assert [duel.level for duel in duels[:3]] == sorted(duel.level for duel in duels[:3])
+    with pytest.raises(SettingsError, match="needs at least 18"):
+        gmad({"a": a[:17], "b": b[:17]}, {})
+    with pytest.raises(SettingsError, match="between two metrics"):
+        gmad({"a": a}, {})
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs that get more and more blurred, with opinion scores that say so and DMOS that say the opposite."""
+    folder = tmp_path_factory.mktemp("rated")
+    lines = ["Image_Name,MOS,camera,dmos,constant"]
+    for number, path in enumerate(sorted((ROOT / "examples" / "photos").glob("*[!0d].jpg"))):
+        with Image.open(path) as photo:
+            small = photo.resize((192, 128))
+        for step, radius in enumerate((0, 0.7, 1.5, 3)):
+            name = f"{number}{step}"
+            small.filter(ImageFilter.GaussianBlur(radius)).save(folder / f"{name}.png")
+            lines.append(f"{name},{90 - 20 * step + number},{'ab'[number % 2]},{10 + 20 * step - number},5")
+    (folder / "mos.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def evaluate(*arguments: object) -> int:
+    return cli.main(["evaluate", *map(str, arguments), "--device", "cpu"])
+
+
+def test_command_with_ratings(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "e.json", tmp_path / "e.png"
+    command = ["--ratings", rated / "mos.csv", "--images", rated, "-m", "qualiclip-mini", "-m", "piqe"]
+    assert evaluate(*command, "--group", "camera", "--json", out, "--plot", plot) == 0
+    numbers = json.loads(out.read_text())
+    mini = numbers["qualiclip-mini"]
+    assert list(numbers) == ["qualiclip-mini", "piqe"]
+    assert {"n", "srcc", "plcc", "plcc_logistic", "krcc", "rmse", "srcc_ci95"} <= set(mini)
+    assert mini["n"] == 16 and mini["srcc"] > 0.5 and mini["srcc_ci95"][0] <= mini["srcc"] <= mini["srcc_ci95"][1]
+    assert numbers["piqe"]["srcc"] > 0  # lower is better, and so is counted
+    assert set(mini["groups"]) == {"a", "b"} and mini["groups"]["a"]["n"] == 8
+    assert set(mini["versus"]) == {"piqe"}
+    said = capsys.readouterr().out
+    assert f"| qualiclip-mini | 16 | {mini['srcc']:.4f} |" in said and "camera = a, 8 pictures" in said
+    with Image.open(plot) as drawn:
+        assert drawn.width > 600
+
+    # A DMOS column is known to be better when lower; any column can be named and turned round.
+    assert evaluate(*command[:4], "--mos-column", "dmos", "--json", out) == 0
+    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(mini["srcc"])
+    assert evaluate(*command[:4], "--lower-better", "--json", out) == 0
+    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
+    assert evaluate(*command[:4], "--mos-column", "constant", "--json", out) == 0
+    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] is None
+    assert "there is no correlation" in capsys.readouterr().out
+
+
+def test_command_with_a_data_set_of_pyiqa(
+    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "datasets"
+    (root / "meta_info").mkdir(parents=True)
+    (root / "SPAQ").mkdir()
+    ratings = read_ratings(rated / "mos.csv", rated)
+    lines = ["img_name,mos"] + [f"{p.name},{o}" for p, o in zip(ratings.paths, ratings.opinions, strict=True)]
+    import pyiqa
+
+    info = dict(pyiqa.get_dataset_info("spaq"))
+    meta = root / Path(info["meta_info_file"]).relative_to("datasets")
+    meta.write_text("\n".join(lines))
+    images = root / Path(info["dataroot_target"]).relative_to("datasets")
+    images.mkdir(parents=True, exist_ok=True)
+    for path in ratings.paths:
+        (images / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "e.json"
+    assert evaluate("--dataset", "spaq", "--images", root, "--json", out) == 0
+    by_pyiqa = json.loads(out.read_text())
+    assert evaluate("--ratings", rated / "mos.csv", "--images", rated, "--json", out) == 0
+    assert by_pyiqa["qualiclip-mini"]["srcc"] == json.loads(out.read_text())["qualiclip-mini"]["srcc"]
+    capsys.readouterr()
+    for arguments, message in (
+        (("--dataset", "spaqq"), "did you mean 'spaq'"),
+        (("--dataset", "livec", "--images", root), "pyiqa cannot read its data set livec"),
+    ):
+        assert evaluate(*arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pristine"
+    folder.mkdir()
+    for name in ("lighthouse", "parrots"):
+        with Image.open(ROOT / "examples" / "photos" / f"{name}.jpg") as photo:
+            photo.resize((photo.width // 3, photo.height // 3)).save(folder / f"{name}.png")
+    out, plot = tmp_path / "d.json", tmp_path / "d.png"
+    assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 0
+    numbers = json.loads(out.read_text())["qualiclip-mini"]
+    assert numbers["photographs"] == 2 and len(numbers["types"]) == 24
+    blur = numbers["types"]["lens_blur"]
+    assert len(blur["means"]) == 6 and blur["falls"] and blur["means"][1] > blur["means"][5]
+    assert numbers["types_falling"] == sum(each["falls"] for each in numbers["types"].values()) >= 12
+    assert not numbers["types"]["mean_shift"]["monotone_by_design"]
+    assert "| lens_blur |" in capsys.readouterr().out
+    with Image.open(plot) as drawn:
+        assert drawn.width > 1000
+
+
+def test_command_with_gmad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(12):
+        picture(tmp_path / "photos" / f"{number}.png", 64, 48 + number)
+    out, plot = tmp_path / "g.json", tmp_path / "g.png"
+    command = ["--gmad", "qualiclip-mini", "piqe", tmp_path / "photos", "--levels", 2]
+    assert evaluate(*command, "--json", out, "--plot", plot) == 0
+    pairs = json.loads(out.read_text())["pairs"]
+    assert len(pairs) == 4 and {pair["defender"] for pair in pairs} == {"qualiclip-mini", "piqe"}
+    assert all(Path(pair["better"]).is_file() and pair["better"] != pair["worse"] for pair in pairs)
+    with Image.open(plot) as drawn:
+        assert drawn.height > 800
+    assert evaluate(*command, "-m", "piqe") == 2
+    assert "leave -m out" in capsys.readouterr().err
+
+
+def test_bad_ratings(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def table(text: str) -> Path:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        path.write_text(text)
+        return path
+
+    for arguments, message in (
+        (("--ratings", rated / "mos.csv"), "--images DIR"),
+        (("--ratings", rated / "none.csv", "--images", rated), "cannot be read (No such file or directory)"),
+        (("--ratings", rated / "mos.csv", "--images", rated, "--mos-column", "x"), "has no column 'x'"),
+        (("--ratings", rated / "mos.csv", "--images", rated, "--group", "x"), "has no column 'x'"),
+        (("--ratings", table("a,b\n1,2\n"), "--images", rated), "picture names? It has a, b; pass --image-column"),
+        (("--ratings", table("image,b\n00.png,2\n"), "--images", rated), "opinion scores? It has image, b"),
+    ):
+        assert evaluate(*arguments) == 2
+        assert message in capsys.readouterr().err
+    for text, message in (
+        ("image,mos\n00.png,good\n", "line 2: mos is 'good'; expected a number"),
+        ("image,mos\n00.png,nan\n", "expected a finite number"),
+        ("image,mos\nx.png,3\n", "x.png is not there"),
+    ):
+        with pytest.raises(SettingsError, match=message.replace("?", r"\?")):
+            read_ratings(table(text), rated)
+    assert evaluate("--ratings", table("image,mos\n00.png,3\n"), "--images", rated) == 2
+    assert "at least 3" in capsys.readouterr().err
+    (rated / "broken.png").write_bytes(b"no picture")
+    broken = table("image,mos\nbroken.png,3\n00.png,3\n01.png,4\n")
+    assert evaluate("--ratings", broken, "--images", rated, "--json", tmp_path / "x.json") == 1
+    assert "is no picture" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
