@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor as Commands
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ def main() -> None:
     paths = paths[:: max(1, len(paths) // options.limit)][: options.limit]
     context = multiprocessing.get_context("spawn")
     ours_s = theirs_s = largest = 0.0
-    with versus.weights(options.weights) as folder, context.Pool(1) as one, context.Pool(1) as other:
-        one.apply(load_ours, (options.metric, options.device, options.compile))
-        other.apply(load_theirs, (options.metric, options.device, folder))
+    with versus.weights(options.weights) as folder, Commands(1, context) as one, Commands(1, context) as other:
+        one.submit(load_ours, options.metric, options.device, options.compile).result()
+        other.submit(load_theirs, options.metric, options.device, folder).result()
         for portion in range(-1, PORTIONS):  # a first one, of two pictures, is not counted
             start, end = max(0, portion * len(paths) // PORTIONS), (portion + 1) * len(paths) // PORTIONS
             part = paths[start:end] if portion >= 0 else paths[:2]
-            seconds, own = one.apply(score_ours, (part,))
-            upstream_seconds, upstreams = other.apply(score_theirs, (part,))
+            seconds, own = one.submit(score_ours, part).result()
+            upstream_seconds, upstreams = other.submit(score_theirs, part).result()
             if portion >= 0:
                 ours_s, theirs_s = ours_s + seconds, theirs_s + upstream_seconds
                 largest = max(largest, *(abs(a - b) for a, b in zip(own, upstreams, strict=True)))

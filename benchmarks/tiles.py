@@ -1,6 +1,6 @@
 """How far the mean score of tiles is from the score of the whole picture, by a folder of photographs.
 
-python benchmarks/tiles.py --images DIR [--metric qualiclip-mini] [--tile 128 256] [--limit N]
+python benchmarks/tiles.py --images DIR... [--metric qualiclip-mini] [--tile 128 256] [--limit N]
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from qualiclip_pyiqa.scoring import Scorer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--images", nargs="+", required=True)
     parser.add_argument("--metric", default="qualiclip-mini")
     parser.add_argument("--tile", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    paths = find_pictures([str(options.images)]).paths[: options.limit]
+    paths = find_pictures(options.images).paths[: options.limit]
     metrics = {"whole": pyiqa.create_metric(options.metric, device="cpu")}
     metrics |= {str(tile): pyiqa.create_metric(options.metric, device="cpu", tile=tile) for tile in options.tile}
     records = list(Scorer(metrics, device="cpu").score(paths))

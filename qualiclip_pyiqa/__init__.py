@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import ImageError, PromptError, SettingsError, WeightsError
     from .images import as_batch, load_image
     from .loss import QualityLoss
+    from .memory import keep_freed_memory
     from .metrics import METRICS
     from .prompts import prompt_set_names
     from .scoring import Scorer
@@ -29,6 +30,7 @@ __all__ = [
     "SettingsError",
     "WeightsError",
     "as_batch",
+    "keep_freed_memory",
     "load_image",
     "prompt_set_names",
 ]
@@ -44,6 +46,7 @@ _ROOMS = {
     "load_image": "images",
     "QualityLoss": "loss",
     "METRICS": "metrics",
+    "keep_freed_memory": "memory",
     "prompt_set_names": "prompts",
     "Scorer": "scoring",
     "Record": "tables",

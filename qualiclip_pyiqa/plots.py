@@ -63,7 +63,14 @@ def levels(
     types = list(next(iter(means.values())))
     columns = 6
     rows = -(-len(types) // columns)
-    figure, axes = _pyplot().subplots(rows, columns, figsize=(2.5 * columns, 2.2 * rows), sharex=True, squeeze=False)
+    figure, axes = _pyplot().subplots(
+        rows,
+        columns,
+        figsize=(2.5 * columns, 2.2 * rows),
+        sharex=True,
+        sharey=len(means) == 1,  # several metrics have scales of their own
+        squeeze=False,
+    )
     for number, (metric, by_type) in enumerate(means.items()):
         for axis, name in zip(axes.flat, types, strict=False):
             style = "-" if falls[metric][name] else ":"

@@ -11,6 +11,7 @@ import copy
 import difflib
 import logging
 import math
+import multiprocessing
 import os
 import queue
 from collections import OrderedDict, deque
@@ -53,7 +54,8 @@ class Scorer:
             there is one.
         batch_size: pictures of equal size that go through a network together, at most; fewer where they are large.
             Default: 32, on a CPU 8.
-        workers: processes that decode; 0 decodes here, in between. Default: by the number of CPU cores.
+        workers: processes that decode; 0 decodes here, in between. Default: by the number of CPU cores, 0 in a
+            process that may not start others.
         precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16".
         compile: whether the networks go through `torch.compile`, which pays from a few hundred pictures on.
         max_pixels: larger pictures are refused before they are decoded. Default: Pillow's limit, 89 million.
@@ -81,7 +83,9 @@ class Scorer:
         on_cpu = devices[0].type == "cpu"
         cores = os.cpu_count() or 1
         self.batch_size = _at_least(1, "batch_size", 8 if on_cpu else 32, batch_size)
-        self.workers = _at_least(0, "workers", max(1, min(8, cores // 4 if on_cpu else cores)), workers)
+        # A daemonic process, such as a DataLoader's, may not start others.
+        usual = 0 if multiprocessing.current_process().daemon else max(1, min(8, cores // 4 if on_cpu else cores))
+        self.workers = _at_least(0, "workers", usual, workers)
         self.max_pixels = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")

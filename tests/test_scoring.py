@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyiqa
@@ -295,3 +297,16 @@ def test_two_columns_of_one_name_are_refused(tiny_folder: Path) -> None:
     pairs = {"b": ("Bright photo.", "Dark photo."), "c": ("Sharp image.", "Blurry image.")}
     with pytest.raises(SettingsError, match=r"two metrics would be called 'a\.b'"):
         Scorer({"a": build("tiny-resnet", tiny_folder, prompts=pairs), "a.b": "qualiclip-mini"}, device="cpu")
+
+
+def _in_daemon(paths: list[Path], send: Any) -> None:
+    send.send([record.scores["qualiclip-mini"] for record in Scorer("qualiclip-mini", device="cpu").score(paths)])
+
+
+def test_in_a_process_that_may_not_start_others(photos: list[Path], expected: list[float]) -> None:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_in_daemon, args=(photos[:2], send), daemon=True)
+    process.start()
+    assert receive.poll(120) and np.allclose(receive.recv(), expected[:2], rtol=0, atol=SAME)
+    process.join()

@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 from qualiclip_pyiqa.errors import ImageError, SettingsError
 from qualiclip_pyiqa.mini import BLOCKS, MiniTower, log_energies
 from qualiclip_pyiqa.prompts import QUALITY_SETS
+from qualiclip_pyiqa.training import degradations
 from qualiclip_pyiqa.training import train as trainer
 from qualiclip_pyiqa.training.config import CONFIGS, load_config, make_config
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS, LEVELS, degrade, lab_to_rgb, rgb_to_lab
+from qualiclip_pyiqa.training.degradations import DEGRADATIONS, LEVELS, degrade, lab_to_rgb, rgb_to_lab, strength
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from qualiclip_pyiqa.training.stacks import Recipe, Stacks, list_photographs
 
@@ -152,6 +153,43 @@ def test_any_picture_stays_in_range(seed: int, name: str, level: int) -> None:
     x = torch.rand(1, 3, 33, 47, generator=generator).round(decimals=seed % 3)
     result = degrade(x, name, level, seed)
     assert result.shape == x.shape and result.min() >= 0 and result.max() <= 1
+
+
+def test_levels_may_be_fractions(picture: torch.Tensor) -> None:
+    assert strength("gaussian_blur", 2) == 0.5 and strength("gaussian_blur", 5) == 5
+    assert strength("gaussian_blur", 4.5) == pytest.approx(3.5)
+    assert strength("jpeg", 1.5) == pytest.approx(39.5)
+    for level in (1, 2, 3, 4, 5):
+        assert strength("color_shift", level) == DEGRADATIONS["color_shift"].levels[level - 1]
+    error = [
+        float((degrade(picture, "lens_blur", level, 0) - picture).square().mean()) for level in (2, 2.5, 3, 3.7, 4)
+    ]
+    assert all(a < b for a, b in itertools.pairwise(error))
+    assert torch.equal(degrade(picture, "white_noise", 0, 0), picture)
+    for level in (-1, 0.5, 5.1):
+        with pytest.raises(SettingsError, match="expected a number from 1 to 5"):
+            degrade(picture, "jpeg", level, 0)
+
+
+def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, sheet = tmp_path / "photo.png", tmp_path / "sheet.png"
+    pixels = (synthetic_photograph(0, 200, 260) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(photo)
+    monkeypatch.setattr("sys.argv", ["degradations", str(photo), "-o", str(sheet)])
+    assert degradations.main() == 0
+    with Image.open(sheet) as drawn:
+        cells = np.asarray(drawn)[24:, 190:].reshape(24, 162, 6, 162, 3)[:, :160, :, :160].swapaxes(1, 2)
+    # Every row begins with the photograph's middle, and no cell is empty or the same as its neighbour but where the
+    # table says so (mean shift and saturation 2 begin with the identity, a blur of sigma 0.1 rounds to it).
+    assert all(np.array_equal(row[0], cells[0, 0]) for row in cells)
+    assert np.array_equal(cells[0, 0], pixels[20:180, 50:210])
+    same = {
+        (n, k) for n, row in zip(DEGRADATIONS, cells, strict=True) for k in range(5) if np.array_equal(*row[k : k + 2])
+    }
+    assert same <= {("mean_shift", 0), ("color_saturation_2", 0), ("gaussian_blur", 0), ("linear_contrast", 0)}
+    monkeypatch.setattr("sys.argv", ["degradations", str(tmp_path / "none.png"), "-o", str(sheet)])
+    assert degradations.main() == 1
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_lab_is_a_round_trip_and_knows_white() -> None:

@@ -356,13 +356,31 @@ DEGRADATIONS: dict[str, Degradation] = {
 }
 
 
-def degrade(x: Tensor, name: str, level: int, seed: int) -> Tensor:
+def strength(name: str, level: float) -> float:
+    """A type's strength at a level from 1 to 5, between whole levels on the line between theirs.
+
+    Where the strengths alternate in sign (`monotone` is false) that line leads through the undistorted picture.
+
+    Raises:
+        SettingsError: no such type or level.
+    """
+    if name not in DEGRADATIONS:
+        raise SettingsError(f"no degradation is called {name!r}; expected one of {', '.join(DEGRADATIONS)}")
+    if not 1 <= level <= LEVELS:
+        raise SettingsError(f"degradation level is {level!r}; expected a number from 1 to {LEVELS}, or 0 for pristine")
+    levels = DEGRADATIONS[name].levels
+    below = min(int(level), LEVELS - 1)
+    share = level - below
+    return (1 - share) * levels[below - 1] + share * levels[below] if share else levels[below - 1]
+
+
+def degrade(x: Tensor, name: str, level: float, seed: int) -> Tensor:
     """Degrade pictures by one type at one level.
 
     Args:
         x: (N, 3, H, W), float, RGB in 0..1; never changed.
         name: a key of `DEGRADATIONS`.
-        level: 1 (mildest) to 5, or 0 for the pictures as they are.
+        level: from 1 (mildest) to 5, fractions too, or 0 for the pictures as they are.
         seed: decides every random choice; the same seed at several levels shares them.
 
     Returns:
@@ -371,12 +389,67 @@ def degrade(x: Tensor, name: str, level: int, seed: int) -> Tensor:
     Raises:
         SettingsError: no such type or level.
     """
-    if name not in DEGRADATIONS:
-        raise SettingsError(f"no degradation is called {name!r}; expected one of {', '.join(DEGRADATIONS)}")
-    if level not in range(LEVELS + 1):
-        raise SettingsError(f"degradation level is {level!r}; expected an integer from 0 (pristine) to {LEVELS}")
-    if level == 0:
+    if level == 0 and name in DEGRADATIONS:
         return x.clone()
-    degradation = DEGRADATIONS[name]
+    how = strength(name, level)
     generator = torch.Generator().manual_seed(seed)
-    return degradation.apply(x, degradation.levels[level - 1], generator).clamp(0, 1)
+    return DEGRADATIONS[name].apply(x, how, generator).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- the contact sheet
+
+
+def contact_sheet(rgb: Tensor, seed: int = 0, cell: int = 160) -> Image.Image:
+    """All types at all levels: a row per type, the photograph itself first; (3, H, W) in 0..1 -> a PIL image.
+
+    The middle of the photograph is shown at its own size, so that what a degradation does to single pixels can be
+    seen; the degradations themselves see a square of twice that size.
+    """
+    from PIL import ImageDraw
+
+    side = min(2 * cell, *rgb.shape[-2:])
+    top, left = ((length - side) // 2 for length in rgb.shape[-2:])
+    square = rgb[None, :, top : top + side, left : left + side]
+    label, gap = 190, 2
+    sheet = Image.new("RGB", (label + (LEVELS + 1) * (cell + gap), 24 + len(DEGRADATIONS) * (cell + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for level in range(LEVELS + 1):
+        pen.text((label + level * (cell + gap) + 4, 6), f"level {level}" if level else "pristine", fill="black")
+    for row, (name, degradation) in enumerate(DEGRADATIONS.items()):
+        y = 24 + row * (cell + gap)
+        lines = [name.replace("_", " "), f"({degradation.group})", *([] if degradation.monotone else ["not monotone"])]
+        pen.text((6, y + 6), "\n".join(lines), fill="black")
+        for level in range(LEVELS + 1):
+            pixels = (degrade(square, name, level, seed)[0] * 255).round().byte().movedim(0, -1).cpu().numpy()
+            shown = Image.fromarray(pixels).crop(((side - cell) // 2, (side - cell) // 2, *[(side + cell) // 2] * 2))
+            sheet.paste(shown.resize((cell, cell)), (label + level * (cell + gap), y))
+    return sheet
+
+
+def main() -> int:
+    import argparse
+    import sys
+    from pathlib import Path
+
+    from ..errors import ImageError
+    from ..images import load_image
+
+    parser = argparse.ArgumentParser(
+        prog="python -m qualiclip_pyiqa.training.degradations",
+        description="Draw the contact sheet of the degradation bank: every type at every level.",
+    )
+    parser.add_argument("photo", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("sheet.png"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        contact_sheet(load_image(arguments.photo), arguments.seed).save(arguments.output)
+    except (ImageError, OSError, ValueError) as error:  # Pillow raises ValueError for a suffix that it does not know
+        print(f"degradations: {error}", file=sys.stderr)
+        return 1
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -260,7 +260,7 @@ def train(
                 cause = next((name for name, value in parts.items() if not torch.isfinite(value)), "loss")
                 note(step=step, stopped=cause)
                 raise DivergedError(
-                    f"the {cause} loss is {float(parts[cause])} at step {step}; try a lower learning_rate"
+                    f"the {cause} loss is {parts[cause].item()} at step {step}; try a lower learning_rate"
                 )
             optimiser.zero_grad(set_to_none=True)
             parts["loss"].backward()
