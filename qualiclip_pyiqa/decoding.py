@@ -1,19 +1,19 @@
 """Decoding in worker processes that may be killed: every picture comes back, as pixels or as an error.
 
-The processes are loky's: they need no guard in the user's main module, know nothing of its threads or its CUDA context,
-and a killed one is noticed. They never import torch.
+Each worker has pipes of its own and one picture at a time. So its death ends only its own messages (where workers share
+a pipe, a death in mid-message leaves the reader waiting for ever), and it is known which picture it died of. Workers
+never import torch or the user's main module, and end with their parent.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import queue
-import signal
+import subprocess
+import sys
 import threading
-import time
-from collections import deque
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,22 @@ from PIL import Image
 from .errors import ImageError
 from .pixels import PixelSource, read_pixels, source_name
 
-# A picture in whose company a worker died is decoded alone; how often, before it is what is wrong.
-ATTEMPTS_ALONE = 2
+# How many workers a picture may cost before it is what is wrong.
+ATTEMPTS = 3
 
 Decoded = np.ndarray | ImageError
+_COMMAND = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from qualiclip_pyiqa.decoding import work; work()"
 
 
 class Decoder:
-    """Decodes pictures in `workers` processes (0: in this one) and puts (number, pixels or error) on `results`.
+    """Decodes pictures in `workers` processes (0: in this one) and puts ("decoded", number, result) on `results`.
+
+    The result is `Decoded`, or another exception, which is not the picture's fault.
 
     Args:
         workers: number of processes.
         ahead: how many pictures may be on their way at a time.
-        results: where `("decoded", number, Decoded)` goes, in whatever order.
+        results: where results go, in whatever order; whoever takes one off it subtracts it from `pending`.
         max_pixels: pictures of more pixels are refused before they are decoded; None: Pillow's limit.
     """
 
@@ -42,78 +45,98 @@ class Decoder:
         self.workers, self.ahead = workers, ahead
         self.results = results
         self.max_pixels = max_pixels
-        self.pending: dict[int, PixelSource] = {}
-        self._suspects: deque[tuple[int, PixelSource, int]] = deque()
-        self._alone: int | None = None  # the suspect that is being decoded
-        self._attempts = 0
-        self._pool: Any = None
+        self.pending = 0
+        self._tasks: queue.SimpleQueue[tuple[int, PixelSource] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._closing = False
 
     @property
     def ready(self) -> bool:
-        """Whether `submit` may be called: not too many are pending, and none is tried alone."""
-        return not self._suspects and self._alone is None and len(self.pending) < self.ahead
+        """Whether `submit` may be called."""
+        return self.pending < self.ahead
 
     def submit(self, number: int, source: PixelSource) -> None:
-        self.pending[number] = source
+        self.pending += 1
         if not self.workers:
             self.results.put(("decoded", number, decode(source, self.max_pixels)))
             return
-        if self._pool is None:
-            from loky.process_executor import ProcessPoolExecutor
-
-            self._pool = ProcessPoolExecutor(
-                self.workers, initializer=_start_worker, initargs=(os.getpid(), self.max_pixels)
-            )
-        try:
-            future = self._pool.submit(decode, source)
-        except BrokenProcessPool as error:  # a worker was killed since the last result
-            self.results.put(("decoded", number, error))
-            return
-        future.add_done_callback(lambda done: self._put(number, done))
-
-    def _put(self, number: int, done: Future[Decoded]) -> None:
-        if not done.cancelled():
-            error = done.exception()
-            self.results.put(("decoded", number, done.result() if error is None else error))
-
-    def receive(self, number: int, outcome: Decoded | Exception) -> Decoded | None:
-        """What became of a picture, to be called with everything from `results`; None: it is tried once more.
-
-        Raises:
-            Exception: what went wrong in a worker and is not the picture's fault.
-        """
-        source = self.pending.pop(number)
-        alone, attempts = self._alone is not None, self._attempts
-        self._alone = None
-        result: Decoded | None = None
-        if isinstance(outcome, np.ndarray | ImageError):
-            result = outcome
-        elif not isinstance(outcome, BrokenProcessPool):
-            raise outcome
-        elif alone and attempts == ATTEMPTS_ALONE:
-            result = ImageError(
-                f"{source_name(source)} cannot be decoded: the process that tried it was killed, "
-                f"{attempts} times with nothing else to do (out of memory?)"
-            )
-        else:
-            self._suspects.append((number, source, attempts if alone else 0))
-        if not self.pending:  # all that was in a broken pool has come back
-            if isinstance(outcome, BrokenProcessPool):
-                self.close()
-            if self._suspects:
-                self._alone, source, attempts = self._suspects.popleft()
-                self._attempts = attempts + 1
-                self.submit(self._alone, source)
-        return result
+        self._tasks.put((number, source))
+        if len(self._threads) < min(self.workers, self.pending):
+            thread = threading.Thread(target=self._serve, args=(len(self._threads),), daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, kill_workers=True)
-            self._pool = None
+        self._closing = True
+        for _ in self._threads:
+            self._tasks.put(None)
+        for process in list(self._processes.values()):
+            process.kill()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _serve(self, worker: int) -> None:
+        """One worker's thread: it starts the process, talks to it, and starts another one if it dies."""
+        while (task := self._tasks.get()) is not None and not self._closing:
+            number, source = task
+            try:
+                result: Any = self._decode(worker, source)
+            except Exception as error:  # whatever it is, the caller's thread must hear of it
+                result = error
+            self.results.put(("decoded", number, result))
+        process = self._processes.pop(worker, None)
+        if process is not None:
+            process.kill()
+            _bury(process)
+
+    def _decode(self, worker: int, source: PixelSource) -> Any:
+        message = pickle.dumps(source)
+        for _ in range(ATTEMPTS):
+            process = self._processes.get(worker)
+            if process is None:
+                process = self._processes[worker] = self._start()
+            if self._closing:  # `close` may have looked before this process was there
+                process.kill()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(message)
+                process.stdin.flush()
+                return pickle.load(process.stdout)
+            except (EOFError, OSError, pickle.UnpicklingError):  # the process is gone, perhaps in mid-sentence
+                process.kill()
+                _bury(process)
+                del self._processes[worker]
+                if self._closing:
+                    break
+        return ImageError(
+            f"{source_name(source)} cannot be decoded: the process that tried it was killed, "
+            f"{ATTEMPTS} times (out of memory?)"
+        )
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        limit = Image.MAX_IMAGE_PIXELS if self.max_pixels is None else self.max_pixels
+        return subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, json.dumps(sys.path), json.dumps(limit)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for the parent, which stops its workers in order
+        )
+
+
+def _bury(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        try:
+            if pipe is not None:
+                pipe.close()
+        except OSError:  # what was not written yet has no reader
+            pass
+    process.wait()
 
 
 def decode(source: PixelSource, max_pixels: int | None = None) -> Decoded:
-    """`read_pixels` whose error is returned, not raised: with `Pillow`'s limit set to `max_pixels` unless None."""
+    """`read_pixels` whose error is returned, not raised; Pillow's limit is `max_pixels` unless that is None."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         if max_pixels is not None:
@@ -127,14 +150,22 @@ def decode(source: PixelSource, max_pixels: int | None = None) -> Decoded:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _start_worker(parent: int, max_pixels: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us, in order
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+def work() -> None:
+    """A worker: pickled sources on standard input, pickled results on what was its standard output."""
+    Image.MAX_IMAGE_PIXELS = json.loads(sys.argv[2])
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a decoder prints must not be in between
+    while True:
+        try:
+            source = pickle.load(sys.stdin.buffer)
+        except EOFError:  # the parent has ended
+            return
+        try:
+            result: Any = decode(source)
+        except Exception as error:
+            result = RuntimeError(f"{source_name(source)}: {type(error).__name__}: {error}")
+        try:
+            pickle.dump(result, answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:
+            return

@@ -55,7 +55,8 @@ def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None 
 
     The memory stays in the arrays' order (channels last), which the towers want anyway.
     """
-    pixels = torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
+    tensors = [torch.from_numpy(array) for array in arrays]
+    pixels = (torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)).to(device)
     return _rgb(pixels.movedim(-1, 1) if pixels.dim() == 4 else pixels.unsqueeze(1), "array")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .errors import ImageError
 
@@ -105,6 +105,10 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     if limit is not None and image.width * image.height > limit:
         raise _too_large(name, f"{image.width}x{image.height}, limit {limit} pixels")
     check_size(image.height, image.width, name)  # before the work of decoding
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = (
+        ImageFile.LOAD_TRUNCATED_IMAGES,
+        False,
+    )  # pyiqa's AVA data set turns it on
     try:
         image = ImageOps.exif_transpose(image)
         # Pillow cannot convert 16 and 32 bits a channel without loss: they go on as they are.
@@ -113,6 +117,8 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         array = np.asarray(image)
     except Exception as error:  # as above; the pixels are decoded only here
         raise ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
     if image.mode == "I":  # Pillow's mode for 16 bits in some formats, and for 32 bits
         if array.min() < 0 or array.max() > 65535:
             raise ImageError(f"{name} has 32-bit values from {array.min()} to {array.max()}; expected 0..65535")

@@ -211,10 +211,11 @@ class _Run:
 
     def _handle(self, what: str, *event: Any) -> None:
         if what == "decoded":
-            number, outcome = event
-            result = self.decoder.receive(number, outcome)
-            if result is not None:
-                self._decoded(number, result)
+            number, result = event
+            self.decoder.pending -= 1
+            if not isinstance(result, np.ndarray | ImageError):
+                raise result
+            self._decoded(number, result)
             return
         device, numbers, (height, width, *_), done = event
         self.busy[device] -= 1

@@ -15,7 +15,7 @@ from faults import as_nobody
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageFile
 
 from qualiclip_pyiqa.errors import ImageError
 from qualiclip_pyiqa.images import as_batch, load_image
@@ -212,6 +212,15 @@ def test_unreadable_file(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert as_nobody(message) == f"{file} cannot be read (Permission denied); expected a picture file"
+
+
+def test_truncated_is_damaged_whatever_others_told_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyiqa's AVA data set, once imported, lets Pillow fill what is missing with grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(Image.fromarray(RGB), "JPEG")
+    with pytest.raises(ImageError, match="is damaged"):
+        load_image(whole[: len(whole) // 2])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def write_context(
 def add_tiny_backbones(folder: Path) -> None:
     """Teach open_clip the names `tiny-resnet` and `tiny-vit`."""
     for name, config in (("tiny-resnet", TINY_RESNET), ("tiny-vit", TINY_VIT)):
-        (folder / f"{name}.json").write_text(json.dumps(config))
+        if not (folder / f"{name}.json").exists():  # several processes may share the folder
+            (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
 
 
