@@ -207,9 +207,11 @@ def workers_of(pid: int) -> list[int]:
     """Process ids of the decoding workers of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            if b"qualiclip_pyiqa.decoding" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
+        with contextlib.suppress(OSError):  # threads and processes come and go meanwhile
+            for child in map(int, (task / "children").read_text().split()):
+                with contextlib.suppress(OSError):
+                    if b"qualiclip_pyiqa.decoding" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.append(child)
     return found
 
 
