@@ -71,8 +71,8 @@ def test_the_interval_is_the_bootstraps() -> None:
 
 
 def test_paired_comparison() -> None:
-    worse = X + RNG.normal(size=200)
-    alike = X + RNG.normal(size=200) * 0.001
+    noise = np.random.default_rng(2).normal(size=200)
+    worse, alike = X + noise, X + noise * 0.001
     found = compare(X, worse, Y)
     assert found.difference == pytest.approx(stats.spearmanr(X, Y)[0] - stats.spearmanr(worse, Y)[0])
     assert found.p == pytest.approx(0.001) and 0 < found.ci95[0] < found.difference < found.ci95[1]
@@ -92,7 +92,7 @@ def test_what_cannot_be_correlated(x: list[float], y: list[float], message: str)
 
 
 def test_gmad_pairs() -> None:
-    a, b = RNG.uniform(size=300), RNG.uniform(size=300)
+    a, b = np.random.default_rng(1).uniform(size=(2, 3000))
     duels = gmad({"a": a, "b": b}, {"a": False, "b": True}, levels=3)
     assert [(duel.defender, duel.attacker) for duel in duels] == [("a", "b")] * 3 + [("b", "a")] * 3
     for duel in duels:
