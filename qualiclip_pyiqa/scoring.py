@@ -299,7 +299,7 @@ class Network:
         errors: list[list[str]] = [[] for _ in pixels]
         # Strips, which keep a large picture's memory low, are not compiled.
         large = rgb.shape[2] * rgb.shape[3] > STRIP_PIXELS
-        features = [(plain if large else compiled)(rgb) for compiled, plain in self.towers]
+        features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
         for columns, net, index in self.heads:
             for row, problems, scores in zip(rows, errors, net.score(features[index]).tolist(), strict=True):
                 for column, score in zip(columns, scores, strict=True):

@@ -22,7 +22,7 @@ def in_strips(run: Callable[[Tensor], Tensor], x: Tensor, stride: int, reach: in
         run: (N, C, H, W) -> (N, C', about H / stride, about W / stride), with zero padding at the borders.
         stride: how many rows of `x` make a row of the result.
         reach: how many rows of `x` above or below a strip its values depend on, at most.
-        density: how many of the picture's pixels a pixel of `x` stands for.
+        density: how much memory a pixel of `x` leads to, in pixels of the picture.
     """
     count, _, height, width = x.shape
     strips = math.ceil(height * width * density / STRIP_PIXELS)

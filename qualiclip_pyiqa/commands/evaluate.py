@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
+from . import DEFAULT_METRIC, add_metric_option
 
 if TYPE_CHECKING:
     from ..evaluation import Agreement
     from ..ratings import Ratings
     from ..tables import Record
-
-DEFAULT_METRIC = "qualiclip-mini"
 
 
 def add_parser(commands: Any) -> None:
@@ -31,9 +30,7 @@ def add_parser(commands: Any) -> None:
         "level. With --gmad: the pairs of a gMAD competition.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "-m", "--metric", action="append", metavar="METRIC", help=f"any NR metric of pyiqa (default: {DEFAULT_METRIC})"
-    )
+    add_metric_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores of the pictures of --images")
     what.add_argument("--dataset", metavar="NAME", help="a data set that pyiqa knows, such as livec, below --images")

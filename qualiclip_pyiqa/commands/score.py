@@ -18,10 +18,10 @@ from ..errors import SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
 from ..tables import CsvStream, Record, ScoreTable, check_suffix, utf8
+from . import DEFAULT_METRIC, add_metric_option
 
 Engine: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
 
-DEFAULT_METRIC = "qualiclip-mini"
 EXTREMES = 5  # worst and best pictures of the summary
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -37,9 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "paths", metavar="PATH", nargs="+", help="file, folder, pattern such as 'a/**/*.jpg', or - for a list on stdin"
     )
-    parser.add_argument(
-        "-m", "--metric", action="append", metavar="METRIC", help=f"any NR metric of pyiqa (default: {DEFAULT_METRIC})"
-    )
+    add_metric_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".csv, .jsonl or .parquet (default: stdout)")
     parser.add_argument("--resume", action="store_true", help="go on with a FILE whose run was stopped")
     parser.add_argument("-0", "--null", action="store_true", help="the list on stdin ends its names with NUL")
