@@ -40,8 +40,9 @@ class PromptIQA(nn.Module):
         pretrained: for metrics with a learned context: True for the published one, False for a fresh one to be
             trained, or the name of a weight record or a file. Metrics with fixed prompts have no context to choose.
         pos_embedding: whether the tower adds its positional table, resized to the picture.
-        temperature: divides the logits.
-        n_ctx, ctx_init, prompt_specific_ctx: a fresh context's length, first words, and whether each text has its own.
+        temperature: divides the logits. A file trained with this package brings its own.
+        n_ctx, ctx_init, prompt_specific_ctx: a fresh context's length (16 tokens), first words, and whether each text
+            has its own. A learned one says itself what it is.
         prompts: a set's name, a list of (positive, negative) pairs, or a mapping attribute -> pair or pairs.
         weights: record of the manifest, or a file, that holds the tower.
         tile: another rule, never the default, for towers whose time grows faster than the picture: the mean score of
@@ -70,7 +71,7 @@ class PromptIQA(nn.Module):
         pretrained: bool | str | Path = True,
         pos_embedding: bool | None = None,
         temperature: float | None = None,
-        n_ctx: int = 16,
+        n_ctx: int | None = None,
         ctx_init: str = "",
         prompt_specific_ctx: bool = True,
         prompts: Any = None,
@@ -82,15 +83,18 @@ class PromptIQA(nn.Module):
         spec = _spec_of(type(self).__name__, model_type, pretrained)
         self.model_type = model_type
         self.paper, self.score_range, self.lower_better = spec.paper, spec.score_range, spec.lower_better
-        self.temperature = float(spec.temperature if temperature is None else temperature)
-        if not self.temperature > 0:
+        if temperature is not None and not temperature > 0:
             raise SettingsError(f"temperature is {temperature}; expected a positive number")
         if tile is not None and (not isinstance(tile, int) or tile < MIN_SIDE):
             raise SettingsError(f"tile is {tile!r}; expected None or an integer of at least {MIN_SIDE}")
         self.tile = tile
         self.pos_embedding = spec.pos_embedding if pos_embedding is None else bool(pos_embedding)
-        self.source = _Source(spec, backbone or spec.backbone, weights)
+        self.source = Source(spec, backbone or spec.backbone, weights)
         state, stored = self.source.read()
+        # A file that was trained with this package knows which temperature its scale was chosen for; pyiqa passes the
+        # metric's own on, which is no wish of the caller's.
+        own = self.source.temperature if temperature in (None, spec.temperature) else None
+        self.temperature = float(own or temperature or spec.temperature)
 
         self.tower = clip.freeze(self.source.image_tower(state, self.pos_embedding))
         scale = state.get("logit_scale")
@@ -106,7 +110,9 @@ class PromptIQA(nn.Module):
                 raise SettingsError(f"{model_type} has fixed prompts; expected pretrained=True, not {pretrained!r}")
             self._set_features(self.prompts, self._fixed_features(self.prompts, state, stored))
         else:
-            learn = {"n_ctx": n_ctx, "ctx_init": ctx_init, "prompt_specific_ctx": prompt_specific_ctx}
+            learn: dict[str, Any] = {"ctx_init": ctx_init, "prompt_specific_ctx": prompt_specific_ctx}
+            if n_ctx is not None:
+                learn["n_ctx"] = n_ctx
             self._set_context(spec, pretrained, prompts is not None and prompts != spec.prompts, learn, state)
         # Frozen values are alike everywhere: DistributedDataParallel need not send them at every step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -263,7 +269,7 @@ class PromptIQA(nn.Module):
             ctx = loaded.get("prompt_learner.ctx")
             if ctx is None or ctx.dim() not in (2, 3):
                 raise WeightsError(f"{self.context_path} holds no prompt context ('prompt_learner.ctx')")
-            if ctx.shape[-2] != learn["n_ctx"]:
+            if learn.get("n_ctx", ctx.shape[-2]) != ctx.shape[-2]:
                 raise SettingsError(
                     f"{self.context_path.name} has {ctx.shape[-2]} context tokens, not n_ctx={learn['n_ctx']}; "
                     "leave n_ctx out, or pass pretrained=False"
@@ -328,8 +334,14 @@ def _spec_of(arch: str, model_type: str, pretrained: bool | str | Path) -> Metri
     return spec
 
 
-class _Source:
-    """Where a network's tensors come from: a file, its layout and the backbone it holds."""
+class Source:
+    """Where a network's tensors come from: a file, its layout and the backbone it holds.
+
+    Args:
+        spec: the metric whose record is taken unless another is wanted.
+        backbone: image tower.
+        wanted: record of the manifest, or a file.
+    """
 
     def __init__(self, spec: MetricSpec, backbone: str, wanted: str | Path | None) -> None:
         record: Any = spec.weights if wanted is None else wanted
@@ -343,6 +355,7 @@ class _Source:
         self.path = weight_files.find(record)
         self.backbone = backbone
         self.tower_options: dict[str, Any] = {}
+        self.temperature: float | None = None
         self.activation = "none"
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -353,6 +366,7 @@ class _Source:
         if metadata.get("format") == weight_files.OWN_FORMAT:
             self.backbone = metadata["backbone"]
             self.tower_options = json.loads(metadata["tower"])
+            self.temperature = float(metadata["temperature"]) if "temperature" in metadata else None
             texts = resolve_prompts(json.loads(metadata["prompts"])).texts
         elif rows is not None:
             state = {key.removeprefix("clip_model."): value for key, value in state.items()}

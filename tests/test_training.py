@@ -1,52 +1,41 @@
-"""The degradation bank, the alignment losses, the small tower and its training."""
+"""The alignment losses, the small tower, and the training of it and of CLIP's."""
 
 from __future__ import annotations
 
 import copy
 import csv
 import dataclasses
-import hashlib
-import itertools
 import json
 import math
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np
+import pyiqa
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import upstream
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from synthetic import synthetic_photograph
 
+from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
 from qualiclip_pyiqa.mini import BLOCKS, MiniTower, log_energies
 from qualiclip_pyiqa.prompts import QUALITY_SETS
-from qualiclip_pyiqa.training import degradations
+from qualiclip_pyiqa.ratings import read_ratings
 from qualiclip_pyiqa.training import train as trainer
-from qualiclip_pyiqa.training.config import CONFIGS, load_config, make_config
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS, LEVELS, degrade, lab_to_rgb, rgb_to_lab, strength
+from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_config
+from qualiclip_pyiqa.training.degradations import DEGRADATIONS, degrade
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
-from qualiclip_pyiqa.training.stacks import Recipe, Stacks, list_photographs
+from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photographs
 
 TOY = load_config("toy")
-
-
-def synthetic_photograph(seed: int, height: int = 96, width: int = 96) -> torch.Tensor:
-    """Coloured shapes with sharp edges over a 1/f texture: (3, H, W) in 0..1."""
-    rng = np.random.default_rng(seed)
-    fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
-    radius = np.maximum(np.hypot(fy, fx), 1 / max(height, width))
-    texture = np.fft.ifft2(np.fft.fft2(rng.standard_normal((3, height, width))) / radius).real
-    picture = 0.5 + 0.12 * texture / texture.std()
-    yy, xx = np.mgrid[:height, :width]
-    for _ in range(12):
-        cy, cx, r = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(4, 20)
-        inside = np.hypot(yy - cy, xx - cx) < r if rng.random() < 0.5 else (abs(yy - cy) < r) & (abs(xx - cx) < r / 2)
-        picture[:, inside] = 0.5 * picture[:, inside] + 0.5 * rng.uniform(0.1, 0.9, (3, 1))
-    return torch.from_numpy(picture.clip(0.02, 0.98)).float()
 
 
 @pytest.fixture(scope="module")
@@ -61,148 +50,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = (synthetic_photograph(number, 112, 96) * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(path / f"{number:02d}.png")
     return path
-
-
-# ---------------------------------------------------------------- degradations
-
-
-def test_bank_has_24_types_in_7_groups() -> None:
-    assert len(DEGRADATIONS) == 24
-    assert len({d.group for d in DEGRADATIONS.values()}) == 7
-    assert [name for name, d in DEGRADATIONS.items() if not d.monotone] == ["mean_shift", "linear_contrast"]
-
-
-@pytest.mark.parametrize("name", DEGRADATIONS)
-def test_degradation_keeps_shape_and_range_and_input(name: str, picture: torch.Tensor) -> None:
-    before = picture.clone()
-    for level in range(1, LEVELS + 1):
-        result = degrade(picture, name, level, seed=3)
-        assert result.shape == picture.shape and result.dtype == picture.dtype
-        assert result.min() >= 0 and result.max() <= 1 and torch.isfinite(result).all()
-        assert torch.equal(result, degrade(picture, name, level, seed=3))
-        result.zero_()  # a view of the input would change it
-        assert torch.equal(picture, before)
-    small = torch.rand(1, 3, 32, 41)
-    assert degrade(small, name, LEVELS, seed=0).shape == small.shape
-
-
-@pytest.mark.parametrize("name", [name for name, d in DEGRADATIONS.items() if d.monotone])
-def test_psnr_falls_with_the_level(name: str) -> None:
-    # 192 pixels: a count of patches or squares must not saturate the picture.
-    picture = torch.stack([synthetic_photograph(seed, 192, 192) for seed in (1, 2, 3)])
-    errors = [
-        float((degrade(picture, name, level, seed=5) - picture).square().mean()) for level in range(1, LEVELS + 1)
-    ]
-    assert all(a < b for a, b in itertools.pairwise(errors)), errors
-
-
-def test_random_choices_are_shared_as_documented(picture: torch.Tensor) -> None:
-    pair = picture[:1].expand(2, -1, -1, -1)
-    same = degrade(pair, "motion_blur", 5, seed=1)
-    assert torch.equal(same[0], same[1])  # one angle for all
-    noisy = degrade(pair, "white_noise", 5, seed=1)
-    assert not torch.equal(noisy[0], noisy[1])  # noise for each
-    assert not torch.equal(degrade(pair, "motion_blur", 5, seed=2), same)
-    # The same pattern at two levels, as far as the range lets it.
-    grey = torch.full((1, 3, 64, 64), 0.5)
-    weak, strong = degrade(grey, "white_noise", 1, seed=4) - 0.5, degrade(grey, "white_noise", 5, seed=4) - 0.5
-    assert torch.allclose(strong, weak * math.sqrt(10), atol=1e-5)
-    salted = degrade(grey, "impulse_noise", 1, seed=4) != 0.5
-    assert (degrade(grey, "impulse_noise", 5, seed=4) != 0.5)[salted].all()
-
-
-def test_strengths_are_those_of_the_table() -> None:
-    grey = torch.full((1, 3, 256, 256), 0.5)
-    assert degrade(grey, "white_noise", 5, seed=0).var().item() == pytest.approx(0.01, rel=0.02)  # 200k samples
-    assert degrade(grey, "multiplicative_noise", 5, seed=0).var().item() == pytest.approx(0.05 / 4, rel=0.02)
-    assert (degrade(grey, "impulse_noise", 5, seed=0) != 0.5).float().mean().item() == pytest.approx(0.03, rel=0.05)
-    for name, level, expected in [
-        ("brighten", 2, 0.6),
-        ("darken", 4, 0.3),
-        ("mean_shift", 5, 0.35),
-        ("nonlinear_contrast", 5, 0.5),
-    ]:
-        assert torch.allclose(degrade(grey, name, level, seed=0), torch.tensor(expected), atol=1e-6)
-    for level, amount in enumerate((0, 0.15, -0.4, 0.3, -0.6), 1):
-        for x, y in [(0.3, 0.25 - amount / 4), (0.5, 0.5), (0.7, 0.75 + amount / 4)]:
-            assert degrade(torch.full((1, 3, 32, 32), x), "linear_contrast", level, 0).mean().item() == pytest.approx(
-                y, abs=1e-5
-            )
-    assert degrade(torch.rand(1, 3, 64, 64), "quantization", 5, seed=0).unique().numel() == 7
-    assert torch.equal(degrade(grey, "mean_shift", 1, seed=0), grey)
-
-
-def test_blur_kernels_keep_the_mean_and_have_their_width() -> None:
-    point = torch.zeros(1, 3, 65, 65)
-    point[..., 32, 32] = 1
-    rows = torch.arange(65.0) - 32
-    for name in ("gaussian_blur", "lens_blur", "motion_blur"):
-        assert degrade(point, name, 5, seed=0).sum().item() == pytest.approx(3, abs=1e-3)
-    spread = degrade(point, "gaussian_blur", 4, seed=0)[0, 0].sum(1)
-    # sigma 2 in a kernel of 9: cut off at +-4.5 a Gaussian's standard deviation is 1.85
-    assert float((spread * rows.square()).sum()) ** 0.5 == pytest.approx(1.85, abs=0.02)
-    line = degrade(point, "motion_blur", 5, seed=0)[0, 0]
-    variance = (line * (rows[:, None].square() + rows.square())).sum().item()
-    assert variance == pytest.approx(10**2 / 12, abs=0.5)  # a uniform segment of length 10, splatted
-
-
-@given(st.integers(0, 2**31), st.sampled_from(sorted(DEGRADATIONS)), st.integers(1, LEVELS))
-@settings(max_examples=25, deadline=None)
-def test_any_picture_stays_in_range(seed: int, name: str, level: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(1, 3, 33, 47, generator=generator).round(decimals=seed % 3)
-    result = degrade(x, name, level, seed)
-    assert result.shape == x.shape and result.min() >= 0 and result.max() <= 1
-
-
-def test_levels_may_be_fractions(picture: torch.Tensor) -> None:
-    assert strength("gaussian_blur", 2) == 0.5 and strength("gaussian_blur", 5) == 5
-    assert strength("gaussian_blur", 4.5) == pytest.approx(3.5)
-    assert strength("jpeg", 1.5) == pytest.approx(39.5)
-    for level in (1, 2, 3, 4, 5):
-        assert strength("color_shift", level) == DEGRADATIONS["color_shift"].levels[level - 1]
-    error = [
-        float((degrade(picture, "lens_blur", level, 0) - picture).square().mean()) for level in (2, 2.5, 3, 3.7, 4)
-    ]
-    assert all(a < b for a, b in itertools.pairwise(error))
-    assert torch.equal(degrade(picture, "white_noise", 0, 0), picture)
-    for level in (-1, 0.5, 5.1):
-        with pytest.raises(SettingsError, match="expected a number from 1 to 5"):
-            degrade(picture, "jpeg", level, 0)
-
-
-def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    photo, sheet = tmp_path / "photo.png", tmp_path / "sheet.png"
-    pixels = (synthetic_photograph(0, 200, 260) * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(photo)
-    monkeypatch.setattr("sys.argv", ["degradations", str(photo), "-o", str(sheet)])
-    assert degradations.main() == 0
-    with Image.open(sheet) as drawn:
-        cells = np.asarray(drawn)[24:, 190:].reshape(24, 162, 6, 162, 3)[:, :160, :, :160].swapaxes(1, 2)
-    # Every row begins with the photograph's middle, and no cell is empty or the same as its neighbour but where the
-    # table says so (mean shift and saturation 2 begin with the identity, a blur of sigma 0.1 rounds to it).
-    assert all(np.array_equal(row[0], cells[0, 0]) for row in cells)
-    assert np.array_equal(cells[0, 0], pixels[20:180, 50:210])
-    same = {
-        (n, k) for n, row in zip(DEGRADATIONS, cells, strict=True) for k in range(5) if np.array_equal(*row[k : k + 2])
-    }
-    assert same <= {("mean_shift", 0), ("color_saturation_2", 0), ("gaussian_blur", 0), ("linear_contrast", 0)}
-    monkeypatch.setattr("sys.argv", ["degradations", str(tmp_path / "none.png"), "-o", str(sheet)])
-    assert degradations.main() == 1
-    assert "does not exist" in capsys.readouterr().err
-
-
-def test_lab_is_a_round_trip_and_knows_white() -> None:
-    x = torch.rand(2, 3, 16, 16)
-    assert torch.allclose(lab_to_rgb(rgb_to_lab(x)), x, atol=1e-3)
-    white = rgb_to_lab(torch.ones(1, 3, 1, 1)).flatten()
-    assert torch.allclose(white, torch.tensor([100.0, 0.0, 0.0]), atol=0.05)
-
-
-@pytest.mark.parametrize(("name", "level"), [("gausian_blur", 1), ("jpeg", 6), ("jpeg", -1)])
-def test_unknown_type_or_level_is_one_clear_error(name: str, level: int) -> None:
-    with pytest.raises(SettingsError, match="expected"):
-        degrade(torch.rand(1, 3, 32, 32), name, level, seed=0)
 
 
 # ---------------------------------------------------------------- losses
@@ -242,7 +89,11 @@ def test_a_pair_need_not_fall_with_what_it_is_not_about_but_must_not_rise() -> N
     constant, rising = torch.zeros(1, 2, 2, 2), torch.tensor([0.0, 0.4]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
     assert ranking_loss(constant, 0.2, about=about).item() == pytest.approx((0.2 + 0) / 2, abs=1e-6)
     assert ranking_loss(rising, 0.2, about=about).item() == pytest.approx((0.6 + 0.4) / 2, abs=1e-6)
-    blur, both = Recipe(("lens_blur",), 0).about, Recipe(("lens_blur", "white_noise"), 0).about
+    crops = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    blur, both = (
+        Stack(crops, types, (0, 5), (0, 0), 32, None).about(TOY)
+        for types in (("lens_blur",), ("lens_blur", "white_noise"))
+    )
     assert all(blur) and both.count(False) == 1
     level, stack = torch.tensor([0.0, 5.0]), torch.tensor([0, 1])
     assert across_loss(torch.zeros(2, 1), level, stack, 0.1, 3, torch.tensor([[True], [False]])).item() == 0
@@ -332,69 +183,366 @@ def test_log_energies_know_blur_noise_and_darkness(picture: torch.Tensor) -> Non
     assert (log_energies(degrade(picture, "darken", 4, 0))[:, 12] < clean[:, 12]).all()
 
 
-# ---------------------------------------------------------------- stacks and training
+# ---------------------------------------------------------------- stacks
 
 
-def test_step_is_decided_by_seed_and_number() -> None:
-    photographs = [(synthetic_photograph(n, 112, 112) * 255).byte() for n in range(5)]
-    stacks = Stacks(photographs, TOY, seed=1, steps=3)
-    first, again, other = stacks[1], stacks[1], Stacks(photographs, TOY, seed=2, steps=3)[1]
+def paths_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+def test_item_is_decided_by_seed_and_number(folder: Path) -> None:
+    stacks = Stacks(paths_of(folder), TOY, seed=1)
+    first, again, other = (batch_of(items, TOY) for items in (stacks[1], stacks[1], stacks[2]))
+    elsewhere = batch_of(Stacks(paths_of(folder), TOY, seed=2)[1], TOY)
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["pictures"], other["pictures"])
+    assert not torch.equal(first["pictures"], elsewhere["pictures"])
     b, n_levels = TOY.stacks, TOY.levels + 1
     assert first["pictures"].shape == (b, n_levels, 2, 3, 48, 48)
     assert (first["level"].diff(dim=1) > 0).all() and (first["level"][:, 0] == 0).all()
     assert not first["ordered"].tril().any()
-    assert Recipe(("mean_shift", "jpeg"), 0).monotone is False
 
 
-def short_toy() -> str:
-    """toy.toml with one step so small that nothing moves."""
-    text = (CONFIGS / "toy.toml").read_text()
-    return text.replace("steps = 60", "steps = 1").replace("learning_rate = 5e-3", "learning_rate = 1e-9")
+def test_level_0_is_the_crop_itself_and_the_paper_has_none(folder: Path) -> None:
+    for stack in Stacks(paths_of(folder), TOY, seed=0)[0]:
+        assert torch.equal(stack.pictures()[0], stack.crops)
+    paper = dataclasses.replace(load_config("paper"), crops=(48,), stacks=1)
+    (stack,) = Stacks(paths_of(folder), paper, seed=0)[0]
+    assert stack.levels == (1, 2, 3, 4, 5) and stack.pictures().shape == (5, 2, 3, 48, 48)
 
 
-def test_toy_training_learns_to_rank_and_is_deterministic(folder: Path, tmp_path: Path) -> None:
-    log = []
-    for run in ("a", "b"):
-        path = trainer.train(TOY, folder, tmp_path / run, seed=3)
-        log.append([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()])
-    # safetensors writes its metadata in any order, so tensors are compared and not bytes
-    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("a", "b"))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["visual.stem.0.weight"], torch.zeros_like(first["visual.stem.0.weight"]))
-    assert not list(tmp_path.rglob("*.part"))
+def noise_stacks(folder: Path, **change: bool) -> list[Stack]:
+    only = {name: 0.0 for name in DEGRADATIONS} | {"motion_blur": 1.0}
+    config = dataclasses.replace(TOY, type_weights=only, **change)
+    return Stacks(paths_of(folder), config, seed=0)[0]
 
-    (tmp_path / "short.toml").write_text(short_toy())
-    arguments = ["--config", str(tmp_path / "short.toml"), "--pristine", str(folder), "--out", str(tmp_path / "c")]
-    assert trainer.main([*arguments, "--seed", "7", "--licence", "CC0", "--start", str(path)]) == 0
-    again = tmp_path / "c" / "model.safetensors"
-    with safe_open(again, "pt") as file:
-        written = file.metadata()
-    assert written["licence"] == "CC0" and json.loads(written["training"])["seed"] == 7
-    assert json.loads(written["training"])["start"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert torch.allclose(load_file(again)["visual.heads.0.fc1.weight"], first["visual.heads.0.fc1.weight"], atol=1e-6)
-    with pytest.raises(SettingsError, match="--start"):
-        trainer.train(dataclasses.replace(TOY, dim=4), folder, tmp_path / "d", start=path)
 
-    fresh = trainer.train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "untrained", seed=3)
-    untrained = json.loads((fresh.parent / "log.jsonl").read_text().splitlines()[-1])
+def test_random_choices_are_shared_as_configured(folder: Path) -> None:
+    angles = [stack.seeds for stack in noise_stacks(folder)]
+    assert all(len(set(seeds)) == 1 and isinstance(seeds[0], int) for seeds in angles)
+    assert len({seeds[0] for seeds in angles}) == TOY.stacks  # each photograph has its own
+    for stack in noise_stacks(folder, share_levels=False):
+        assert len(set(stack.seeds)) == len(stack.levels)
+    for stack in noise_stacks(folder, share_crops=False):
+        (pair,) = set(stack.seeds)
+        assert pair[0] != pair[1]
+        twice = dataclasses.replace(stack, crops=stack.crops[:1].expand(2, -1, -1, -1))
+        assert not torch.equal(*twice.pictures()[-1])  # the same crop, blurred at two angles
+        same = dataclasses.replace(twice, seeds=(1,) * len(stack.levels))
+        assert torch.equal(*same.pictures()[-1])
+
+
+def test_only_what_is_known_is_ranked(folder: Path) -> None:
+    crops = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    shift = Stack(crops, ("mean_shift",), (0, 1, 2, 3), (0,) * 4, 32, None)
+    assert not shift.monotone
+    # Level 1 is the identity, 2 and 3 have opposite signs.
+    assert shift.ordered() == [[False, False, True, True], [False, False, True, True], [False] * 4, [False] * 4]
+    both = dataclasses.replace(shift, types=("mean_shift", "jpeg"))
+    assert both.ordered() == shift.ordered()
+    assert Stack(crops, ("jpeg",), (0, 1, 2, 3), (0,) * 4, 32, None).ordered()[1] == [False, False, True, True]
+
+
+# ---------------------------------------------------------------- training
+
+
+def short(**change: object) -> Config:
+    return dataclasses.replace(TOY, steps=4, validate_every=4, checkpoint_every=2, **change)  # type: ignore[arg-type]
+
+
+def write_config(config: Config, path: Path) -> Path:
+    """A TOML file of it; JSON's numbers, strings, lists and booleans are TOML's."""
+    values = dataclasses.asdict(config)
+    tables = {key: values.pop(key) for key in ("type_weights", "repeat")}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path.write_text("\n".join(lines))
+    assert load_config(path) == config
+    return path
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def toy(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished toy run."""
+    return trainer.train(TOY, folder, tmp_path_factory.mktemp("toy"), seed=3)
+
+
+def test_toy_training_learns_to_rank(toy: Path, folder: Path, tmp_path: Path) -> None:
+    fresh = trainer.train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "fresh", seed=3)
+    untrained, log = lines_of(fresh.parent)[-1], lines_of(toy.parent)
     # Photographs that were not trained on; every type counts alike. An untrained network ranks about half the pairs.
-    assert log[0][-1]["accuracy"] > untrained["accuracy"] + 0.1
-    assert log[0][-1]["types"]["white_noise"] > 0.8
+    assert log[-1]["accuracy"] > untrained["accuracy"] + 0.1
+    assert log[-1]["types"]["white_noise"] > 0.8
+    # Every part of the loss, ranking accuracy by type and the share of time spent waiting stand in the log.
+    assert {"consistency", "positive", "negative", "across", "centre", "loss", "waiting", "types"} <= log[1].keys()
+    assert 0 <= log[1]["waiting"] <= 1 and log[1]["loss"] > log[2]["loss"]
+    assert [line.get("step") for line in log] == [None, 30, 60, 60]
+    assert sorted(path.name for path in toy.parent.iterdir()) == ["log.jsonl", "model.safetensors", "tensorboard"]
 
-    with safe_open(path, "pt") as file:
+
+def test_tensorboard_has_every_part(toy: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(toy.parent / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/loss", "loss/positive", "accuracy/all", "accuracy/jpeg", "waiting", "learning_rate"} <= tags
+    assert [event.step for event in events.Scalars("loss/loss")] == [30, 60]
+    assert events.Scalars("loss/loss")[1].value == pytest.approx(lines_of(toy.parent)[2]["loss"])
+
+
+def test_model_file_says_what_it_is_and_is_a_metric(toy: Path) -> None:
+    with safe_open(toy, "pt") as file:
         metadata, keys = file.metadata(), set(file.keys())
         anchors, scale = file.get_tensor("prompts_features"), file.get_tensor("logit_scale")
-    assert (
-        metadata["format"] == "qualiclip-pyiqa/1" and metadata["backbone"] == "mini" and metadata["temperature"] == "1"
-    )
+    assert metadata["format"] == "qualiclip-pyiqa/1" and metadata["backbone"] == "mini"
     tower = MiniTower(**json.loads(metadata["tower"]))
     assert keys == {f"visual.{key}" for key in tower.state_dict()} | {"prompts_features", "logit_scale"}
     assert [tuple(pair) for pair in json.loads(metadata["prompts"])] == list(QUALITY_SETS["qualiclip"])
     assert anchors.shape == (14, tower.feature_dim) and torch.allclose(anchors.norm(dim=1), torch.ones(14), atol=1e-6)
-    assert scale.shape == () and scale.dtype == torch.float32
-    assert json.loads(metadata["training"])["seed"] == 3
+    assert scale.shape == () and json.loads(metadata["training"])["seed"] == 3
+    # The file's own temperature counts under either name.
+    x = torch.stack([synthetic_photograph(30), degrade(synthetic_photograph(30)[None], "white_noise", 5, 0)[0]])
+    scores = [pyiqa.create_metric(name, weights=str(toy))(x) for name in ("qualiclip", "qualiclip-mini")]
+    assert torch.equal(*scores) and scores[0][0] > scores[0][1]
+
+
+def test_same_seed_same_model_whoever_reads_and_degrades(folder: Path, tmp_path: Path) -> None:
+    runs = [trainer.train(short(), folder, tmp_path / "a"), trainer.train(short(), folder, tmp_path / "b")]
+    runs.append(trainer.train(short(workers=2), folder, tmp_path / "c"))
+    runs.append(trainer.train(short(degrade_on="device"), folder, tmp_path / "d"))
+    assert all(same_tensors(runs[0], run) for run in runs[1:])
+    assert not same_tensors(runs[0], trainer.train(short(), folder, tmp_path / "e", seed=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bf16", "clip": 0.0},
+        {"pairs": "mean", "weight_across": 0.0, "weight_centre": 0.0},
+        {"types": (1.0, 1.0, 1.0), "share_levels": False, "share_crops": False, "average": 0.0},
+        {"pristine": False, "delivery": 1.0, "camera": 1.0, "native": 0.0, "smallest_scale": 0.6},
+    ],
+)
+def test_settings_change_the_model(change: dict, folder: Path, tmp_path: Path) -> None:
+    usual = trainer.train(short(), folder, tmp_path / "usual")
+    model = trainer.train(short(**change), folder, tmp_path / "changed")
+    values = load_file(model)
+    assert not same_tensors(usual, model)
+    assert all(torch.isfinite(value).all() for value in values.values())
+
+
+def test_run_begins_from_an_earlier_model(toy: Path, folder: Path, tmp_path: Path) -> None:
+    still = short(learning_rate=1e-9, recalibrate=0)  # so small that nothing moves
+    arguments = ["--pristine", str(folder), "--start", str(toy), "--seed", "7", "--licence", "CC0"]
+    config = write_config(still, tmp_path / "still.toml")
+    assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "run"), *arguments]) == 0
+    again = tmp_path / "run" / "model.safetensors"
+    with safe_open(again, "pt") as file:
+        written = file.metadata()
+    assert written["licence"] == "CC0" and json.loads(written["training"])["seed"] == 7
+    first, second = load_file(toy), load_file(again)
+    assert torch.equal(first["prompts_features"], second["prompts_features"])  # another seed's would differ
+    assert torch.allclose(first["visual.heads.0.fc1.weight"], second["visual.heads.0.fc1.weight"], atol=1e-6)
+    with pytest.raises(SettingsError, match="--start"):
+        trainer.train(dataclasses.replace(TOY, dim=4), folder, tmp_path / "d", start=toy)
+
+
+def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
+    rated = tmp_path / "rated"
+    rated.mkdir()
+    rows = [["image", "mos"]]
+    for level in range(6):
+        pixels = (degrade(synthetic_photograph(50)[None], "white_noise", level, 0)[0] * 255).round().byte()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(rated / f"{level}.png")
+        rows.append([f"{level}.png", str(5 - level)])
+    with (rated / "scores.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    ratings = read_ratings(rated / "scores.csv", rated)
+    trained = trainer.train(TOY, folder, tmp_path / "run", ratings=ratings)
+    metric = pyiqa.create_metric("qualiclip", weights=str(trained))
+    scores = torch.tensor([float(metric(str(path))) for path in ratings.paths])
+    ranks = scores.argsort().argsort().double()
+    truth = torch.tensor(ratings.opinions).argsort().argsort().double()
+    spearman = float(torch.corrcoef(torch.stack([ranks, truth]))[0, 1])
+    assert lines_of(trained.parent)[-1]["srcc"] == pytest.approx(spearman, abs=1e-4) and spearman > 0.9
+    reverse = dataclasses.replace(ratings, lower_better=True)
+    plain = trainer.train(short(), folder, tmp_path / "reverse", ratings=reverse)
+    assert "srcc" in lines_of(plain.parent)[1]
+
+
+def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    values = dataclasses.asdict(short()) | {
+        "backbone": "tiny-resnet",
+        "weights": str(tiny_folder / "tiny-resnet.pt"),
+        "statistics": False,
+        "learning_rate": 1e-4,
+        "recalibrate": 0,
+        "crops": [96],  # with one place left in the last layer, attention would have nothing to choose from
+    }
+    config = make_config({k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")})
+    before = torch.load(tiny_folder / "tiny-resnet.pt", weights_only=True)
+    path = trainer.train(config, folder, tmp_path / "run")
+    after = load_file(path)
+    assert set(after) == set(before) | {"prompts_features"}
+    for key, value in before.items():
+        trained = key.startswith("visual.") and "running_" not in key and "num_batches" not in key
+        # The positional table is not used: QualiCLIP's is off.
+        moved = trained and "positional_embedding" not in key
+        assert torch.equal(after[key].to(value), value) != (moved and "k_proj.bias" not in key), key
+    x = torch.stack([synthetic_photograph(n) for n in range(3)])
+    metric = pyiqa.create_metric("qualiclip", weights=str(path))
+    assert metric.net.temperature == 2
+    tuned = after | {f"clip_model.{key}": value for key, value in after.items() if key != "prompts_features"}
+    reference = open_clip_scores({k: v for k, v in tuned.items() if "clip_model" not in k}, x)
+    # float32 on both sides, one with BatchNorm folded into the convolutions
+    assert torch.allclose(metric(x), reference, atol=1e-5)
+    own = pyiqa.create_metric("qualiclip", weights=str(path), prompts=[["Nice photo.", "Ugly photo."]])
+    assert not torch.allclose(own(x), metric(x))  # the text tower is in the file
+    # ... and the run may be gone on with from the file.
+    again = trainer.train(config, folder, tmp_path / "again", start=path)
+    assert again.is_file()
+
+
+def open_clip_scores(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Scores by open_clip's own layers: 32 features of a tower without a positional table, temperature 2."""
+    import open_clip
+    import torch.nn.functional as F
+
+    features = state.pop("prompts_features")
+    model = open_clip.CLIP(**upstream.TINY_RESNET).eval()
+    model.load_state_dict(state)
+    visual, mean, std = model.visual, *(torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    pool = visual.attnpool
+    with torch.no_grad():
+        y = visual.stem((x - mean) / std)
+        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            y = stage(y)
+        tokens = y.flatten(2).permute(2, 0, 1)
+        tokens = torch.cat([tokens.mean(0, keepdim=True), tokens])
+        pooled, _ = F.multi_head_attention_forward(
+            tokens, tokens, tokens, tokens.shape[-1], pool.num_heads, None,
+            torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]), None, None, False, 0.0,
+            pool.c_proj.weight, pool.c_proj.bias, use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight,
+            k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight, need_weights=False,
+        )  # fmt: skip
+        logits = F.normalize(pooled[0], dim=-1) @ features.T * state["logit_scale"].exp() / 2
+        return logits.unflatten(1, (-1, 2)).softmax(-1)[..., 0].mean(1, keepdim=True)
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
+
+
+# ---------------------------------------------------------------- kill and resume
+
+
+def command(config: Path, folder: Path, out: Path, *more: str) -> list[str]:
+    run = ["train", "--config", str(config), "--pristine", str(folder), "--out", str(out), "--device", "cpu", *more]
+    return ["-m", "qualiclip_pyiqa.cli", *run]
+
+
+def steps_kept(run: Path) -> int:
+    return max((int(path.name[-9:]) for path in run.glob("checkpoint-*")), default=0)
+
+
+def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TOY, steps=90, validate_every=15, checkpoint_every=5)
+    expected = trainer.train(config, folder, tmp_path / "whole", seed=5)
+    file, run = write_config(config, tmp_path / "config.toml"), tmp_path / "killed"
+    arguments = [sys.executable, *command(file, folder, run, "--seed", "5", "--resume")]
+    # As long as the next look, the next checkpoint and the end of the run may be what is hit.
+    for least, later in ((5, 0.0), (50, 0.11)):
+        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+        while steps_kept(run) < least and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(later)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (run / "model.safetensors").exists()
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert same_tensors(expected, run / "model.safetensors")
+    time_free = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "waiting")} for line in lines_of(path)]
+        for path in (expected.parent, run)
+    ]
+    assert time_free[0] == time_free[1]
+    # Done is done: nothing is trained again, and another seed's run is another run.
+    before = (run / "model.safetensors").stat().st_mtime_ns
+    assert trainer.train(config, folder, run, seed=5, resume=True) == run / "model.safetensors"
+    assert (run / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SettingsError, match="another run"):
+        trainer.train(config, folder, run, seed=6, resume=True)
+
+
+def test_checkpoint_that_was_not_finished_is_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, saved = tmp_path / "run", trainer.Accelerator.save_state
+
+    def torn(self: trainer.Accelerator, path: str) -> None:
+        saved(self, path)
+        if (run / "checkpoint-000000002").exists():
+            (Path(path) / "optimizer.bin").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Accelerator, "save_state", torn)
+        with pytest.raises(OSError, match="No space"):
+            trainer.train(short(), folder, run)
+    assert sorted(path.name for path in run.glob("checkpoint*")) == ["checkpoint-000000002", "checkpoint.part"]
+    resumed = trainer.train(short(), folder, run, resume=True)
+    assert same_tensors(resumed, trainer.train(short(), folder, tmp_path / "whole"))
+    assert not list(run.glob("checkpoint*"))
+
+
+def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = tmp_path / "run", iter([0.0, 0.0, math.nan])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "centre_loss", lambda difference: difference.mean() * next(calls))
+        with pytest.raises(trainer.DivergedError, match="step 3"):
+            trainer.train(short(), folder, run)
+    assert steps_kept(run) == 2
+    with pytest.raises(SettingsError, match="pass --resume"):
+        trainer.train(short(), folder, run)
+    with pytest.raises(SettingsError, match="belongs to another run"):
+        trainer.train(short(margin_rank=0.2), folder, run, resume=True)
+    assert trainer.train(short(), folder, run, resume=True).is_file()
+
+
+def test_two_processes_train_what_one_would_accumulate(folder: Path, tmp_path: Path) -> None:
+    two = write_config(short(recalibrate=0), tmp_path / "two.toml")
+    launch = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, *command(two, folder, tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [str(tmp_path / "two" / "model.safetensors")]
+    assert lines_of(tmp_path / "two")[0]["processes"] == 2
+    one = trainer.train(short(recalibrate=0, accumulate=2), folder, tmp_path / "one")
+    first, second = load_file(tmp_path / "two" / "model.safetensors"), load_file(one)
+    learned = [key for key in first if key.endswith("weight") or key.endswith("bias")]
+    # Sums in another order, four steps of AdamW apart; the rate is 5e-3, so one different item would show.
+    assert all(torch.allclose(first[key], second[key], atol=2e-5) for key in learned)
+    assert not same_tensors(one, trainer.train(short(recalibrate=0), folder, tmp_path / "half"))
+
+
+# ---------------------------------------------------------------- what may go wrong
 
 
 def test_held_out_and_excluded_photographs_are_not_listed(tmp_path: Path) -> None:
@@ -408,10 +556,16 @@ def test_held_out_and_excluded_photographs_are_not_listed(tmp_path: Path) -> Non
 
 
 def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "centre_loss", lambda difference: difference.mean() * math.nan)
-    with pytest.raises(trainer.DivergedError, match=r"centre .* step 1"):
-        trainer.train(TOY, folder, tmp_path, seed=0)
-    assert not (tmp_path / "model.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "centre_loss", lambda difference: difference.mean() * math.nan)
+        with pytest.raises(trainer.DivergedError, match=r"centre .* step 1;"):
+            trainer.train(TOY, folder, tmp_path / "loss")
+    assert lines_of(tmp_path / "loss")[-1] == {"seconds": 0.0, "step": 1, "stopped": "centre"}
+    # A finite loss whose gradient is not: the square root of zero.
+    monkeypatch.setattr(trainer, "centre_loss", lambda difference: (difference.mean() * 0).abs().sqrt())
+    with pytest.raises(trainer.DivergedError, match=r"gradient of the loss is (nan|inf) at step 1;"):
+        trainer.train(TOY, folder, tmp_path / "gradient")
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -425,6 +579,16 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
         ({"half": 1}, "half"),
         ({"native": 1.5}, "native"),
         ({"stacks": 1}, "stacks"),
+        ({"types": []}, "types"),
+        ({"types": [0, 0]}, "types"),
+        ({"pairs": "all"}, "each or mean"),
+        ({"precision": "int8"}, "fp32, bf16 or fp16"),
+        ({"degrade_on": "gpu"}, "workers or device"),
+        ({"betas": [0.9]}, "betas"),
+        ({"pristine": False, "levels": 1}, "levels"),
+        ({"backbone": "RN50"}, "mini where widths"),
+        ({"backbone": "RN50", "widths": [], "depths": [], "hidden": 0, "dim": 0}, "weights"),
+        ({"statistics": False}, "statistics"),
         ({"repeat": {"a": 0.5}}, "repeat"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"type_weights": {"smudge": 1}}, "smudge"),
@@ -441,7 +605,9 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
     del values["steps"]
     with pytest.raises(SettingsError, match="missing steps"):
         make_config(values)
-    with pytest.raises(SettingsError, match="mini, mini-finish, toy"):
+    with pytest.raises(SettingsError, match="expected cpu"):
+        trainer.train(TOY, folder, tmp_path / "out", device="tpu")
+    with pytest.raises(SettingsError, match="mini, paper, small-gpu, toy"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(SettingsError, match="not TOML"):
@@ -457,6 +623,13 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
 
 
 def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = trainer.main(["--config", "toy", "--pristine", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")])
-    assert status == 1 and not capsys.readouterr().out
-    assert load_config("mini").steps > load_config("mini-finish").steps > 100  # the shipped settings are valid
+    arguments = ["train", "--config", "toy", "--pristine", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert not said.out and "nowhere is no folder" in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
+def test_shipped_configurations_are_valid(name: str) -> None:
+    config = load_config(name)
+    assert (config.backbone == "mini") != bool(config.weights)

@@ -1,8 +1,15 @@
-"""The commands of `qualiclip`, and the option that several of them have."""
+"""The commands of `qualiclip`, and the options that several of them have."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    from ..ratings import Ratings
 
 DEFAULT_METRIC = "qualiclip-mini"
 
@@ -10,4 +17,28 @@ DEFAULT_METRIC = "qualiclip-mini"
 def add_metric_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--metric", action="append", metavar="METRIC", help=f"any NR metric of pyiqa (default: {DEFAULT_METRIC})"
+    )
+
+
+def add_rating_options(parser: argparse.ArgumentParser) -> None:
+    """How the pictures and columns of a command's `--ratings CSV` are found."""
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated pictures")
+    parser.add_argument("--image-column", metavar="NAME", help="column of the picture names (default: found)")
+    parser.add_argument("--mos-column", metavar="NAME", help="column of the opinion scores (default: found)")
+    parser.add_argument("--lower-better", action="store_true", help="lower opinion scores are better, as DMOS")
+
+
+def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
+    """What `--ratings` and the options above name."""
+    from ..ratings import read_ratings
+
+    if arguments.images is None:
+        raise SettingsError("--ratings needs the folder of its pictures: --images DIR")
+    return read_ratings(
+        arguments.ratings,
+        arguments.images,
+        arguments.image_column,
+        arguments.mos_column,
+        group,
+        True if arguments.lower_better else None,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
-from . import DEFAULT_METRIC, add_metric_option
+from . import DEFAULT_METRIC, add_metric_option, add_rating_options, rated
 
 if TYPE_CHECKING:
     from ..evaluation import Agreement
@@ -36,11 +36,8 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--dataset", metavar="NAME", help="a data set that pyiqa knows, such as livec, below --images")
     what.add_argument("--degradations", type=Path, metavar="DIR", help="pristine photographs, to be degraded")
     what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="two metrics compete on these pictures")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated pictures or of the data sets")
-    parser.add_argument("--image-column", metavar="NAME", help="column of the picture names (default: found)")
-    parser.add_argument("--mos-column", metavar="NAME", help="column of the opinion scores (default: found)")
+    add_rating_options(parser)
     parser.add_argument("--group", metavar="COLUMN", help="also for each value of this column alone")
-    parser.add_argument("--lower-better", action="store_true", help="lower opinion scores are better, as DMOS")
     parser.add_argument("--levels", type=int, default=4, metavar="N", help="--gmad: pairs per defender (default: 4)")
     parser.add_argument("--limit", type=int, metavar="N", help="--degradations: at most so many photographs")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the degradations")
@@ -145,22 +142,13 @@ def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, An
 
 
 def _ratings(arguments: argparse.Namespace) -> Ratings:
-    from ..ratings import pyiqa_ratings, read_ratings
+    from ..ratings import pyiqa_ratings
 
     if arguments.dataset is not None:
         if arguments.group or arguments.image_column or arguments.mos_column:
             raise SettingsError("--group, --image-column and --mos-column are for --ratings, not for --dataset")
         return pyiqa_ratings(arguments.dataset, arguments.images)
-    if arguments.images is None:
-        raise SettingsError("--ratings needs the folder of its pictures: --images DIR")
-    return read_ratings(
-        arguments.ratings,
-        arguments.images,
-        arguments.image_column,
-        arguments.mos_column,
-        arguments.group,
-        True if arguments.lower_better else None,
-    )
+    return rated(arguments, arguments.group)
 
 
 def _print_agreements(found: Mapping[str, Agreement]) -> None:

@@ -20,53 +20,74 @@ CONFIGS = Path(__file__).parent / "configs"
 class Config:
     """Settings of a run. Sizes in pixels, probabilities in 0..1, margins and losses in units of a cosine.
 
-    L = 5 levels, two overlapping crops, the degradation bank and the three alignment losses are QualiCLIP's; every
-    number below is our own choice for a small network trained from scratch on a CPU.
+    docs/training.md says of every value of the shipped configurations where it comes from.
     """
 
-    # Tower (keywords of MiniTower)
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    hidden: int
-    dim: int
-    # Stacks: photographs per step, levels drawn of each stack's five (pristine comes on top), crop sizes drawn from
+    # Tower
+    backbone: str  # `mini`, or a name that `OpenQualiCLIP` takes, such as RN50
+    # Stacks: photographs a step (of one process and one accumulated part), levels drawn of each stack's five
     stacks: int
     levels: int
-    crops: tuple[int, ...]
+    pristine: bool  # whether the undistorted crops are the stack's lowest level, on top of `levels`
+    crops: tuple[int, ...]  # sizes drawn from
     overlap: float  # smallest part of a crop's side that both crops share
     native: float  # probability of no resampling; else the scale is uniform in (smallest_scale, 1)
     smallest_scale: float
     candidates: int  # of that many regions the sharpest is taken: flat and out-of-focus crops must not be pristine
     camera: float  # probability of each of the mild changes that all levels of a stack share
     delivery: float  # probability of each of scaling down and JPEG after the degradation, alike for all levels
-    composition: float  # probability of a second type, from another group
+    types: tuple[float, ...]  # how often 1, 2, ... degradation types, of as many groups, are put on top of each other
+    share_levels: bool  # whether angle, positions and noise are the same at all levels of a stack
+    share_crops: bool  # whether angle and positions are the same for both crops; noise is drawn for each
     repeat: dict[str, float]  # how many times as often photographs of a top-level folder are drawn; 1 if not named
     type_weights: dict[str, float]  # how often a type is drawn; 1 where it is not named
     # Losses
+    pairs: str  # `each`: every antonym prompt pair ranks for itself; `mean`: the mean similarity over the pairs ranks
     margin_consistency: float
     margin_rank: float
     margin_across: float
     gap_across: float
     weight_consistency: float
+    weight_positive: float
+    weight_negative: float
     weight_across: float
     weight_centre: float
-    # Optimiser
+    # Optimiser (AdamW)
     steps: int
+    accumulate: int  # forward and backward passes for each step
     learning_rate: float
-    weight_decay: float
-    warmup: int
-    average: float  # decay of the averaged weights that are kept
-    half: bool  # bfloat16 autocast
-    # Data and looks
+    betas: tuple[float, ...]
+    weight_decay: float  # of weights, not of biases and normalisation
+    warmup: int  # steps of linear warm-up
+    cosine: bool  # whether the rate then falls to 0 along half a cosine
+    clip: float  # largest norm of the gradient; 0: not clipped
+    average: float  # decay of the averaged weights that are kept; 0: the last ones are kept
+    precision: str  # `fp32`, `bf16` or `fp16`
+    statistics: bool  # whether normalisation statistics are learned too; false: they stay those of the loaded weights
+    # Data, looks and checkpoints
     validation: int  # photographs of the training set kept for validation
     validation_crop: int
     validate_every: int
-    recalibrate: int  # batches for the averaged weights' normalisation statistics
+    checkpoint_every: int
+    recalibrate: int  # batches for the averaged weights' normalisation statistics; 0: they are averaged themselves
     recalibrate_crop: int
-    workers: int
+    workers: int  # processes that read photographs; 0: the training process does
+    degrade_on: str  # `workers`: degraded by these processes; `device`: by the training process, where the tower is
+    # Of backbones other than mini: `openai`, a name of the weight manifest, or a file
+    weights: str = ""
+    # Of the mini tower: keywords of MiniTower
+    widths: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    hidden: int = 0
+    dim: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def smallest_photograph(self) -> int:
+        """Shorter side that a photograph needs, in pixels."""
+        return max(*self.crops, self.recalibrate_crop if self.recalibrate else 0, 32)
 
     @property
     def digest(self) -> str:
@@ -101,11 +122,11 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected keys are {', '.join(fields)}"
             raise SettingsError(f"{source}: unknown key {key!r}{hint}")
-    missing = [name for name in fields if name not in values]
+    missing = [name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING]
     if missing:
         raise SettingsError(f"{source}: missing {', '.join(missing)}; see qualiclip_pyiqa/training/configs/mini.toml")
     return Config(
-        **{name: _convert(values[name], str(field.type), f"{source}: {name}") for name, field in fields.items()}
+        **{name: _convert(value, str(fields[name].type), f"{source}: {name}") for name, value in values.items()}
     )
 
 
@@ -117,8 +138,10 @@ def _convert(value: Any, kind: str, what: str) -> Any:
         return int(value)
     if kind == "float" and number:
         return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
     if kind.startswith("tuple") and isinstance(value, (list, tuple)):
-        return tuple(_convert(item, "int", what) for item in value)
+        return tuple(_convert(item, kind[6:-6], what) for item in value)  # "tuple[int, ...]"
     if kind.startswith("dict") and isinstance(value, dict):
         return {str(key): _convert(item, "float", f"{what}.{key}") for key, item in value.items()}
     raise SettingsError(f"{what} is {value!r}; expected {kind}")
@@ -131,23 +154,38 @@ def _check(c: Config) -> None:
         if not good:
             raise SettingsError(f"training configuration: {what} is {getattr(c, what)!r}; expected {expected}")
 
-    need(len(c.widths) == 4 and min(c.widths) > 0, "widths", "four positive integers")
-    need(len(c.depths) == 4 and min(c.depths) > 0, "depths", "four positive integers")
-    need(1 <= c.levels <= LEVELS, "levels", f"1 to {LEVELS}")
+    if c.backbone == "mini":
+        need(len(c.widths) == 4 and min(c.widths) > 0, "widths", "four positive integers")
+        need(len(c.depths) == 4 and min(c.depths) > 0, "depths", "four positive integers")
+        need(c.hidden >= 1, "hidden", "at least 1")
+        need(c.dim >= 2, "dim", "at least 2: a pair needs two directions")
+        need(c.statistics, "statistics", "true: the mini tower starts without any")
+    else:
+        need(not (c.widths or c.depths or c.hidden or c.dim), "backbone", "mini where widths, depths, ... are given")
+        need(bool(c.weights), "weights", "openai, a name of the weight manifest or a file")
+    need(
+        c.levels + c.pristine >= 2 and 1 <= c.levels <= LEVELS, "levels", f"2 to {LEVELS}; with pristine 1 to {LEVELS}"
+    )
     need(bool(c.crops) and min(c.crops) >= 32, "crops", "sizes of at least 32")
-    for name in ("native", "camera", "delivery", "composition", "overlap"):
+    for name in ("native", "camera", "delivery", "overlap"):
         need(0 <= getattr(c, name) <= 1, name, "0 to 1")
     need(0 < c.smallest_scale <= 1, "smallest_scale", "more than 0, at most 1")
     need(0 <= c.average < 1, "average", "0 to less than 1")
     need(c.validation_crop >= 32, "validation_crop", "at least 32")
     need(c.recalibrate_crop >= 32, "recalibrate_crop", "at least 32")
-    for name in ("hidden", "dim", "steps", "candidates", "validation", "validate_every", "recalibrate"):
+    for name in ("steps", "accumulate", "candidates", "validation", "validate_every", "checkpoint_every"):
         need(getattr(c, name) >= 1, name, "at least 1")
-    need(c.dim >= 2, "dim", "at least 2: a pair needs two directions")
-    need(c.stacks >= 2, "stacks", "at least 2: scores are compared across photographs")
+    need(c.stacks >= (2 if c.weight_across else 1), "stacks", "at least 2 where scores are compared across photographs")
     need(0 < c.learning_rate < 1, "learning_rate", "between 0 and 1")
-    for name in ("workers", "warmup", "weight_decay", "weight_consistency", "weight_across", "weight_centre"):
+    need(len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas), "betas", "two numbers of at least 0, below 1")
+    for name in ("workers", "warmup", "weight_decay", "clip", "recalibrate"):
         need(getattr(c, name) >= 0, name, "at least 0")
+    for name in ("consistency", "positive", "negative", "across", "centre"):
+        need(getattr(c, f"weight_{name}") >= 0, f"weight_{name}", "at least 0")
+    need(c.pairs in ("each", "mean"), "pairs", "each or mean")
+    need(c.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
+    need(c.degrade_on in ("workers", "device"), "degrade_on", "workers or device")
+    need(bool(c.types) and min(c.types) >= 0 and sum(c.types) > 0, "types", "frequencies of 1, 2, ... types")
     for copies in c.repeat.values():
         need(copies >= 1 and copies == int(copies), "repeat", "whole numbers of at least 1")
     for name, weight in c.type_weights.items():

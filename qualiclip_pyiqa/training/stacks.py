@@ -13,26 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import ImageError, SettingsError
+from ..images import load_image
 from .config import Config
-from .degradations import DEGRADATIONS, LEVELS, degrade
+from .degradations import DEGRADATIONS, LEVELS, degrade_all, draw_types, jpeg
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-# Order of a composition: what happens before the lens comes first, what the file does to the picture last.
-GROUP_ORDER = (
-    "brightness change",
-    "color distortion",
-    "sharpness and contrast",
-    "blur",
-    "noise",
-    "spatial distortion",
-    "compression",
-)
 
-# The groups whose degradations train a prompt pair of the set `qualiclip`, in its order; None: all. "Sharp image." sees
-# only log energies and learns only from blur: asked to rank noise too, so few numbers say nothing of either.
+# The groups whose degradations train a prompt pair of the mini tower, in the order of its blocks; None: all. The second
+# block sees only log energies and learns only from blur: asked to rank noise too, so few numbers say nothing of either.
 PAIR_GROUPS: tuple[frozenset[str] | None, ...] = (None, frozenset({"blur"}), None, None, None, None, None)
 
 
@@ -65,13 +55,21 @@ def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
     return paths
 
 
+def shorter_side(path: Path) -> int:
+    """In pixels, from the file's header alone."""
+    try:
+        with Image.open(path) as picture:
+            return min(picture.size)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path} cannot be decoded ({error}); remove it or list it under --exclude") from None
+
+
 def read_photograph(path: Path) -> Tensor:
     """Decode one file to (3, H, W) uint8 RGB."""
     try:
-        with Image.open(path) as picture:
-            return pil_to_tensor(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be decoded ({error}); remove it or list it under --exclude") from None
+        return (load_image(path) * 255).round().to(torch.uint8)
+    except ImageError as error:
+        raise ImageError(f"{error}; remove it or list it under --exclude") from None
 
 
 def laplacian_log_variance(pictures: Tensor) -> Tensor:
@@ -83,44 +81,7 @@ def laplacian_log_variance(pictures: Tensor) -> Tensor:
     return (laplacian.flatten(1).var(1) + 1e-8).log()
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is done to a stack: one or two types, at the same level, one after the other."""
-
-    types: tuple[str, ...]
-    seed: int
-
-    @property
-    def monotone(self) -> bool:
-        return all(DEGRADATIONS[name].monotone for name in self.types)
-
-    @property
-    def about(self) -> list[bool]:
-        """For each prompt pair whether it has an opinion on these types."""
-        groups = {DEGRADATIONS[name].group for name in self.types}
-        return [only is None or groups <= only for only in PAIR_GROUPS]
-
-    def apply(self, pictures: Tensor, level: int) -> Tensor:
-        """(N, 3, H, W) in 0..1 -> degraded, rounded to 8 bits as every file is."""
-        for position, name in enumerate(self.types if level else ()):
-            pictures = degrade(pictures, name, level, self.seed + position)
-        return (pictures * 255).round() / 255
-
-
-def draw_recipe(rng: random.Random, config: Config) -> Recipe:
-    names = list(DEGRADATIONS)
-    weights = [config.type_weights.get(name, 1.0) for name in names]
-    first = rng.choices(names, weights)[0]
-    types = [first]
-    if rng.random() < config.composition:
-        second = rng.choices(names, weights)[0]
-        if DEGRADATIONS[second].group != DEGRADATIONS[first].group:
-            types.append(second)
-    types.sort(key=lambda name: GROUP_ORDER.index(DEGRADATIONS[name].group))
-    return Recipe(tuple(types), rng.getrandbits(48))
-
-
-def draw_region(rng: random.Random, photograph: Tensor, size: int, config: Config) -> Tensor:
+def _draw_region(rng: random.Random, photograph: Tensor, size: int, config: Config) -> Tensor:
     """The sharpest of a few random regions at one random scale -> (1, 3, size, size) in 0..1, or smaller."""
     height, width = photograph.shape[1:]
     scale = 1.0 if rng.random() < config.native else rng.uniform(config.smallest_scale, 1.0)
@@ -136,7 +97,7 @@ def draw_region(rng: random.Random, photograph: Tensor, size: int, config: Confi
     return best
 
 
-def camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
+def _camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
     """Mild changes that all levels of a stack share: what good photographs differ by, and must not be judged by."""
     if rng.random() < probability:
         region = region.clamp(0, 1) ** rng.uniform(0.9, 1.1)
@@ -150,26 +111,13 @@ def camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
         region = region + rng.uniform(0, 0.012) * torch.randn(region.shape, generator=generator)
     region = region.clamp(0, 1)
     if rng.random() < probability:
-        quality = rng.uniform(75, 96)
-        region = DEGRADATIONS["jpeg"].apply(region, quality, torch.Generator())
+        region = jpeg(region, rng.uniform(75, 96), [])
     if rng.random() < probability / 2:
         region = region.flip(-1)
     return region
 
 
-def deliver(pictures: Tensor, size: int, quality: int | None) -> Tensor:
-    """What happens to all levels alike after the degradation: scaled down to `size`, saved as JPEG.
-
-    Photographs reach a viewer smaller than they were taken; noise that was scaled down is correlated.
-    """
-    if pictures.shape[-1] > size:
-        pictures = F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    if quality is not None:
-        pictures = DEGRADATIONS["jpeg"].apply(pictures, quality, torch.Generator())
-    return pictures
-
-
-def two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
+def _two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
     """Two overlapping crops at random places of a region (1, 3, H, W) -> (2, 3, size, size)."""
     height, width = region.shape[-2:]
     crops = []
@@ -179,52 +127,119 @@ def two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
     return torch.stack(crops)
 
 
-class Stacks(Dataset[dict[str, Tensor]]):
-    """Item t is everything step t looks at, decided by (seed, t) alone, so that workers change nothing.
+@dataclass(frozen=True)
+class Stack:
+    """One photograph's two crops and what will be done to them.
 
-    Photographs (3, H, W) uint8, both sides at least the largest crop.
-
-    Items: `pictures` (B, L, 2, 3, S, S) uint8, level 0 (pristine) first; `level` (B, L) ascending; `ordered`
-    (B, L, L) bool, which pairs i < j of a stack are truly ordered; `about` (B, P) bool, which prompt
-    pairs learn from it.
+    Attributes:
+        crops: (2, 3, T, T) uint8.
+        types: degradation types, in the order in which they are applied, all at the same level.
+        levels: ascending; 0 is pristine.
+        seeds: of each level; one seed gives both crops the same angle and positions, two give each its own. Levels of
+            equal seeds share them and the noise too.
+        size: S of the pictures. Where T is larger, they are scaled down after the degradation, alike at all levels:
+            photographs reach a viewer smaller than they were taken, and noise that was scaled down is correlated.
+        quality: of the JPEG they are then saved as, alike at all levels, or None.
     """
 
-    def __init__(
-        self, photographs: Sequence[Tensor], config: Config, seed: int, steps: int, crops: tuple[int, ...] | None = None
-    ) -> None:
-        self.photographs, self.config, self.seed, self.steps = photographs, config, seed, steps
-        self.crops = config.crops if crops is None else crops
+    crops: Tensor
+    types: tuple[str, ...]
+    levels: tuple[int, ...]
+    seeds: tuple[int | tuple[int, int], ...]
+    size: int
+    quality: int | None
 
-    def __len__(self) -> int:
-        return self.steps
+    def pictures(self, device: torch.device | str = "cpu") -> Tensor:
+        """(L, 2, 3, S, S) uint8."""
+        crops = self.crops.to(device).float() / 255
+        out = []
+        for level, seeds in zip(self.levels, self.seeds, strict=True):
+            # Rounded to 8 bits, as every file is.
+            x = (degrade_all(crops, self.types, level, seeds) * 255).round() / 255
+            if x.shape[-1] > self.size:
+                x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+            if self.quality is not None:
+                x = jpeg(x, self.quality, [])
+            out.append((x * 255).round().to(torch.uint8))
+        return torch.stack(out)
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        if step >= self.steps:
-            raise IndexError(step)
-        config, rng = self.config, random.Random(f"{self.seed} {step}")
+    def ordered(self) -> list[list[bool]]:
+        """[i][j]: whether the j-th level is worse than the i-th, by every one of the types."""
+        return [[all(DEGRADATIONS[t].ordered(i, j) for t in self.types) for j in self.levels] for i in self.levels]
+
+    @property
+    def monotone(self) -> bool:
+        """Whether a level says how bad a picture is."""
+        return all(DEGRADATIONS[name].monotone for name in self.types)
+
+    def about(self, config: Config) -> list[bool]:
+        """Of each prompt pair that ranks, whether it has an opinion on these types."""
+        if config.pairs == "mean":
+            return [True]
+        groups = {DEGRADATIONS[name].group for name in self.types}
+        return [config.backbone != "mini" or only is None or groups <= only for only in PAIR_GROUPS]
+
+
+def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What a step of the losses takes, on the device.
+
+    Returns:
+        `pictures` (B, L, 2, 3, S, S) uint8; `level` (B, L) float, ascending; `ordered` (B, L, L) bool, which pairs
+        i < j of a stack are truly ordered; `monotone` (B,) bool; `about` (B, P) bool, which prompt pairs learn from it.
+    """
+    return {
+        "pictures": torch.stack([stack.pictures(device) for stack in stacks]),
+        "level": torch.tensor([stack.levels for stack in stacks], dtype=torch.float32, device=device),
+        "ordered": torch.tensor([stack.ordered() for stack in stacks], device=device),
+        "monotone": torch.tensor([stack.monotone for stack in stacks], device=device),
+        "about": torch.tensor([stack.about(config) for stack in stacks], device=device),
+    }
+
+
+class Stacks(Dataset[list[Stack]]):
+    """Item n is decided by (seed, n) alone, so that workers, processes and resumption change nothing.
+
+    Args:
+        paths: photographs, both sides at least `config.smallest_photograph`.
+        crops: sizes to draw from instead of the configuration's.
+    """
+
+    def __init__(self, paths: Sequence[Path], config: Config, seed: int, crops: tuple[int, ...] = ()) -> None:
+        self.paths, self.config, self.seed = paths, config, seed
+        self.crops = crops or config.crops
+
+    def __getitem__(self, number: int) -> list[Stack]:
+        rng = random.Random(f"{self.seed} {number}")
         size = rng.choice(self.crops)
-        chosen = rng.sample(range(len(self.photographs)), min(config.stacks, len(self.photographs)))
-        pictures, levels, ordered, about = [], [], [], []
-        for number in chosen:
-            photograph = self.photographs[number]
-            taken = size
-            if rng.random() < config.delivery:
-                taken = min(round(size / rng.uniform(0.5, 0.9)), *photograph.shape[1:])
-            quality = rng.randint(75, 95) if rng.random() < config.delivery else None
-            region = draw_region(rng, photograph, round(taken * (2 - config.overlap)), config)
-            crops = two_crops(rng, camera(rng, region, config.camera), taken)
-            recipe = draw_recipe(rng, config)
-            stack_levels = [0, *sorted(rng.sample(range(1, LEVELS + 1), config.levels))]
-            stack = [deliver(recipe.apply(crops, level), size, quality) for level in stack_levels]
-            pictures.append((torch.stack(stack) * 255).round().to(torch.uint8))
-            about.append(recipe.about)
-            level = torch.tensor(stack_levels, dtype=torch.float32)
-            levels.append(level)
-            pairs = level[:, None] < level[None, :]
-            ordered.append(pairs if recipe.monotone else pairs & (level[:, None] == 0))
-        return {
-            "pictures": torch.stack(pictures),
-            "level": torch.stack(levels),
-            "ordered": torch.stack(ordered),
-            "about": torch.tensor(about),
-        }
+        chosen = rng.sample(range(len(self.paths)), min(self.config.stacks, len(self.paths)))
+        return [self._draw(rng, read_photograph(self.paths[index]), size) for index in chosen]
+
+    def _draw(self, rng: random.Random, photograph: Tensor, size: int) -> Stack:
+        config = self.config
+        taken = size
+        if rng.random() < config.delivery:
+            taken = min(round(size / rng.uniform(0.5, 0.9)), *photograph.shape[1:])
+        quality = rng.randint(75, 95) if rng.random() < config.delivery else None
+        region = _draw_region(rng, photograph, round(taken * (2 - config.overlap)), config)
+        crops = _two_crops(rng, _camera(rng, region, config.camera), taken)
+        types = draw_types(rng, config.types, config.type_weights)
+        levels = ([0] if config.pristine else []) + sorted(rng.sample(range(1, LEVELS + 1), config.levels))
+        seeds: list[int | tuple[int, int]] = []
+        for _ in levels:
+            if seeds and config.share_levels:
+                seeds.append(seeds[0])
+            elif config.share_crops:
+                seeds.append(rng.getrandbits(48))
+            else:
+                seeds.append((rng.getrandbits(48), rng.getrandbits(48)))
+        return Stack((crops * 255).round().to(torch.uint8), types, tuple(levels), tuple(seeds), size, quality)
+
+
+class Degraded(Dataset[dict[str, Tensor]]):
+    """The same items as batches, degraded by whoever asks for them: the workers of a loader."""
+
+    def __init__(self, stacks: Stacks) -> None:
+        self.stacks = stacks
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return batch_of(self.stacks[number], self.stacks.config)

@@ -1,118 +1,88 @@
-"""Train a small tower from scratch, without opinion scores, by QualiCLIP's strategy (arXiv:2403.11176).
+"""Alignment training by QualiCLIP's strategy (arXiv:2403.11176), without opinion scores.
 
-    python -m qualiclip_pyiqa.training --config mini --pristine DIR --out RUN [--seed N] [--exclude LIST]
+Stacks of equally degraded pairs of crops are ranked by their similarity to frozen antonym anchors: away from the
+positive one and towards the negative one as the level rises, alike for the two crops of a level.
 
-Stacks of equally degraded pairs of crops are ranked by their similarity to fixed antonym anchors: away from the
-positive one and towards the negative one as the level rises, alike for the two crops of a level. RUN receives
-`model.safetensors` (the layout of `weights/qualiclip-mini.safetensors`) and `log.jsonl`.
+A run's folder holds `model.safetensors` when it is done, `log.jsonl` and TensorBoard's events, and while it runs the
+last checkpoint. Everything a step looks at is decided by the seed and the step's number (see `stacks`), so a checkpoint
+is weights, optimiser and a number, and a run that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
 import logging
 import math
-import os
 import random
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..errors import ImageError, SettingsError
-from ..mini import BLOCKS, MiniTower, Standardise
-from ..prompts import QUALITY_SETS
-from .config import Config, load_config
+from .. import weights as weight_files
+from ..errors import SettingsError
+from ..mini import Standardise
+from ..ratings import Ratings
+from .config import Config
 from .losses import across_loss, centre_loss, consistency_loss, ranking_loss
-from .stacks import Stacks, list_photographs, read_photograph
-from .validation import Validation, quality, similarities
+from .stacks import Degraded, Stacks, batch_of, list_photographs, read_photograph, shorter_side
+from .towers import Aligned, build, save, similarities
+from .validation import Validation, rated_srcc
 
 log = logging.getLogger(__name__)
 
-PROMPTS = QUALITY_SETS["qualiclip"]
-PRISTINE_SCORE = 0.7  # what the mean pristine crop scores; decides the logit scale and nothing of the order
+MODEL, LOG = "model.safetensors", "log.jsonl"
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
-def make_anchors(tower: MiniTower, seed: int) -> Tensor:
-    """Fixed antonym anchors (2P, D), unit length, positive/negative alternating.
-
-    Pair p is zero outside block p of the feature, so the P softmaxes judge P different blocks. Within the block its
-    two directions are random and orthogonal: the frozen text encoder's part in QualiCLIP.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    anchors = torch.zeros(2 * len(tower.blocks), tower.feature_dim)
-    for p in range(len(tower.blocks)):
-        directions, _ = torch.linalg.qr(torch.randn(tower.dim, 2, generator=generator))
-        anchors[2 * p : 2 * p + 2, p * tower.dim : (p + 1) * tower.dim] = directions.T
-    return anchors
-
-
-def losses(tower: nn.Module, anchors: Tensor, batch: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+def losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """All parts of the loss of one step, and their weighted sum under `loss`."""
     pictures, level = batch["pictures"], batch["level"]
     b, n_levels, k = pictures.shape[:3]
-    rgb = pictures.flatten(0, 2).float().div(255)
-    with torch.autocast(rgb.device.type, torch.bfloat16, enabled=config.half):
-        features = tower(rgb)
-    c = similarities(features.float(), anchors)
+    features = tower(pictures.flatten(0, 2).float().div(255))
+    c = similarities(features, aligned.anchors, aligned.unit)
+    if config.pairs == "mean":
+        c = c.mean(1, keepdim=True)
     stacked = c.unflatten(0, (b, n_levels, k))
     positive, negative = stacked[..., 0], stacked[..., 1]
-    difference = c[..., 0] - c[..., 1]
-    each = level[:, :, None].expand(-1, -1, k).flatten()
-    # Where levels are not ordered, only "worse than pristine" is known.
-    known = batch["ordered"].any(2).sum(1).ge(n_levels - 1)[:, None].expand(-1, n_levels * k).flatten() | (each == 0)
-    number = torch.arange(b, device=level.device)[:, None].expand(-1, n_levels * k).flatten()
-    about = batch["about"][:, None].expand(-1, n_levels * k, -1).flatten(0, 1)
     parts = {
         "consistency": consistency_loss(stacked.flatten(3), config.margin_consistency),
         "positive": ranking_loss(positive, config.margin_rank, batch["ordered"], batch["about"]),
         "negative": ranking_loss(-negative, config.margin_rank, batch["ordered"], batch["about"]),
-        "across": across_loss(
-            difference[known], each[known], number[known], config.margin_across, config.gap_across, about[known]
-        ),
-        "centre": centre_loss(difference),
     }
-    parts["loss"] = (
-        config.weight_consistency * parts["consistency"]
-        + parts["positive"]
-        + parts["negative"]
-        + config.weight_across * parts["across"]
-        + config.weight_centre * parts["centre"]
-    )
+    difference = c[..., 0] - c[..., 1]
+    if config.weight_across:
+        each = level[:, :, None].expand(-1, -1, k).flatten()
+        # Where levels are not monotone, only what is pristine is known.
+        known = batch["monotone"][:, None].expand(-1, n_levels * k).flatten() | (each == 0)
+        number = torch.arange(b, device=level.device)[:, None].expand(-1, n_levels * k).flatten()
+        about = batch["about"][:, None].expand(-1, n_levels * k, -1).flatten(0, 1)
+        parts["across"] = across_loss(
+            difference[known], each[known], number[known], config.margin_across, config.gap_across, about[known]
+        )
+    if config.weight_centre:
+        parts["centre"] = centre_loss(difference)
+    parts["loss"] = sum((getattr(config, f"weight_{name}") * part for name, part in parts.items()), torch.zeros(()))
     return parts
 
 
-def choose_logit_scale(differences: Tensor, pairs: int) -> float:
-    """Natural log of the scale at which the mean score of pristine pictures (M, P) is PRISTINE_SCORE.
-
-    Scores use the unit-length feature, whose similarities are sqrt(P) times smaller than a block's own.
-    """
-    low, high = 0.0, 6.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        score = torch.sigmoid(math.exp(middle) / math.sqrt(pairs) * differences).mean()
-        low, high = (middle, high) if score < PRISTINE_SCORE else (low, middle)
-    return (low + high) / 2
-
-
 @torch.no_grad()
-def recalibrate(tower: MiniTower, batches: DataLoader[dict[str, Tensor]], half: bool) -> None:
+def recalibrate(tower: nn.Module, batches: DataLoader[dict[str, Tensor]], device: torch.device) -> None:
     """Set all normalisation statistics to their averages over batches: averaged weights have none of their own."""
     norms = [m for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
     heads = [m for m in tower.modules() if isinstance(m, Standardise)]
@@ -123,62 +93,36 @@ def recalibrate(tower: MiniTower, batches: DataLoader[dict[str, Tensor]], half: 
     for count, batch in enumerate(batches, 1):
         for head in heads:
             head.momentum = 1 / count
-        rgb = batch["pictures"].flatten(0, 2).float().div(255)
-        with torch.autocast(rgb.device.type, torch.bfloat16, enabled=half):
-            tower(rgb)
+        tower(batch["pictures"].flatten(0, 2).to(device).float().div(255))
     tower.eval()
 
 
-def save(
-    path: Path,
-    tower: MiniTower,
-    anchors: Tensor,
-    logit_scale: float,
-    config: Config,
-    summary: dict[str, object],
-    licence: str,
-) -> None:
-    """Write a model in the package's own layout, whole or not at all."""
-    tensors = {f"visual.{key}": value.contiguous() for key, value in tower.state_dict().items()}
-    tensors |= {"prompts_features": anchors.contiguous(), "logit_scale": torch.tensor(logit_scale)}
-    keywords = {
-        "widths": config.widths,
-        "depths": config.depths,
-        "hidden": config.hidden,
-        "dim": config.dim,
-        "blocks": tower.blocks,
-    }
-    metadata = {
-        "format": "qualiclip-pyiqa/1",
-        "backbone": "mini",
-        "tower": json.dumps(keywords),
-        "prompts": json.dumps(PROMPTS),
-        "temperature": "1",
-        "licence": licence,
-        "source": "trained with qualiclip_pyiqa.training; see weights/PROVENANCE.md",
-        "training": json.dumps(summary),
-    }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(serialise(tensors, metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; what a checkpoint holds beside what torch and Accelerate know.
 
-
-def load(path: Path, tower: MiniTower) -> Tensor:
-    """Fill the tower from a model that `save` wrote, and return its anchors.
-
-    Raises:
-        SettingsError: no such file, or one with another tower.
+    Attributes:
+        run: digest of everything that decides the run.
+        step: steps done. seconds: spent on them, all attempts together. log_bytes: length of the log by then.
+        sums: of each part of the loss, and of the seconds waited for data and spent in all, since the last look.
     """
-    try:
-        state = load_file(path)
-        tower.load_state_dict({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
-        return state["prompts_features"]
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        cause = str(error).splitlines()[0]
-        raise SettingsError(f"--start {path} does not fit ({cause}); expected a model of the same tower") from None
+
+    run: str
+    step: int = 0
+    seconds: float = 0.0
+    log_bytes: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 def train(
@@ -189,155 +133,346 @@ def train(
     exclude: Path | None = None,
     licence: str = "not stated",
     start: Path | None = None,
+    ratings: Ratings | None = None,
+    resume: bool = False,
+    device: str | None = None,
 ) -> Path:
-    """Run a training and return the path of its model; `licence` goes into the file as it is.
+    """Run a training and return the path of its model.
 
-    With `start`, tower and anchors begin as those of an earlier run's model, whose tower must be alike.
+    The result is decided by configuration, photographs, seed and number of processes (on one machine with one version
+    of torch and as many threads); a run that was killed and resumed gives the same as one that was not.
 
-    The result is decided by configuration, photographs and seed (on one machine with one version of torch and as many
-    threads).
+    Args:
+        pristine: folder of photographs; see `list_photographs`.
+        out: folder of the run.
+        exclude: list of photographs not to train on.
+        licence: goes into the model's file as it is.
+        start: model whose tower and anchors the run begins from.
+        ratings: rated pictures; their SRCC at every look is logged, and nothing is decided by it.
+        resume: go on from the last checkpoint in `out`; from the beginning if there is none.
+        device: `cpu` keeps the run off a GPU that is there.
 
     Raises:
-        SettingsError: photographs missing or too few. ImageError: one cannot be decoded.
+        SettingsError: photographs missing or too few, weights that do not fit, a folder that holds another run.
+        ImageError: a photograph that cannot be decoded. WeightsError: weights that cannot be found or read.
         DivergedError: the loss became NaN or infinite; says at which step and in which part.
     """
-    started = time.monotonic()
-    smallest = max(*config.crops, config.recalibrate_crop, 32)
-    paths = list_photographs(pristine, exclude)
-    photographs = [read_photograph(p) for p in tqdm(paths, desc="photographs", file=sys.stderr, leave=False)]
-    folders = [path.relative_to(pristine).parts[0] for path in paths]
-    large = [(p, f) for p, f in zip(photographs, folders, strict=True) if min(p.shape[1:]) >= smallest]
-    if len(large) < len(photographs):
-        log.warning("%d photographs with a side under %d are left out", len(photographs) - len(large), smallest)
-    if len(large) < config.validation + config.stacks:
-        raise SettingsError(
-            f"{pristine} has {len(large)} photographs of at least {smallest} pixels a side; "
-            f"expected {config.validation} to validate on and at least {config.stacks} to train on"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    random.Random(f"split {seed}").shuffle(large)
-    validation = Validation([p for p, _ in large[: config.validation]], config, seed)
-    kept = large[config.validation :]
-    training = [p for p, folder in kept for _ in range(int(config.repeat.get(folder, 1)))]
-
-    torch.manual_seed(seed)
-    tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS).to(
-        memory_format=torch.channels_last
+    if device not in (None, "cpu"):
+        raise SettingsError(f"device is {device!r}; expected cpu or none: `accelerate launch` chooses GPUs")
+    AcceleratorState._reset_state()  # a process may train twice, and with another precision
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with="tensorboard",
+        project_dir=out,
     )
-    anchors = make_anchors(tower, seed)
-    if start is not None:
-        anchors = load(start, tower)
-    averaged = copy.deepcopy(tower)
-    decayed = [p for p in tower.parameters() if p.dim() > 1]
-    others = [p for p in tower.parameters() if p.dim() <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-    )
+    _Run(config, pristine, out, seed, exclude, licence, start, ratings, resume, accelerator).go()
+    accelerator.end_training()
+    return out / MODEL
 
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / max(1, config.warmup)) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    batches = DataLoader(
-        Stacks(training, config, seed, config.steps),
-        batch_size=None,
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
-    )
-    sums: dict[str, float] = {}
-    with (out / "log.jsonl").open("w", encoding="utf-8") as journal:
+class _Run:
+    """One run of one process; only the main one writes."""
 
-        def note(**record: object) -> None:
-            journal.write(json.dumps({"seconds": round(time.monotonic() - started, 1)} | record) + "\n")
-            journal.flush()
+    def __init__(
+        self,
+        config: Config,
+        pristine: Path,
+        out: Path,
+        seed: int,
+        exclude: Path | None,
+        licence: str,
+        start: Path | None,
+        ratings: Ratings | None,
+        resume: bool,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.out, self.seed, self.licence, self.ratings = config, out, seed, licence, ratings
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        earlier = [name for name in (MODEL, LOG) if (out / name).exists()]
+        if earlier and not resume:
+            raise SettingsError(
+                f"{out} holds {' and '.join(earlier)} of an earlier run; pass --resume to go on with it, "
+                "or choose another folder"
+            )
+        self.training, validation = self._divide(pristine, exclude)
+        accelerator.wait_for_everyone()  # nobody looks for an earlier run after another process has begun this one
+        out.mkdir(parents=True, exist_ok=True)
 
-        note(seed=seed, photographs=len(kept), config=dataclasses.asdict(config), digest=config.digest)
-        tower.train()
-        for step, batch in enumerate(tqdm(batches, desc="steps", file=sys.stderr), 1):
-            parts = losses(tower, anchors, batch, config)
-            if not torch.isfinite(parts["loss"]):
-                cause = next((name for name, value in parts.items() if not torch.isfinite(value)), "loss")
-                note(step=step, stopped=cause)
-                raise DivergedError(
-                    f"the {cause} loss is {parts[cause].item()} at step {step}; try a lower learning_rate"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            parts["loss"].backward()
-            nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            decay = min(config.average, step / (step + 10))
-            with torch.no_grad():
-                for old, new in zip(averaged.state_dict().values(), tower.state_dict().values(), strict=True):
-                    if old.is_floating_point():
-                        old.lerp_(new, 1 - decay)
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-            if step % config.validate_every == 0 or step == config.steps:
-                accuracy, falling = validation.look(averaged, anchors, config.half)
-                means = {name: round(value / min(config.validate_every, step), 4) for name, value in sums.items()}
-                mean = sum(accuracy.values()) / len(accuracy)
-                note(
-                    step=step,
-                    **means,
-                    accuracy=round(mean, 4),
-                    falling=falling,
-                    types={k: round(v, 3) for k, v in accuracy.items()},
-                )
-                sums.clear()
-
-        large_crops = Stacks(training, config, seed + 1_000_003, config.recalibrate, (config.recalibrate_crop,))
-        recalibrate(averaged, DataLoader(large_crops, batch_size=None, num_workers=config.workers), config.half)
-        accuracy, falling = validation.look(averaged, anchors, config.half)
-        logit_scale = choose_logit_scale(
-            quality(averaged, anchors, validation.pristine, config.half), len(averaged.blocks)
+        self.aligned = build(config, seed, start)
+        self.aligned.anchors = self.aligned.anchors.to(accelerator.device)
+        self.averaged = copy.deepcopy(self.aligned.tower).to(accelerator.device).requires_grad_(False)
+        parameters = list(self.aligned.tower.parameters())
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
         )
-        mean = sum(accuracy.values()) / len(accuracy)
-        note(
-            recalibrated=True,
-            accuracy=round(mean, 4),
-            falling=falling,
-            logit_scale=logit_scale,
-            types={k: round(v, 3) for k, v in accuracy.items()},
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
+        self.tower, self.optimiser = accelerator.prepare(self.aligned.tower, optimiser)
+        self.progress = Progress(self._digest(pristine))
+        accelerator.register_for_checkpointing(self.schedule, self.averaged, self.progress)
+        self.finished = False
+        resumed = resume and self._restore()
+        if self.finished:
+            return
+        self.validation = Validation([read_photograph(p) for p in validation], config, seed) if self.main else None
+        if self.main:
+            accelerator.init_trackers(
+                "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
+            )
+            self.journal = (out / LOG).open("r+b" if resumed else "wb")
+            self.journal.truncate(self.progress.log_bytes)
+            self.journal.seek(self.progress.log_bytes)
+        if not resumed:
+            self._note(
+                seed=seed,
+                photographs=len(self.training),
+                processes=accelerator.num_processes,
+                device=str(accelerator.device),
+                config=dataclasses.asdict(config),
+                digest=config.digest,
+            )
+
+    def _divide(self, pristine: Path, exclude: Path | None) -> tuple[list[Path], list[Path]]:
+        """Photographs to train on, `repeat` applied, and to validate on."""
+        config, smallest = self.config, self.config.smallest_photograph
+        paths = list_photographs(pristine, exclude)
+        watched = tqdm(paths, desc="photographs", file=sys.stderr, leave=False, disable=not self.main)
+        large = [path for path in watched if shorter_side(path) >= smallest]
+        if len(large) < len(paths) and self.main:
+            log.warning("%d photographs with a side under %d are left out", len(paths) - len(large), smallest)
+        if len(large) < config.validation + config.stacks:
+            raise SettingsError(
+                f"{pristine} has {len(large)} photographs of at least {smallest} pixels a side; "
+                f"expected {config.validation} to validate on and at least {config.stacks} to train on"
+            )
+        random.Random(f"split {self.seed}").shuffle(large)
+        validation, kept = large[: config.validation], large[config.validation :]
+        folders = [path.relative_to(pristine).parts[0] for path in kept]
+        times = [int(config.repeat.get(folder, 1)) for folder in folders]
+        return [path for path, count in zip(kept, times, strict=True) for _ in range(count)], validation
+
+    def _digest(self, pristine: Path) -> str:
+        names = [path.relative_to(pristine).as_posix() for path in self.training]
+        decisive = [self.config.digest, self.seed, self.aligned.source, self.accelerator.num_processes, names]
+        return sha256(json.dumps(decisive).encode()).hexdigest()
+
+    def _rate(self, step: int) -> float:
+        rate = min(1.0, (step + 1) / max(1, self.config.warmup))
+        return rate * 0.5 * (1 + math.cos(math.pi * step / self.config.steps)) if self.config.cosine else rate
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _restore(self) -> bool:
+        found = sorted(self.out.glob("checkpoint-*"))
+        expected = self.progress.run
+        if not found:
+            if (self.out / MODEL).exists():
+                _, metadata = weight_files.read(self.out / MODEL)
+                if json.loads(metadata.get("training", "{}")).get("run") != expected:
+                    raise SettingsError(f"{self.out} holds another run, which is finished; choose another folder")
+                self.finished = True
+            return False
+        self.accelerator.load_state(str(found[-1]))
+        if self.progress.run != expected:
+            raise SettingsError(
+                f"{found[-1]} belongs to another run: configuration, seed, photographs, start or number of processes "
+                "differ; repeat its command, or choose another folder"
+            )
+        return True
+
+    def _checkpoint(self) -> None:
+        """The state of all processes, under its name when it is complete; then the one before is deleted."""
+        final = self.out / f"checkpoint-{self.progress.step:09d}"
+        partial = self.out / "checkpoint.part"
+        if self.main:
+            self.progress.log_bytes = self.journal.tell()
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            partial.replace(final)
+            self._delete_checkpoints(but=final)
+
+    def _delete_checkpoints(self, but: Path | None = None) -> None:
+        for old in self.out.glob("checkpoint-*"):
+            if old != but:
+                # Renamed first: what bears a checkpoint's name is complete at any moment.
+                gone = self.out / "checkpoint.part"
+                shutil.rmtree(gone, ignore_errors=True)
+                old.replace(gone)
+                shutil.rmtree(gone)
+
+    # ------------------------------------------------------------ the loop
+
+    def go(self) -> None:
+        if self.finished:
+            return
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        bar = tqdm(
+            total=config.steps, initial=progress.step, desc="steps", file=sys.stderr, disable=not self.main, unit="step"
         )
+        batches = self._batches(self.training, progress.step)
+        began = time.monotonic() - progress.seconds
+        self._mode()
+        while progress.step < config.steps:
+            loss = self._step(batches)
+            progress.seconds = time.monotonic() - began
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if progress.step % config.validate_every == 0 or progress.step == config.steps:
+                self._look()
+                self._mode()
+            if progress.step % config.checkpoint_every == 0 or progress.step == config.steps:
+                self._checkpoint()
+        bar.close()
+        accelerator.wait_for_everyone()
+        if self.main:
+            self._finish()
+            self._delete_checkpoints()
+
+    def _mode(self) -> None:
+        self.tower.train(self.config.statistics)
+
+    def _batches(self, paths: list[Path], step: int) -> Iterator[dict[str, Tensor]]:
+        """This process's batches from a step on: all processes together take items 0, 1, 2, ... in turn."""
+        config, accelerator = self.config, self.accelerator
+        each = accelerator.num_processes * config.accumulate
+        numbers = range(step * each + accelerator.process_index, config.steps * each, accelerator.num_processes)
+        stacks = Stacks(paths, config, self.seed)
+        here = config.degrade_on == "workers"
+        loader: DataLoader[Any] = DataLoader(
+            Degraded(stacks) if here else stacks,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=config.workers,
+            prefetch_factor=4 if config.workers else None,
+            pin_memory=here and accelerator.device.type == "cuda",
+        )
+        iterator = iter(loader)
+        while True:
+            asked = time.monotonic()
+            item = next(iterator)
+            self.progress.add(waited=time.monotonic() - asked)
+            if here:
+                yield {name: value.to(accelerator.device, non_blocking=True) for name, value in item.items()}
+            else:
+                yield batch_of(item, config, accelerator.device)
+
+    def _step(self, batches: Iterator[dict[str, Tensor]]) -> float:
+        """One step of the optimiser; returns the loss."""
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        began = time.monotonic()
+        progress.step += 1
+        total = 0.0
+        for _ in range(config.accumulate):
+            batch = next(batches)
+            with accelerator.accumulate(self.tower):
+                with accelerator.autocast():
+                    parts = losses(self.tower, self.aligned, batch, config)
+                values = {name: part.item() for name, part in parts.items()}
+                self._stop_if_diverged(values)
+                accelerator.backward(parts["loss"])
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.tower.parameters(), config.clip or math.inf)
+                    # With fp16 an overflow is expected now and then; the scaler leaves the step out.
+                    if config.precision != "fp16":
+                        self._stop_if_diverged({"gradient of the": float(norm)})
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+            progress.add(**{name: value / config.accumulate for name, value in values.items()})
+            total += values["loss"] / config.accumulate
+        self.schedule.step()
+        decay = min(config.average, progress.step / (progress.step + 10))
+        with torch.no_grad():
+            trained = accelerator.unwrap_model(self.tower).state_dict()
+            for old, new in zip(self.averaged.state_dict().values(), trained.values(), strict=True):
+                if old.is_floating_point():
+                    old.lerp_(new, 1 - decay)
+        progress.add(spent=time.monotonic() - began, steps=1)
+        return total
+
+    def _stop_if_diverged(self, values: dict[str, float]) -> None:
+        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        if bad is not None:
+            step = self.progress.step
+            self._note(step=step, stopped=bad)
+            raise DivergedError(f"the {bad} loss is {values[bad]} at step {step}; try a lower learning_rate")
+
+    # ------------------------------------------------------------ looks and the log
+
+    def _look(self) -> None:
+        """Log what the averaged weights can do, and the means since the last look."""
+        progress, sums = self.progress, self.progress.sums
+        count = sums.pop("steps")
+        waiting = sums.pop("waited") / sums.pop("spent")
+        means = {name: round(value / count, 5) for name, value in sums.items()}
+        sums.clear()
+        if self.main:
+            found = self._judge()
+            # The rate of the step that was just done.
+            rate = self.config.learning_rate * self._rate(progress.step - 1)
+            self._note(step=progress.step, **means, learning_rate=rate, waiting=round(waiting, 3), **found)
+            self.accelerator.log(
+                {f"loss/{name}": value for name, value in means.items()}
+                | {"learning_rate": rate, "waiting": waiting, "accuracy/all": found["accuracy"]}
+                | {f"accuracy/{name}": value for name, value in found["types"].items()}
+                | ({"srcc": found["srcc"]} if "srcc" in found else {}),
+                step=progress.step,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _judge(self) -> dict[str, Any]:
+        assert self.validation is not None
+        accuracy, falling = self.validation.look(self.averaged, self.aligned)
+        found: dict[str, Any] = {
+            "accuracy": round(sum(accuracy.values()) / len(accuracy), 4),
+            "falling": round(falling, 4),
+            "logit_scale": self.validation.logit_scale(self.averaged, self.aligned),
+            "types": {name: round(value, 3) for name, value in accuracy.items()},
+        }
+        if self.ratings is not None:
+            srcc = rated_srcc(self.averaged, self.aligned, found["logit_scale"], self.ratings)
+            found["srcc"] = round(srcc, 4)
+        return found
+
+    def _note(self, **record: Any) -> None:
+        if self.main:
+            line = {"seconds": round(self.progress.seconds, 1)} | record
+            self.journal.write(json.dumps(line).encode() + b"\n")
+            self.journal.flush()
+
+    def _finish(self) -> None:
+        """Statistics of the averaged weights, their last look, the model."""
+        config = self.config
+        if config.recalibrate:
+            size = (config.recalibrate_crop,)
+            large = Degraded(Stacks(self.training, config, self.seed + 1_000_003, size))
+            numbers = range(config.recalibrate)
+            loader: DataLoader[Any] = DataLoader(large, batch_size=None, sampler=numbers, num_workers=config.workers)
+            recalibrate(self.averaged, loader, self.accelerator.device)
+        found = self._judge()
+        self._note(step=self.progress.step, finished=True, **found)
         summary = {
-            "seed": seed,
+            "run": self.progress.run,
+            "seed": self.seed,
             "steps": config.steps,
             "config_sha256": config.digest,
-            "photographs": len(kept),
-            "start": start and sha256(start.read_bytes()).hexdigest(),
+            "photographs": len(self.training),
+            "start": self.aligned.source,
         }
-        save(out / "model.safetensors", averaged, anchors, logit_scale, config, summary, licence)
-    return out / "model.safetensors"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m qualiclip_pyiqa.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="`mini`, `toy` or a TOML file")
-    parser.add_argument(
-        "--pristine", required=True, type=Path, help="folder of photographs (manifest.csv is respected)"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder for model.safetensors and log.jsonl")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exclude", type=Path, help="text file of further photographs not to train on, one per line")
-    parser.add_argument("--start", type=Path, help="model of an earlier run to begin from")
-    parser.add_argument("--licence", default="not stated", help="of the weights; the photographs' licences decide")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
-    try:
-        path = train(
-            load_config(options.config),
-            options.pristine,
-            options.out,
-            seed=options.seed,
-            exclude=options.exclude,
-            licence=options.licence,
-            start=options.start,
+        save(
+            self.out / MODEL,
+            self.aligned,
+            self.averaged.state_dict(),
+            found["logit_scale"],
+            summary,
+            self.licence,
         )
-    except (SettingsError, ImageError, DivergedError) as error:
-        log.error("%s", error)
-        return 1
-    log.info("wrote %s", path)
-    return 0
+        self.journal.close()

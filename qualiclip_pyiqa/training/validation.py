@@ -1,7 +1,8 @@
-"""How well a tower ranks degradation levels on photographs it does not learn from."""
+"""How well a tower ranks: degradation levels of photographs it does not learn from, and rated pictures."""
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -10,24 +11,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..images import load_image
+from ..ratings import Ratings
 from .config import Config
-from .degradations import DEGRADATIONS, LEVELS
-from .stacks import Recipe
-
-
-def similarities(features: Tensor, anchors: Tensor) -> Tensor:
-    """(M, D), (2P, D) -> (M, P, 2) cosines in a block's own units: of the block with its anchor, not of the whole."""
-    return (features @ anchors.T).unflatten(1, (-1, 2))
+from .degradations import DEGRADATIONS, LEVELS, degrade
+from .towers import Aligned, choose_logit_scale, similarities
 
 
 @torch.no_grad()
-def quality(tower: nn.Module, anchors: Tensor, pictures: Tensor, half: bool) -> Tensor:
-    """(M, 3, H, W) uint8 -> (M, P) similarity differences, in slices that fit a small machine."""
+def differences(tower: nn.Module, aligned: Aligned, pictures: Tensor) -> Tensor:
+    """(M, 3, H, W) uint8 -> (M, P) similarity to the positive prompt minus that to the negative one, in slices that fit
+    a small machine."""
+    device = aligned.anchors.device
     out = []
     for part in pictures.split(32):
-        with torch.autocast(part.device.type, torch.bfloat16, enabled=half):
-            c = similarities(tower(part.float().div(255)).float(), anchors)
-        out.append(c[..., 0] - c[..., 1])
+        c = similarities(tower(part.to(device).float().div(255)), aligned.anchors, aligned.unit)
+        out.append((c[..., 0] - c[..., 1]).cpu())
     return torch.cat(out)
 
 
@@ -49,7 +48,7 @@ class Validation:
         self.pristine = (pristine * 255).round().to(torch.uint8)
         self.degraded = torch.stack(
             [
-                torch.stack([Recipe((name,), seed).apply(pristine, i) for i in range(1, LEVELS + 1)], dim=1)
+                torch.stack([degrade(pristine, name, level, seed) for level in range(1, LEVELS + 1)], dim=1)
                 .mul(255)
                 .round()
                 .to(torch.uint8)
@@ -57,22 +56,45 @@ class Validation:
             ]
         )
 
-    def look(self, tower: nn.Module, anchors: Tensor, half: bool) -> tuple[dict[str, float], float]:
+    def look(self, tower: nn.Module, aligned: Aligned) -> tuple[dict[str, float], float]:
         """Ranking accuracy per type; the part of types whose mean falls strictly from level 1 to 5.
 
-        The accuracy is the part of pairs i < j of one photograph, pristine included, that are in order (where levels
-        of a type are not ordered: that are below pristine).
+        The accuracy is the part of pairs i < j of levels of one photograph, pristine included and known to be ordered,
+        that are in order.
         """
-        was_training = tower.training
         tower.eval()
-        pristine = quality(tower, anchors, self.pristine, half).mean(1)
+        pristine = differences(tower, aligned, self.pristine).mean(1)
         accuracy, falling = {}, 0
         for name, pictures in zip(self.names, self.degraded, strict=True):
-            q = quality(tower, anchors, pictures.flatten(0, 1), half).mean(1).unflatten(0, pictures.shape[:2])
+            q = differences(tower, aligned, pictures.flatten(0, 1)).mean(1).unflatten(0, pictures.shape[:2])
             ladder = torch.cat([pristine[:, None], q], dim=1)
             right = ladder[:, :, None] > ladder[:, None, :]
-            rows = [0] if not DEGRADATIONS[name].monotone else range(LEVELS)
-            accuracy[name] = float(torch.cat([right[:, i, i + 1 :].float().flatten() for i in rows]).mean())
+            pairs = [
+                (i, j) for i in range(LEVELS) for j in range(i + 1, LEVELS + 1) if DEGRADATIONS[name].ordered(i, j)
+            ]
+            accuracy[name] = float(torch.stack([right[:, i, j].float() for i, j in pairs]).mean())
             falling += int((q.mean(0).diff() < 0).all())
-        tower.train(was_training)
         return accuracy, falling / len(self.names)
+
+    def logit_scale(self, tower: nn.Module, aligned: Aligned) -> float:
+        """The model's own, or the one that its pristine crops ask for; natural logarithm."""
+        if aligned.logit_scale is not None:
+            return aligned.logit_scale
+        tower.eval()
+        return choose_logit_scale(differences(tower, aligned, self.pristine), aligned.unit)
+
+
+@torch.no_grad()
+def rated_srcc(tower: nn.Module, aligned: Aligned, logit_scale: float, ratings: Ratings) -> float:
+    """SRCC of the scores of whole pictures with their opinion scores; positive is agreement."""
+    from scipy.stats import spearmanr
+
+    tower.eval()
+    device = aligned.anchors.device
+    scale = math.exp(logit_scale) / aligned.unit / float(aligned.metadata["temperature"])
+    scores = []
+    for path in tqdm(ratings.paths, desc="rated pictures", file=sys.stderr, leave=False):
+        c = similarities(tower(load_image(path)[None].to(device)), aligned.anchors, aligned.unit)
+        scores.append(float(torch.sigmoid(scale * (c[..., 0] - c[..., 1])).mean()))
+    sign = -1 if ratings.lower_better else 1
+    return sign * float(spearmanr(scores, ratings.opinions)[0])

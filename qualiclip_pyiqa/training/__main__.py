@@ -1,7 +1,0 @@
-"""`python -m qualiclip_pyiqa.training`."""
-
-import sys
-
-from .train import main
-
-sys.exit(main())

@@ -1,0 +1,197 @@
+"""What alignment trains and what it leaves alone: an image tower, and the frozen antonym anchors it is aligned with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from .. import clip
+from .. import weights as weight_files
+from ..archs import Source
+from ..errors import SettingsError, WeightsError
+from ..metrics import metric_spec
+from ..mini import BLOCKS, MiniTower
+from ..prompts import QUALITY_SETS
+from .config import Config
+
+PROMPTS = QUALITY_SETS["qualiclip"]
+TEXTS = [text for pair in PROMPTS for text in pair]
+PRISTINE_SCORE = 0.7  # what the mean pristine crop scores with the mini tower; decides its logit scale, not the order
+
+
+@dataclass
+class Aligned:
+    """A tower and its frozen text side.
+
+    Attributes:
+        tower: (N, 3, H, W) in 0..1 -> (N, D); trainable.
+        anchors: (2P, D), unit length, positive and negative of each antonym prompt pair alternating.
+        unit: a similarity is the cosine times this: sqrt(P) where each pair has a block of the feature to itself, so
+            that it is the cosine within the block; else 1.
+        logit_scale: natural logarithm; None where it is chosen when the training ends.
+        metadata: of the file, but for what the run adds.
+        rest: tensors of the file that training leaves alone.
+        source: sha256 of the file that the tower was read from, or "" for a fresh one.
+    """
+
+    tower: nn.Module
+    anchors: Tensor
+    unit: float
+    logit_scale: float | None
+    metadata: dict[str, str]
+    rest: dict[str, Tensor] = field(default_factory=dict)
+    source: str = ""
+
+
+def similarities(features: Tensor, anchors: Tensor, unit: float) -> Tensor:
+    """(M, D), (2P, D) -> (M, P, 2): with the positive and the negative prompt of each pair."""
+    return (F.normalize(features.float(), dim=-1) @ anchors.T * unit).unflatten(1, (-1, 2))
+
+
+def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
+    """The model that a configuration trains.
+
+    Args:
+        seed: of a fresh tower's weights and anchors.
+        start: begin from this file's tower and anchors instead of `config.weights` or fresh ones.
+
+    Raises:
+        SettingsError, WeightsError: weights that cannot be found or are another tower's.
+    """
+    if config.backbone == "mini":
+        return _mini(config, seed, start)
+    return _clip(config, start)
+
+
+def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
+    torch.manual_seed(seed)
+    tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS)
+    anchors = block_anchors(tower, seed)
+    if start is not None:
+        try:
+            state, _ = weight_files.read(start)
+            tower.load_state_dict({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
+            anchors = state["prompts_features"]
+        except (RuntimeError, KeyError) as error:
+            cause = str(error).splitlines()[0]
+            raise SettingsError(f"--start {start} does not fit ({cause}); expected a model of the same tower") from None
+    keywords = {
+        "widths": config.widths,
+        "depths": config.depths,
+        "hidden": config.hidden,
+        "dim": config.dim,
+        "blocks": tower.blocks,
+    }
+    return Aligned(
+        tower=tower.to(memory_format=torch.channels_last),
+        anchors=anchors,
+        unit=math.sqrt(len(tower.blocks)),
+        logit_scale=None,
+        metadata={"backbone": "mini", "tower": json.dumps(keywords), "temperature": "1"},
+        source="" if start is None else sha256(start.read_bytes()).hexdigest(),
+    )
+
+
+def block_anchors(tower: MiniTower, seed: int) -> Tensor:
+    """Fixed antonym anchors (2P, D), unit length, positive/negative alternating.
+
+    Pair p is zero outside block p of the feature, so the P softmaxes judge P different blocks. Within the block its
+    two directions are random and orthogonal: the frozen text encoder's part in QualiCLIP.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    anchors = torch.zeros(2 * len(tower.blocks), tower.feature_dim)
+    for p in range(len(tower.blocks)):
+        directions, _ = torch.linalg.qr(torch.randn(tower.dim, 2, generator=generator))
+        anchors[2 * p : 2 * p + 2, p * tower.dim : (p + 1) * tower.dim] = directions.T
+    return anchors
+
+
+def _clip(config: Config, start: Path | None) -> Aligned:
+    wanted: str | Path | None = start or (None if config.weights == "openai" else config.weights)
+    source = Source(metric_spec("clipiqa"), config.backbone, wanted)
+    state, stored = source.read()
+    if source.backbone != config.backbone:
+        raise SettingsError(
+            f"{source.path} holds a {source.backbone} tower; the configuration asks for {config.backbone}"
+        )
+    scale = state.get("logit_scale")
+    if scale is None:
+        raise WeightsError(f"{source.path} has no 'logit_scale'; expected a whole CLIP or a trained model")
+    # The file is memory-mapped; what is trained needs memory of its own.
+    state = {key: value.float().clone() if key.startswith("visual.") else value for key, value in state.items()}
+    tower = source.image_tower(state, pos_embedding=False).requires_grad_(True)
+    if source.has_text_tower(state):
+        text = source.text_tower(state).eval()
+        with torch.no_grad():
+            anchors = F.normalize(text.encode(clip.tokenize(TEXTS, text.context_length)), dim=-1)
+    elif all(name in stored for name in TEXTS):
+        anchors = F.normalize(torch.stack([stored[name] for name in TEXTS]).float(), dim=-1)
+    else:
+        raise WeightsError(f"{source.path} has no text tower; expected a whole CLIP or a trained model")
+    # OpenAI's spelling says that the activation is QuickGELU, which open_clip's does not.
+    spelled = {name: spelling for spelling, name in clip.OPENAI_BACKBONES.items()} if source.openai else {}
+    return Aligned(
+        tower=tower.to(memory_format=torch.channels_last),
+        anchors=anchors,
+        unit=1.0,
+        logit_scale=float(scale.float()),
+        # Temperature 2 is what pyiqa scores QualiCLIP with.
+        metadata={
+            "backbone": spelled.get(config.backbone, config.backbone),
+            "tower": "{}",
+            "temperature": "2",
+        },
+        rest={key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"},
+        source=weight_files.file_sha256(source.path),
+    )
+
+
+def choose_logit_scale(differences: Tensor, unit: float) -> float:
+    """Natural log of the scale at which the mean score of pristine pictures (M, P) is PRISTINE_SCORE.
+
+    Scores use the unit-length feature, whose cosines are `unit` times smaller than similarities.
+    """
+    low, high = 0.0, 6.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        score = torch.sigmoid(math.exp(middle) / unit * differences).mean()
+        low, high = (middle, high) if score < PRISTINE_SCORE else (low, middle)
+    return (low + high) / 2
+
+
+def save(
+    path: Path,
+    aligned: Aligned,
+    tower_state: Mapping[str, Tensor],
+    logit_scale: float,
+    summary: dict[str, Any],
+    licence: str,
+) -> None:
+    """Write a model in the package's own layout, whole or not at all."""
+    tensors = {f"visual.{key}": value.cpu().contiguous() for key, value in tower_state.items()}
+    tensors |= {key: value.cpu().contiguous() for key, value in aligned.rest.items()}
+    tensors |= {"prompts_features": aligned.anchors.cpu().contiguous(), "logit_scale": torch.tensor(logit_scale)}
+    metadata = aligned.metadata | {
+        "format": weight_files.OWN_FORMAT,
+        "prompts": json.dumps(PROMPTS),
+        "licence": licence,
+        "source": "trained with `qualiclip train`",
+        "training": json.dumps(summary),
+    }
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(serialise(tensors, metadata))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
