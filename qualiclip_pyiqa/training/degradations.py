@@ -47,7 +47,7 @@ def _filter(x: Tensor, kernels: Tensor) -> Tensor:
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
     size = 2 * math.ceil(2 * sigma) + 1
-    # A sigma for each picture as in `_filter`, on the CPU, as kornia looks whether it is positive and would wait for x's.
+    # A sigma for each picture as in `_filter`; on the CPU, since kornia looks at its sign and would wait for a GPU.
     return gaussian_blur2d(x, (size, size), torch.full((len(x), 2), sigma, dtype=torch.float64), "replicate")
 
 
