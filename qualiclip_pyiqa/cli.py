@@ -4,6 +4,7 @@
     qualiclip filter TABLE --above X | --best SHARE  keep or list what is good enough
     qualiclip evaluate -m METRIC --ratings CSV ...   agreement with opinion scores, degradations, gMAD competitions
     qualiclip train --config NAME --pristine DIR ... train a model without opinion scores
+    qualiclip tune -m METRIC --ratings CSV ...       learn a prompt context from opinion scores
     qualiclip weights list                           every weight file, its licence, and where it was found
     qualiclip weights path NAME...                   where it lies; NAME is a weight's or a metric's
     qualiclip weights get NAME...                    find it, or download it
@@ -19,7 +20,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import evaluate, filter, score, train, weights
+from .commands import evaluate, filter, score, train, tune, weights
 from .errors import ImageError, PromptError, SettingsError, WeightsError
 from .memory import keep_freed_memory
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qualiclip", description="Blind image quality by CLIP-IQA and QualiCLIP.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (score, filter, evaluate, train, weights):
+    for command in (score, filter, evaluate, train, tune, weights):
         command.add_parser(commands)
     return parser
 

@@ -263,6 +263,9 @@ class ViTTower(_Tower):
 class TextTower(nn.Module):
     """CLIP's causal text transformer, from token embeddings to features, so that learned contexts can enter.
 
+    A token sees only those before it, so what comes after a row's end-of-text token may be left out: T need not be
+    CLIP's 77, and is a third of that for usual prompts, as is the time.
+
     Shape:
         embeddings (P, T, W) and the index of each end-of-text token (P,) -> features (P, D), not of unit length.
     """
@@ -282,13 +285,15 @@ class TextTower(nn.Module):
         self.register_buffer("causal_mask", causal, persistent=False)
 
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        x = embeddings.to(self.positional_embedding.dtype) + self.positional_embedding
-        x = self.ln_final(self.transformer(x, attn_mask=self.causal_mask))
+        length = embeddings.shape[1]
+        x = embeddings.to(self.positional_embedding.dtype) + self.positional_embedding[:length]
+        x = self.ln_final(self.transformer(x, attn_mask=self.causal_mask[:length, :length]))
         return x[torch.arange(x.shape[0], device=x.device), end] @ self.text_projection
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Token ids (P, T) int64 -> features (P, D). The end-of-text token has the highest id of a row."""
-        return self(self.token_embedding(tokens), tokens.argmax(dim=-1))
+        end = tokens.argmax(dim=-1)
+        return self(self.token_embedding(tokens[:, : int(end.max()) + 1]), end)
 
 
 def tokenize(texts: list[str] | tuple[str, ...], context_length: int = 77) -> Tensor:

@@ -78,7 +78,8 @@ class PromptLearner(nn.Module):
         return self.ctx.shape[-2]
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Embeddings (2P, T, W) of the prompts with their context, and the index of each end-of-text token (2P,)."""
+        """Embeddings (2P, T, W) of the prompts with their context, cut after the last end-of-text token, and the index
+        of each end-of-text token (2P,)."""
         half = self.n_ctx // 2
         rows = []
         ctx = self.ctx.to(self.token_prefix.dtype)
@@ -87,7 +88,7 @@ class PromptLearner(nn.Module):
             suffix = self.token_suffix[index]
             rows.append(torch.cat([self.token_prefix[index], own[:half], suffix[:words], own[half:], suffix[words:]]))
         end = torch.tensor(self.words_per_text, device=ctx.device) + 1 + self.n_ctx
-        return torch.stack(rows), end
+        return torch.stack(rows)[:, : self.n_ctx + max(self.words_per_text) + 2], end
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Published contexts come shared (CLIP-IQA+) and one per prompt (pyiqa's own); take whichever a file holds.
