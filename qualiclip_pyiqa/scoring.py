@@ -47,8 +47,8 @@ class Scorer:
     Scores equal those of one picture at a time to 2e-6 (fp32), whatever the batch size, workers, order and devices.
 
     Args:
-        metrics: a name that `pyiqa.create_metric` knows, a metric or network, a list of those, or a mapping from column
-            to one of those. Metrics on the same tower share its pass. Metrics that are not this package's are scored
+        metrics: a name that `pyiqa.create_metric` knows, the file of a model that was trained with this package, a
+            metric or network, a list of those, or a mapping from column to one of those. Metrics on the same tower share its pass. Metrics that are not this package's are scored
             picture by picture, since theirs may depend on what else is in a batch.
         device: such as "cpu", "cuda" or "cuda:0"; several, in a list or with commas, share the work. Default: CUDA if
             there is one.
@@ -369,7 +369,9 @@ def _build(metrics: Any, device: torch.device) -> dict[str, nn.Module]:
         raise SettingsError("no metric was given; expected names such as 'qualiclip-mini'")
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
-        if isinstance(metric, str):
+        if isinstance(metric, str) and metric.endswith(".safetensors"):
+            metric = pyiqa.create_metric("qualiclip", device=device, weights=metric)
+        elif isinstance(metric, str):
             known = pyiqa.list_models()
             if metric not in known:
                 near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)[0]

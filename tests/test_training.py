@@ -317,6 +317,22 @@ def test_model_file_says_what_it_is_and_is_a_metric(toy: Path) -> None:
     assert torch.equal(*scores) and scores[0][0] > scores[0][1]
 
 
+def test_commands_take_the_model_file_as_a_metric(
+    toy: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "scores.csv"
+    assert cli.main(["score", str(folder / "00.png"), "-m", str(toy), "-o", str(table)]) == 0
+    with table.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    expected = float(pyiqa.create_metric("qualiclip", weights=str(toy))(str(folder / "00.png")))
+    assert float(row[str(toy)]) == pytest.approx(expected, abs=2e-6)  # what a Scorer promises
+    arguments = ["--degradations", str(folder), "--limit", "1", "--json", str(tmp_path / "levels.json")]
+    assert cli.main(["evaluate", "-m", str(toy), *arguments]) == 0
+    assert str(toy) in (tmp_path / "levels.json").read_text()
+    assert cli.main(["score", str(folder), "-m", str(tmp_path / "none.safetensors"), "-o", str(table)]) == 1
+    assert "none.safetensors" in capsys.readouterr().err
+
+
 def test_same_seed_same_model_whoever_reads_and_degrades(folder: Path, tmp_path: Path) -> None:
     runs = [trainer.train(short(), folder, tmp_path / "a"), trainer.train(short(), folder, tmp_path / "b")]
     runs.append(trainer.train(short(workers=2), folder, tmp_path / "c"))

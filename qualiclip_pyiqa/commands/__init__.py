@@ -16,7 +16,11 @@ DEFAULT_METRIC = "qualiclip-mini"
 
 def add_metric_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-m", "--metric", action="append", metavar="METRIC", help=f"any NR metric of pyiqa (default: {DEFAULT_METRIC})"
+        "-m",
+        "--metric",
+        action="append",
+        metavar="METRIC",
+        help=f"any NR metric of pyiqa, or a model.safetensors of `qualiclip train` (default: {DEFAULT_METRIC})",
     )
 
 
