@@ -1,0 +1,60 @@
+"""The commands of docs/training.md: all of them are understood, and those marked `<!-- run -->` run as written."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from synthetic import synthetic_photograph
+
+from qualiclip_pyiqa import cli
+from qualiclip_pyiqa.training.degradations import degrade
+
+TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("qualiclip ")]
+# Those within the text and its tables too.
+COMMANDS += re.findall(r"`(qualiclip (?:train|tune|evaluate) [^`]*--[^`]*)`", TEXT.replace("\n", " "))
+
+
+@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
+def test_command_is_understood(line: str) -> None:
+    words = [word for word in shlex.split(line, comments=True) if word != "..."]
+    cli._parser().parse_args(words[1:])
+
+
+def save(path: Path, rgb) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray((rgb * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):  # a gMAD competition needs 18
+        save(tmp_path / "photographs" / f"{number}.png", synthetic_photograph(number, 96, 96))
+    rows = [["image", "mos"]]
+    for level in range(6):
+        picture = degrade(synthetic_photograph(20, 96, 96)[None], "gaussian_blur", level, 0)[0]
+        save(tmp_path / "rated" / f"{level}.png", picture)
+        rows.append([f"{level}.png", f"{5 - level}"])
+    with (tmp_path / "scores.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for mark, block in BLOCKS:
+        for line in block.splitlines() if mark else ():
+            words = shlex.split(line, comments=True)
+            if words[0] == "qualiclip":  # in this process, which has everything imported
+                assert cli.main(words[1:]) == 0, line
+            else:
+                assert words[0] == "python"
+                subprocess.run([sys.executable, *words[1:]], check=True)
+            ran += 1
+    assert ran >= 6
+    for made in ("runs/toy/model.safetensors", "toy.csv", "sheet.png", "agreement.json", "scatter.png", "levels.png"):
+        assert (tmp_path / made).stat().st_size > 0, made
