@@ -48,8 +48,9 @@ class Scorer:
 
     Args:
         metrics: a name that `pyiqa.create_metric` knows, the file of a model that was trained with this package, a
-            metric or network, a list of those, or a mapping from column to one of those. Metrics on the same tower share its pass. Metrics that are not this package's are scored
-            picture by picture, since theirs may depend on what else is in a batch.
+            metric or network, a list of those, or a mapping from column to one of those. Metrics on the same tower
+            share its pass. Metrics that are not this package's are scored picture by picture, since theirs may depend
+            on what else is in a batch.
         device: such as "cpu", "cuda" or "cuda:0"; several, in a list or with commas, share the work. Default: CUDA if
             there is one.
         batch_size: pictures of equal size that go through a network together, at most; fewer where they are large.

@@ -630,6 +630,8 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
         load_config(tmp_path / "broken.toml")
     with pytest.raises(SettingsError, match="no folder"):
         trainer.train(TOY, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(SettingsError, match="fp16, which is for a GPU"):
+        trainer.train(short(precision="fp16"), folder, tmp_path / "out", device="cpu")
     with pytest.raises(SettingsError, match="photographs of at least"):
         trainer.train(dataclasses.replace(TOY, validation=50), folder, tmp_path / "out")
     (tmp_path / "bad").mkdir()

@@ -167,6 +167,8 @@ def train(
         log_with="tensorboard",
         project_dir=out,
     )
+    if config.precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would go on in fp32
+        raise SettingsError("precision is fp16, which is for a GPU; expected fp32 or bf16 on a CPU")
     _Run(config, pristine, out, seed, exclude, licence, start, ratings, resume, accelerator).go()
     accelerator.end_training()
     return out / MODEL
