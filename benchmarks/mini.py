@@ -9,7 +9,7 @@ Several weight files, such as those of several seeds, are reported each and toge
   second ("other half"). Differences between a model and a baseline are of paired bootstraps.
 - Baselines: log variance of the Laplacian; natural scene statistics as in NIQE, fitted to at most 1,000 photographs of
   --pristine; pyiqa's classical metrics as far as they need no download (its `entropy` takes 2 KiB for every pixel).
-- Types of degradation for which the mean score falls from level to level, on at most 100 photographs of --pristine that
+- Types of degradation for which the mean score falls from level to level, on at most --limit photographs of --pristine that
   are held out: whose `held_out` is 1 in a `manifest.csv` there, which also has a column `file`. Without one, no
   photograph counts as held out and those of all the folder are degraded.
 - Pictures per second on the CPU, with torch's number of threads.
@@ -50,7 +50,7 @@ from qualiclip_pyiqa.weights import file_sha256
 EMBEDDED = "qualiclip-mini"
 LAPLACIAN, SCENES = "log variance of the Laplacian", "natural scene statistics"
 TIMED = (LAPLACIAN, SCENES, "piqe")  # of the baselines
-FITTED, DEGRADED = 1000, 100  # photographs, at most
+FITTED = 1000  # photographs, at most
 BATCHES, HEIGHT, WIDTH = (1, 8), 384, 512  # what speed is measured on
 REPEAT = 9
 PARTS = {"all": "all", "choice_half": "choice half", "other_half": "other half"}
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratings", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--weights", nargs="+", default=[])
+    parser.add_argument("--limit", type=int, default=100, help="photographs to degrade, at most (default: 100)")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(argv)
     try:
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if len(ratings.paths) < 2 * LEAST:
         raise SettingsError(f"{options.ratings} rates {len(ratings.paths)} pictures; expected {2 * LEAST} or more")
     training, held_out = photographs(options.pristine)
-    degraded = spread(held_out or training, DEGRADED)
+    degraded = spread(held_out or training, options.limit)
     models: dict[str, nn.Module] = {
         name: pyiqa.create_metric(EMBEDDED, device="cpu", weights=name) for name in options.weights
     } or {EMBEDDED: pyiqa.create_metric(EMBEDDED, device="cpu")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.evaluation import agreement, compare, fitted_logistic, gmad, logistic
 from qualiclip_pyiqa.ratings import read_ratings
+from qualiclip_pyiqa.training.degradations import DEGRADATIONS
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=200)
@@ -207,6 +209,12 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| lens_blur |" in capsys.readouterr().out
     with Image.open(plot) as drawn:
         assert drawn.width > 1000
+    # Of a single photograph the means are its scores, and the pairs that are known to be ordered can be counted.
+    assert evaluate("--degradations", folder, "--limit", 1, "--json", out) == 0
+    for name, each in json.loads(out.read_text())["qualiclip-mini"]["types"].items():
+        pairs = [p for p in combinations(range(6), 2) if DEGRADATIONS[name].ordered(*p)]
+        right = sum(each["means"][i] > each["means"][j] for i, j in pairs)
+        assert each["in_order"] == pytest.approx(right / len(pairs)), name
 
 
 def test_command_with_gmad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,28 +193,41 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> dict[str
 
     scorer = Scorer(metrics, device=arguments.device, workers=0)
     steps = 1 + LEVELS * len(DEGRADATIONS)
-    sums = {column: [0.0] * steps for column in scorer.columns}
+    scores: dict[str, list[list[float]]] = {column: [[] for _ in range(steps)] for column in scorer.columns}
     for number, record in enumerate(_watched(scorer.score(ladder()), steps * len(paths))):
         if record.error is not None:
             raise ImageError(f"{source_name(paths[number // steps])}: {record.error}")
         for column, score in record.scores.items():
-            sums[column][number % steps] += score / len(paths)
+            scores[column][number % steps].append(score)
 
     numbers: dict[str, Any] = {}
-    for column, means in sums.items():
+    for column, found in scores.items():
         sign = -1 if lower_is_better(column) else 1
         types: dict[str, dict[str, Any]] = {}
-        for index, name in enumerate(DEGRADATIONS):
-            by_level = [means[0], *means[1 + index * LEVELS : 1 + (index + 1) * LEVELS]]
-            falls = all(sign * a > sign * b for a, b in pairwise(by_level[1:]))
-            types[name] = {"means": by_level, "falls": falls, "monotone_by_design": DEGRADATIONS[name].monotone}
+        for index, (name, degradation) in enumerate(DEGRADATIONS.items()):
+            by_level = [found[0], *found[1 + index * LEVELS : 1 + (index + 1) * LEVELS]]
+            means = [sum(each) / len(paths) for each in by_level]
+            falls = all(sign * a > sign * b for a, b in pairwise(means[1:]))
+            in_order = [
+                sign * better > sign * worse
+                for i, j in combinations(range(LEVELS + 1), 2)
+                if degradation.ordered(i, j)
+                for better, worse in zip(by_level[i], by_level[j], strict=True)
+            ]
+            types[name] = {
+                "means": means,
+                "falls": falls,
+                "in_order": sum(in_order) / len(in_order),
+                "monotone_by_design": degradation.monotone,
+            }
         falling = sum(each["falls"] for each in types.values())
         numbers[column] = {"photographs": len(paths), "types_falling": falling, "types": types}
         print(f"\n{column}, {len(paths)} photographs: worse at every level for {falling} of {len(types)} types")
-        print("\n| type | pristine | 1 | 2 | 3 | 4 | 5 | falls |\n|---|---|---|---|---|---|---|---|")
+        print("in order: pairs of levels of one photograph, pristine included, as far as one is known to be worse")
+        print("\n| type | pristine | 1 | 2 | 3 | 4 | 5 | falls | in order |\n|---|---|---|---|---|---|---|---|---|")
         for name, each in types.items():
             cells = " | ".join(f"{mean:.3f}" for mean in each["means"])
-            print(f"| {name} | {cells} | {'yes' if each['falls'] else 'no'} |")
+            print(f"| {name} | {cells} | {'yes' if each['falls'] else 'no'} | {each['in_order']:.3f} |")
     if arguments.plot is not None:
         from .. import plots
 
