@@ -9,7 +9,7 @@ Several weight files, such as those of several seeds, are reported each and toge
   second ("other half"). Differences between a model and a baseline are of paired bootstraps.
 - Baselines: log variance of the Laplacian; natural scene statistics as in NIQE, fitted to at most 1,000 photographs of
   --pristine; pyiqa's classical metrics as far as they need no download (its `entropy` takes 2 KiB for every pixel).
-- Types of degradation for which the mean score falls from level to level, on at most --limit photographs of --pristine that
+- Types of degradation for which the mean score falls from level to level, on --limit photographs of --pristine that
   are held out: whose `held_out` is 1 in a `manifest.csv` there, which also has a column `file`. Without one, no
   photograph counts as held out and those of all the folder are degraded.
 - Pictures per second on the CPU, with torch's number of threads.

@@ -34,6 +34,7 @@ from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_c
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS, degrade
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photographs
+from qualiclip_pyiqa.training.towers import build
 
 TOY = load_config("toy")
 
@@ -428,6 +429,22 @@ def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: 
     # ... and the run may be gone on with from the file.
     again = trainer.train(config, folder, tmp_path / "again", start=path)
     assert again.is_file()
+
+
+@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit"])
+def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, tiny_folder: Path) -> None:
+    """Otherwise several processes would wait for one another."""
+    values = dataclasses.asdict(short())
+    if backbone != "mini":
+        values = {k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")}
+        values |= {"backbone": backbone, "weights": str(tiny_folder / f"{backbone}.pt"), "statistics": False}
+    config = make_config(values | {"crops": [96]})
+    aligned = build(config, seed=0)
+    batch = batch_of(Stacks(paths_of(folder), config, seed=0)[0], config)
+    trainer.losses(aligned.tower, aligned, batch, config)["loss"].backward()
+    without = [name for name, p in aligned.tower.named_parameters() if p.requires_grad and p.grad is None]
+    still = [name for name, p in aligned.tower.named_parameters() if not p.requires_grad]
+    assert not without and len(still) == {"mini": 0, "tiny-resnet": 2, "tiny-vit": 1}[backbone]
 
 
 def open_clip_scores(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,10 @@ def _clip(config: Config, start: Path | None) -> Aligned:
         raise WeightsError(f"{source.path} has no 'logit_scale'; expected a whole CLIP or a trained model")
     # The file is memory-mapped; what is trained needs memory of its own.
     state = {key: value.float().clone() if key.startswith("visual.") else value for key, value in state.items()}
-    tower = source.image_tower(state, pos_embedding=False).requires_grad_(True)
+    tower = source.image_tower(state, pos_embedding=False)
+    for name, parameter in tower.named_parameters():
+        # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
+        parameter.requires_grad_(not name.endswith(("positional_embedding", "k_proj.bias")))
     if source.has_text_tower(state):
         text = source.text_tower(state).eval()
         with torch.no_grad():

@@ -205,7 +205,7 @@ class _Run:
         self.aligned = build(config, seed, start)
         self.aligned.anchors = self.aligned.anchors.to(accelerator.device)
         self.averaged = copy.deepcopy(self.aligned.tower).to(accelerator.device).requires_grad_(False)
-        parameters = list(self.aligned.tower.parameters())
+        parameters = [parameter for parameter in self.aligned.tower.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(
             [
                 {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
