@@ -40,7 +40,8 @@ class PromptIQA(nn.Module):
         pretrained: for metrics with a learned context: True for the published one, False for a fresh one to be
             trained, or the name of a weight record or a file. Metrics with fixed prompts have no context to choose.
         pos_embedding: whether the tower adds its positional table, resized to the picture.
-        temperature: divides the logits. A file trained with this package brings its own.
+        temperature: divides the logits. A file trained with this package brings its own, which any value but the
+            metric's usual one overrules.
         n_ctx, ctx_init, prompt_specific_ctx: a fresh context's length (16 tokens), first words, and whether each text
             has its own. A learned one says itself what it is.
         prompts: a set's name, a list of (positive, negative) pairs, or a mapping attribute -> pair or pairs.

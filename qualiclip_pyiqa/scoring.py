@@ -361,7 +361,8 @@ def _build(metrics: Any, device: torch.device) -> dict[str, nn.Module]:
     import pyiqa
 
     if not isinstance(metrics, Mapping):
-        metrics = [metrics] if isinstance(metrics, str | nn.Module) else list(metrics)
+        metrics = [metrics] if isinstance(metrics, str | os.PathLike | nn.Module) else list(metrics)
+        metrics = [os.fspath(metric) if isinstance(metric, os.PathLike) else metric for metric in metrics]
         named = [(metric if isinstance(metric, str) else _name(metric), metric) for metric in metrics]
         metrics = dict(named)
         if len(metrics) < len(named):

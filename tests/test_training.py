@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -291,15 +292,20 @@ def test_toy_training_learns_to_rank(toy: Path, folder: Path, tmp_path: Path) ->
     assert sorted(path.name for path in toy.parent.iterdir()) == ["log.jsonl", "model.safetensors", "tensorboard"]
 
 
-def test_tensorboard_has_every_part(toy: Path) -> None:
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: (step, value) by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(toy.parent / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"loss/loss", "loss/positive", "accuracy/all", "accuracy/jpeg", "waiting", "learning_rate"} <= tags
-    assert [event.step for event in events.Scalars("loss/loss")] == [30, 60]
-    assert events.Scalars("loss/loss")[1].value == pytest.approx(lines_of(toy.parent)[2]["loss"])
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_part(toy: Path) -> None:
+    found = scalars(toy.parent)
+    assert {"loss/loss", "loss/positive", "accuracy/all", "accuracy/jpeg", "waiting", "learning_rate"} <= found.keys()
+    assert [step for step, _ in found["loss/loss"]] == [30, 60]
+    assert found["loss/loss"][1][1] == pytest.approx(lines_of(toy.parent)[2]["loss"])
 
 
 def test_model_file_says_what_it_is_and_is_a_metric(toy: Path) -> None:
@@ -342,17 +348,34 @@ def test_same_seed_same_model_whoever_reads_and_degrades(folder: Path, tmp_path:
     assert not same_tensors(runs[0], trainer.train(short(), folder, tmp_path / "e", seed=1))
 
 
+@pytest.fixture(scope="module")
+def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trainer.train(short(), folder, tmp_path_factory.mktemp("usual"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"precision": "bf16", "clip": 0.0},
         {"pairs": "mean", "weight_across": 0.0, "weight_centre": 0.0},
-        {"types": (1.0, 1.0, 1.0), "share_levels": False, "share_crops": False, "average": 0.0},
-        {"pristine": False, "delivery": 1.0, "camera": 1.0, "native": 0.0, "smallest_scale": 0.6},
+        {"types": (0.0, 1.0, 1.0)},
+        {"share_levels": False},
+        {"share_crops": False},
+        {"average": 0.0},
+        {"pristine": False},
+        {"delivery": 1.0},
+        {"camera": 1.0},
+        {"native": 0.0, "smallest_scale": 0.6},
+        {"candidates": 3},
+        {"overlap": 0.9},
+        {"cosine": False},
+        {"betas": (0.5, 0.9)},
+        {"weight_decay": 0.5},
+        {"warmup": 0},
+        {"repeat": {"00.png": 9.0}},
     ],
 )
-def test_settings_change_the_model(change: dict, folder: Path, tmp_path: Path) -> None:
-    usual = trainer.train(short(), folder, tmp_path / "usual")
+def test_every_setting_changes_the_model(change: dict, usual: Path, folder: Path, tmp_path: Path) -> None:
     model = trainer.train(short(**change), folder, tmp_path / "changed")
     values = load_file(model)
     assert not same_tensors(usual, model)
@@ -394,8 +417,15 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
     spearman = float(torch.corrcoef(torch.stack([ranks, truth]))[0, 1])
     assert lines_of(trained.parent)[-1]["srcc"] == pytest.approx(spearman, abs=1e-4) and spearman > 0.9
     reverse = dataclasses.replace(ratings, lower_better=True)
-    plain = trainer.train(short(), folder, tmp_path / "reverse", ratings=reverse)
-    assert "srcc" in lines_of(plain.parent)[1]
+    signs = [
+        lines_of(trainer.train(short(), folder, tmp_path / name, ratings=each).parent)[1]["srcc"]
+        for name, each in (("higher", ratings), ("lower", reverse))
+    ]
+    assert signs[0] == -signs[1] != 0
+    (rated / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"3\.png"):  # before the first step
+        trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
@@ -437,7 +467,8 @@ def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, tiny_fo
     values = dataclasses.asdict(short())
     if backbone != "mini":
         values = {k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")}
-        values |= {"backbone": backbone, "weights": str(tiny_folder / f"{backbone}.pt"), "statistics": False}
+        values |= {"backbone": backbone, "weights": str(tiny_folder / f"{backbone}.pt")}
+        values |= {"statistics": False, "recalibrate": 0}
     config = make_config(values | {"crops": [96]})
     aligned = build(config, seed=0)
     batch = batch_of(Stacks(paths_of(folder), config, seed=0)[0], config)
@@ -485,7 +516,7 @@ def command(config: Path, folder: Path, out: Path, *more: str) -> list[str]:
 
 
 def steps_kept(run: Path) -> int:
-    return max((int(path.name[-9:]) for path in run.glob("checkpoint-*")), default=0)
+    return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
 
 
 def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
@@ -509,6 +540,7 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
         for path in (expected.parent, run)
     ]
     assert time_free[0] == time_free[1]
+    assert scalars(run)["loss/loss"] == scalars(expected.parent)["loss/loss"]  # each step once
     # Done is done: nothing is trained again, and another seed's run is another run.
     before = (run / "model.safetensors").stat().st_mtime_ns
     assert trainer.train(config, folder, run, seed=5, resume=True) == run / "model.safetensors"
@@ -524,7 +556,7 @@ def test_checkpoint_that_was_not_finished_is_none(
 
     def torn(self: trainer.Accelerator, path: str) -> None:
         saved(self, path)
-        if (run / "checkpoint-000000002").exists():
+        if steps_kept(run) == 2:
             (Path(path) / "optimizer.bin").write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
@@ -532,7 +564,7 @@ def test_checkpoint_that_was_not_finished_is_none(
         patch.setattr(trainer.Accelerator, "save_state", torn)
         with pytest.raises(OSError, match="No space"):
             trainer.train(short(), folder, run)
-    assert sorted(path.name for path in run.glob("checkpoint*")) == ["checkpoint-000000002", "checkpoint.part"]
+    assert steps_kept(run) == 2 and (run / "checkpoint.part").is_dir()
     resumed = trainer.train(short(), folder, run, resume=True)
     assert same_tensors(resumed, trainer.train(short(), folder, tmp_path / "whole"))
     assert not list(run.glob("checkpoint*"))
@@ -549,8 +581,12 @@ def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
     assert steps_kept(run) == 2
     with pytest.raises(SettingsError, match="pass --resume"):
         trainer.train(short(), folder, run)
-    with pytest.raises(SettingsError, match="belongs to another run"):
-        trainer.train(short(margin_rank=0.2), folder, run, resume=True)
+    for change in ({"margin_rank": 0.2}, {"widths": (8, 8, 8, 8)}, {"accumulate": 2}):
+        with pytest.raises(SettingsError, match="belongs to another run"):
+            trainer.train(short(**change), folder, run, resume=True)
+    (run / "log.jsonl").rename(run / "lost.jsonl")
+    with pytest.raises(SettingsError, match="holds checkpoint-000000002-"):
+        trainer.train(short(), folder, run)
     assert trainer.train(short(), folder, run, resume=True).is_file()
 
 
@@ -622,6 +658,10 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
         ({"backbone": "RN50"}, "mini where widths"),
         ({"backbone": "RN50", "widths": [], "depths": [], "hidden": 0, "dim": 0}, "weights"),
         ({"statistics": False}, "statistics"),
+        ({"steps": math.inf}, "steps"),
+        ({"margin_rank": math.nan}, "margin_rank"),
+        ({"weights": "RN50"}, "weights"),
+        ({"weight_consistency": 0, "weight_positive": 0, "weight_negative": 0}, "weight_positive"),
         ({"repeat": {"a": 0.5}}, "repeat"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"type_weights": {"smudge": 1}}, "smudge"),
@@ -655,6 +695,29 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
     (tmp_path / "bad" / "x.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"x\.png"):
         trainer.train(TOY, tmp_path / "bad", tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="cannot be made"):
+        trainer.train(TOY, folder, tmp_path / "file")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photograph_that_ends_early_is_one_line(workers: int, folder: Path, tmp_path: Path) -> None:
+    for path in paths_of(folder):
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:-4000])  # the header is whole
+    whole = sorted(path.name for path in paths_of(folder))[:3]
+    for name in whole:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = dataclasses.replace(short(workers=workers), validation=1)
+    seed = next(s for s in range(100) if first_of_split(tmp_path, s) in whole)
+    with pytest.raises(ImageError, match=r"^\S+\.png .*; leave it out \(--exclude\)$"):
+        trainer.train(config, tmp_path, tmp_path / "run", seed=seed)
+
+
+def first_of_split(folder: Path, seed: int) -> str:
+    """The photograph that a run validates on."""
+    paths = list_photographs(folder)
+    random.Random(f"split {seed}").shuffle(paths)
+    return paths[0].name
 
 
 def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -662,6 +725,8 @@ def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
     assert not said.out and "nowhere is no folder" in said.err and "Traceback" not in said.err
+    assert cli.main([*arguments, "--images", str(tmp_path)]) == 2
+    assert "for --ratings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import SettingsError
 from . import add_rating_options, rated
 
 
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.config import load_config
     from ..training.train import DivergedError, train
 
+    if arguments.ratings is None and (arguments.images or arguments.mos_column or arguments.image_column):
+        raise SettingsError("--images and the names of columns are for --ratings, which is not given")
     logging.getLogger("qualiclip_pyiqa").setLevel(logging.INFO)
     try:
         path = train(

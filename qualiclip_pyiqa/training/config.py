@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from hashlib import sha256
@@ -131,7 +132,7 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
 
 
 def _convert(value: Any, kind: str, what: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "int" and number and value == int(value):
@@ -160,6 +161,7 @@ def _check(c: Config) -> None:
         need(c.hidden >= 1, "hidden", "at least 1")
         need(c.dim >= 2, "dim", "at least 2: a pair needs two directions")
         need(c.statistics, "statistics", "true: the mini tower starts without any")
+        need(not c.weights, "weights", "none for the mini tower; --start begins from a model")
     else:
         need(not (c.widths or c.depths or c.hidden or c.dim), "backbone", "mini where widths, depths, ... are given")
         need(bool(c.weights), "weights", "openai, a name of the weight manifest or a file")
@@ -182,6 +184,8 @@ def _check(c: Config) -> None:
         need(getattr(c, name) >= 0, name, "at least 0")
     for name in ("consistency", "positive", "negative", "across", "centre"):
         need(getattr(c, f"weight_{name}") >= 0, f"weight_{name}", "at least 0")
+    need(c.statistics or not c.recalibrate, "recalibrate", "0 where statistics are not learned")
+    need(any((c.weight_consistency, c.weight_positive, c.weight_negative)), "weight_positive", "a loss with a weight")
     need(c.pairs in ("each", "mean"), "pairs", "each or mean")
     need(c.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
     need(c.degrade_on in ("workers", "device"), "degrade_on", "workers or device")

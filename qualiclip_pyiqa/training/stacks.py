@@ -61,7 +61,7 @@ def shorter_side(path: Path) -> int:
         with Image.open(path) as picture:
             return min(picture.size)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be decoded ({error}); remove it or list it under --exclude") from None
+        raise ImageError(f"{path} cannot be decoded ({error}); leave it out (--exclude)") from None
 
 
 def read_photograph(path: Path) -> Tensor:
@@ -69,7 +69,7 @@ def read_photograph(path: Path) -> Tensor:
     try:
         return (load_image(path) * 255).round().to(torch.uint8)
     except ImageError as error:
-        raise ImageError(f"{error}; remove it or list it under --exclude") from None
+        raise ImageError(f"{error}; leave it out (--exclude)") from None
 
 
 def laplacian_log_variance(pictures: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class Stacks(Dataset[list[Stack]]):
     def __getitem__(self, number: int) -> list[Stack]:
         rng = random.Random(f"{self.seed} {number}")
         size = rng.choice(self.crops)
-        chosen = rng.sample(range(len(self.paths)), min(self.config.stacks, len(self.paths)))
+        chosen = rng.sample(range(len(self.paths)), self.config.stacks)
         return [self._draw(rng, read_photograph(self.paths[index]), size) for index in chosen]
 
     def _draw(self, rng: random.Random, photograph: Tensor, size: int) -> Stack:

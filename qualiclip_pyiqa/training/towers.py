@@ -55,8 +55,9 @@ class Aligned:
 
 
 def similarities(features: Tensor, anchors: Tensor, unit: float) -> Tensor:
-    """(M, D), (2P, D) -> (M, P, 2): with the positive and the negative prompt of each pair."""
-    return (F.normalize(features.float(), dim=-1) @ anchors.T * unit).unflatten(1, (-1, 2))
+    """(M, D), (2P, D) -> (M, P, 2): with the positive and the negative prompt of each pair, in float32 always."""
+    with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round by half a margin
+        return (F.normalize(features.float(), dim=-1) @ anchors.T * unit).unflatten(1, (-1, 2))
 
 
 def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
@@ -79,13 +80,14 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
     tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS)
     anchors = block_anchors(tower, seed)
     if start is not None:
+        state, _ = weight_files.read(start, layout="qualiclip-pyiqa")
         try:
-            state, _ = weight_files.read(start)
             tower.load_state_dict({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
-            anchors = state["prompts_features"]
-        except (RuntimeError, KeyError) as error:
-            cause = str(error).splitlines()[0]
-            raise SettingsError(f"--start {start} does not fit ({cause}); expected a model of the same tower") from None
+        except RuntimeError:
+            raise SettingsError(
+                f"--start {start} does not fit; expected a model of the configuration's tower"
+            ) from None
+        anchors = state["prompts_features"]
     keywords = {
         "widths": config.widths,
         "depths": config.depths,
@@ -121,7 +123,7 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     wanted: str | Path | None = start or (None if config.weights == "openai" else config.weights)
     source = Source(metric_spec("clipiqa"), config.backbone, wanted)
     state, stored = source.read()
-    if source.backbone != config.backbone:
+    if _plain(source.backbone) != _plain(config.backbone):
         raise SettingsError(
             f"{source.path} holds a {source.backbone} tower; the configuration asks for {config.backbone}"
         )
@@ -158,6 +160,11 @@ def _clip(config: Config, start: Path | None) -> Aligned:
         rest={key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"},
         source=weight_files.file_sha256(source.path),
     )
+
+
+def _plain(backbone: str) -> str:
+    """open_clip's spelling of a name that OpenAI's may have been given for."""
+    return clip.OPENAI_BACKBONES.get(backbone, backbone)
 
 
 def choose_logit_scale(differences: Tensor, unit: float) -> float:

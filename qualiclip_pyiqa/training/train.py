@@ -20,6 +20,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import weights as weight_files
-from ..errors import SettingsError
+from ..errors import ImageError, SettingsError
 from ..mini import Standardise
 from ..ratings import Ratings
 from .config import Config
@@ -95,6 +98,15 @@ def recalibrate(tower: nn.Module, batches: DataLoader[dict[str, Tensor]], device
             head.momentum = 1 / count
         tower(batch["pictures"].flatten(0, 2).to(device).float().div(255))
     tower.eval()
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """A worker's error comes with the worker's traceback in its text; what it said itself is the last line."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(str(error).strip().splitlines()[-1].rpartition("ImageError: ")[2]) from None
 
 
 @dataclasses.dataclass
@@ -166,6 +178,8 @@ def train(
         gradient_accumulation_steps=config.accumulate,
         log_with="tensorboard",
         project_dir=out,
+        # The others wait while the first process looks and builds what it looks at.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     if config.precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would go on in fp32
         raise SettingsError("precision is fp16, which is for a GPU; expected fp32 or bf16 on a CPU")
@@ -192,15 +206,20 @@ class _Run:
     ) -> None:
         self.config, self.out, self.seed, self.licence, self.ratings = config, out, seed, licence, ratings
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        earlier = [name for name in (MODEL, LOG) if (out / name).exists()]
+        earlier = [path.name for name in (MODEL, LOG, "checkpoint-*") for path in out.glob(name)]
         if earlier and not resume:
             raise SettingsError(
                 f"{out} holds {' and '.join(earlier)} of an earlier run; pass --resume to go on with it, "
                 "or choose another folder"
             )
         self.training, validation = self._divide(pristine, exclude)
+        for path in ratings.paths if ratings is not None else ():
+            shorter_side(path)  # what is no picture shall stop the run now and not at its first look
         accelerator.wait_for_everyone()  # nobody looks for an earlier run after another process has begun this one
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"{out} cannot be made ({error.strerror}); choose another folder") from error
 
         self.aligned = build(config, seed, start)
         self.aligned.anchors = self.aligned.anchors.to(accelerator.device)
@@ -227,9 +246,8 @@ class _Run:
             accelerator.init_trackers(
                 "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
             )
-            self.journal = (out / LOG).open("r+b" if resumed else "wb")
+            self.journal = (out / LOG).open("ab")
             self.journal.truncate(self.progress.log_bytes)
-            self.journal.seek(self.progress.log_bytes)
         if not resumed:
             self._note(
                 seed=seed,
@@ -280,17 +298,17 @@ class _Run:
                     raise SettingsError(f"{self.out} holds another run, which is finished; choose another folder")
                 self.finished = True
             return False
-        self.accelerator.load_state(str(found[-1]))
-        if self.progress.run != expected:
+        if not found[-1].name.endswith(expected[:8]):
             raise SettingsError(
                 f"{found[-1]} belongs to another run: configuration, seed, photographs, start or number of processes "
                 "differ; repeat its command, or choose another folder"
             )
+        self.accelerator.load_state(str(found[-1]))
         return True
 
     def _checkpoint(self) -> None:
         """The state of all processes, under its name when it is complete; then the one before is deleted."""
-        final = self.out / f"checkpoint-{self.progress.step:09d}"
+        final = self.out / f"checkpoint-{self.progress.step:09d}-{self.progress.run[:8]}"
         partial = self.out / "checkpoint.part"
         if self.main:
             self.progress.log_bytes = self.journal.tell()
@@ -360,7 +378,8 @@ class _Run:
         iterator = iter(loader)
         while True:
             asked = time.monotonic()
-            item = next(iterator)
+            with _in_one_line():
+                item = next(iterator)
             self.progress.add(waited=time.monotonic() - asked)
             if here:
                 yield {name: value.to(accelerator.device, non_blocking=True) for name, value in item.items()}
@@ -458,7 +477,8 @@ class _Run:
             large = Degraded(Stacks(self.training, config, self.seed + 1_000_003, size))
             numbers = range(config.recalibrate)
             loader: DataLoader[Any] = DataLoader(large, batch_size=None, sampler=numbers, num_workers=config.workers)
-            recalibrate(self.averaged, loader, self.accelerator.device)
+            with _in_one_line():
+                recalibrate(self.averaged, loader, self.accelerator.device)
         found = self._judge()
         self._note(step=self.progress.step, finished=True, **found)
         summary = {
