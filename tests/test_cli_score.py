@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 from faults import as_nobody
@@ -208,7 +209,9 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qualiclip_pyiqa.cli", "score", *map(str, arguments), "--device", "cpu"]
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **options)  # type: ignore[call-overload]
+    return subprocess.Popen(  # type: ignore[call-overload]
+        command, stderr=subprocess.PIPE, env=environment, preexec_fn=faults.heed_ctrl_c, **options
+    )
 
 
 def wait_for_rows(out: Path, count: int) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pyiqa
 import pytest
@@ -388,6 +389,7 @@ def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path,
         stderr=subprocess.PIPE,
         text=True,
         env=dict(os.environ),
+        preexec_fn=faults.heed_ctrl_c,
     )
     log = tmp_path / "run" / "log.jsonl"
     until = time.monotonic() + 200
