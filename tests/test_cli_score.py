@@ -209,9 +209,8 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qualiclip_pyiqa.cli", "score", *map(str, arguments), "--device", "cpu"]
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    return subprocess.Popen(  # type: ignore[call-overload]
-        command, stderr=subprocess.PIPE, env=environment, preexec_fn=faults.heed_ctrl_c, **options
-    )
+    options = {"preexec_fn": faults.heed_ctrl_c, **options}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **options)  # type: ignore[call-overload]
 
 
 def wait_for_rows(out: Path, count: int) -> None:
