@@ -319,7 +319,7 @@ def test_in_a_process_that_may_not_start_others(photos: list[Path], expected: li
 
 
 def test_workers_killed_at_any_moment_hang_nothing(photos: list[Path]) -> None:
-    """Also in the middle of a message: large pictures, and a killer that does not wait for anything."""
+    """Also in the middle of a message: large pictures, and a killer that waits for some results and no moment else."""
     rng = np.random.default_rng(0)
     large = np.repeat(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8), 4, axis=0)
     buffer = io.BytesIO()
@@ -328,8 +328,14 @@ def test_workers_killed_at_any_moment_hang_nothing(photos: list[Path]) -> None:
     decoder = Decoder(2, 4, events, None)
     stop = threading.Event()
 
+    done: dict[int, Any] = {}
+
     def kill() -> None:
-        while not stop.wait(float(rng.uniform(0.2, 0.5))):
+        seen = 0
+        while not stop.wait(float(rng.uniform(0.05, 0.5))):
+            if len(done) < seen + 5:  # a busy machine needs its time to start workers
+                continue
+            seen = len(done)
             for worker in workers_of(os.getpid()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGKILL)
@@ -337,7 +343,6 @@ def test_workers_killed_at_any_moment_hang_nothing(photos: list[Path]) -> None:
     killer = threading.Thread(target=kill)
     killer.start()
     numbers = iter(range(150))
-    done = {}
     while len(done) < 150:
         while decoder.ready and (number := next(numbers, None)) is not None:
             decoder.submit(number, buffer.getvalue())
