@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,8 +210,7 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> dict[str
             falls = all(sign * a > sign * b for a, b in pairwise(means[1:]))
             in_order = [
                 sign * better > sign * worse
-                for i, j in combinations(range(LEVELS + 1), 2)
-                if degradation.ordered(i, j)
+                for i, j in degradation.pairs
                 for better, worse in zip(by_level[i], by_level[j], strict=True)
             ]
             types[name] = {

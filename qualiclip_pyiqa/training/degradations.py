@@ -20,6 +20,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -310,6 +311,11 @@ class Degradation:
     def ordered(self, i: int, j: int) -> bool:
         """Whether level j is known to be worse than level i, each from 0 to 5."""
         return i < j and any(i in chain and j in chain for chain in self.chains)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Levels (i, j) of which j is known to be worse, 0 being pristine."""
+        return [(i, j) for i, j in combinations(range(LEVELS + 1), 2) if self.ordered(i, j)]
 
     @property
     def monotone(self) -> bool:

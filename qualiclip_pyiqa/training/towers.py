@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
         unit=math.sqrt(len(tower.blocks)),
         logit_scale=None,
         metadata={"backbone": "mini", "tower": json.dumps(keywords), "temperature": "1"},
-        source="" if start is None else sha256(start.read_bytes()).hexdigest(),
+        source="" if start is None else weight_files.file_sha256(start),
     )
 
 

@@ -69,10 +69,7 @@ class Validation:
             q = differences(tower, aligned, pictures.flatten(0, 1)).mean(1).unflatten(0, pictures.shape[:2])
             ladder = torch.cat([pristine[:, None], q], dim=1)
             right = ladder[:, :, None] > ladder[:, None, :]
-            pairs = [
-                (i, j) for i in range(LEVELS) for j in range(i + 1, LEVELS + 1) if DEGRADATIONS[name].ordered(i, j)
-            ]
-            accuracy[name] = float(torch.stack([right[:, i, j].float() for i, j in pairs]).mean())
+            accuracy[name] = float(torch.stack([right[:, i, j].float() for i, j in DEGRADATIONS[name].pairs]).mean())
             falling += int((q.mean(0).diff() < 0).all())
         return accuracy, falling / len(self.names)
 
