@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
+from qualiclip_pyiqa.mini import PERCENTILES, UNRANKED, log_energies
 from qualiclip_pyiqa.training.stacks import laplacian_log_variance
 
 # pyiqa's no-reference metrics that are no neural network. Most need a file of parameters that pyiqa downloads.
@@ -47,6 +48,15 @@ class Sharpness(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         return laplacian_log_variance(rgb)
+
+
+class SharpestParts(nn.Module):
+    """98th percentile of the log Laplacian energy of cells of 16x16 pixels; higher is better."""
+
+    lower_better = False
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        return log_energies(rgb)[:, UNRANKED + PERCENTILES.index(98)]
 
 
 class NaturalScenes(nn.Module):

@@ -2,7 +2,8 @@
 
 The strategy of training is QualiCLIP's (Agnolucci et al., arXiv:2403.11176: rank degraded crops by their similarity to
 antonym prompt anchors). The network is our own: quality lives in shallow, fine-grained features, so every stage of a
-small residual network is pooled (mean and log standard deviation), beside a few log energies that need no learning.
+small residual network is pooled, beside log energies that need no learning. Pooled are mean, spread and percentiles: a
+photograph is as sharp as its sharpest parts and as noisy as its quiet ones, however much of it is background.
 
 The feature is a concatenation of unit-length blocks, each of which sees other inputs: an anchor of the p-th antonym
 prompt pair is zero outside the p-th block, so that the mean over pairs is the mean of P independent opinions.
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 from .strips import in_strips
 
 SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
-CELL = 4  # side of the cells whose local energy is taken
+FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged
+CELL = 16  # side of the cells, in pixels of the picture, that percentiles are taken over
+PERCENTILES = (10, 50, 90, 98)
 # Variance of the Laplacian (coefficients 4, -1, -1, -1, -1) of a picture's rounding to 8 bits: 20 * (1/255)^2 / 12.
 ROUNDING_ENERGY = 20.0 / 12.0 / 255.0**2
-ENERGIES = 3 * SCALES + 6
+UNRANKED = 3 * SCALES + 6  # of `log_energies`, what comes before the percentiles
+ENERGIES = UNRANKED + len(PERCENTILES) * SCALES
 
 # What the block of each of the seven pairs of the prompt set `qualiclip` sees, in the set's order.
 BLOCKS: tuple[tuple[str, ...], ...] = (
@@ -41,28 +45,51 @@ def log_energies(rgb: Tensor) -> Tensor:
 
     Per octave the log of the mean Laplacian energy (the classic sharpness measure; dominated by the strongest edges),
     the mean of the local log energy (dominated by flat parts, where noise and blocking show) and its standard
-    deviation; then mean and standard deviation of luma, log spread of two opponent colours, dark and bright fractions.
+    deviation; then mean and standard deviation of luma, log spread of two opponent colours, dark and bright fractions;
+    then per octave the PERCENTILES of the log energy of cells.
 
     Shape:
         rgb: (N, 3, H, W) in 0..1, float32 or float64, H, W >= 32 -> (N, ENERGIES).
     """
     red, green, blue = rgb.unbind(1)
     luma = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
-    stats = []
+    stats, ranked = [], []
     octave = luma
     for scale in range(SCALES):
         if scale:
             octave = F.avg_pool2d(octave, 2)
         p = F.pad(octave, (1, 1, 1, 1), mode="replicate")
         laplacian = 4 * octave - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
-        energy = F.avg_pool2d(laplacian.square(), CELL).flatten(1)
+        laplacian = laplacian.square()
+        energy = F.avg_pool2d(laplacian, FINE).flatten(1)
         local = (energy + ROUNDING_ENERGY).log()
+        cells = F.avg_pool2d(laplacian, max(FINE, CELL >> scale), ceil_mode=True)
+        ranked.append(_percentiles((cells + ROUNDING_ENERGY).log()))
         stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), _std(local)]
     flat = luma.flatten(1)
     stats += [flat.mean(1), _std(flat)]
     stats += [_std((red - green).flatten(1)).log(), _std((0.5 * (red + green) - blue).flatten(1)).log()]
     stats += [torch.sigmoid((0.08 - flat) * 50).mean(1), torch.sigmoid((flat - 0.92) * 50).mean(1)]
-    return torch.stack(stats, dim=1)
+    return torch.cat([torch.stack(stats, dim=1), *ranked], dim=1)
+
+
+def _percentiles(cells: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, Q * C): PERCENTILES of every channel, linear between order statistics."""
+    ranked = cells.flatten(2).sort(dim=-1).values  # torch.quantile takes 16 million values at most
+    last = ranked.shape[-1] - 1
+    out = []
+    for percent in PERCENTILES:
+        below = percent * last // 100
+        lower, upper = ranked[..., below], ranked[..., min(below + 1, last)]
+        out.append(lower + (percent * last % 100 / 100) * (upper - lower))
+    return torch.cat(out, dim=1)
+
+
+def _pooled(x: Tensor, cell: int) -> Tensor:
+    """(N, C, H, W) -> (N, (2 + Q) * C): mean, log standard deviation, percentiles of the means of cells."""
+    flat = x.flatten(2)
+    cells = F.avg_pool2d(x, cell, ceil_mode=True)
+    return torch.cat([flat.mean(-1), _std(flat).log(), _percentiles(cells)], dim=1)
 
 
 def _std(x: Tensor) -> Tensor:
@@ -167,7 +194,8 @@ class MiniTower(nn.Module):
                 layers.append(Residual(width_in, width, stride=2 if stage and not layer else 1))
                 width_in = width
             self.stages.append(nn.Sequential(*layers))
-        sizes = {"energies": ENERGIES} | {f"stage{k}": 2 * width for k, width in enumerate(widths, 1)}
+        sizes = {"energies": ENERGIES}
+        sizes |= {f"stage{k}": (2 + len(PERCENTILES)) * width for k, width in enumerate(widths, 1)}
         self.heads = nn.ModuleList(Head(sum(sizes[name] for name in block), hidden, dim) for block in self.blocks)
 
     def forward(self, rgb: Tensor) -> Tensor:
@@ -184,8 +212,7 @@ class MiniTower(nn.Module):
             else:
                 x = in_strips(stage, x, stride=2, reach=blocks, density=4 ** (number - 1))
             with torch.autocast(rgb.device.type, enabled=False):
-                flat = x.to(precise).flatten(2)
-                seen[f"stage{number}"] = torch.cat([flat.mean(-1), _std(flat).log()], dim=1)
+                seen[f"stage{number}"] = _pooled(x.to(precise), CELL >> number)
         with torch.autocast(rgb.device.type, enabled=False):
             features = [
                 head(torch.cat([seen[name] for name in block], dim=1))

@@ -15,15 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import upstream
+from kornia.filters import gaussian_blur2d
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qualiclip_pyiqa import clip, strips, weights
+from qualiclip_pyiqa import clip, load_image, strips, weights
 from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
 
+ROOT = Path(__file__).parents[1]
 NETWORKS = ["tiny-resnet", "tiny-vit", "tiny-resnet-pos", "tiny-context", "qualiclip-mini"]
 
 
@@ -269,6 +271,18 @@ def test_mini_knows_its_own_texts_only() -> None:
     assert net.attributes == ("sharpness",)
     with pytest.raises(PromptError, match="no text tower and no feature for 'Happy photo"):
         net.set_prompts("happy")
+
+
+@pytest.mark.parametrize("photo", ["hats", "lighthouse", "parrots", "portrait"])
+def test_mini_does_not_take_a_blurred_background_for_a_blurred_photograph(photo: str) -> None:
+    rgb = load_image(ROOT / "examples" / "photos" / f"{photo}.jpg")[None]
+    blurred, far = (gaussian_blur2d(rgb, (4 * s + 1, 4 * s + 1), (s, s)) for s in (2, 8))
+    y, x = (torch.linspace(-1, 1, side) for side in rgb.shape[2:])
+    subject = ((0.5 - torch.hypot(y[:, None], x[None, :])) * 10).sigmoid()
+    net = build("qualiclip-mini", ROOT)
+    with torch.no_grad():
+        sharp, portrait, soft = (float(net(each)) for each in (rgb, torch.lerp(far, rgb, subject), blurred))
+    assert portrait > sharp - 0.1 > soft + 0.5
 
 
 def test_a_file_trained_with_this_package_says_what_it_holds(tiny_folder: Path, tmp_path: Path) -> None:

@@ -72,8 +72,9 @@ def test_natural_scene_statistics_know_blur_and_noise(tmp_path: Path) -> None:
         distances = model(torch.cat(ladder)).tolist()
         assert distances == sorted(distances) and distances[2] > 1.5 * distances[0]
     assert torch.isfinite(model(fresh[..., :40, :50])).all()  # smaller than a patch
-    sharpness = baselines.Sharpness()(torch.cat(blurred)).tolist()
-    assert sharpness == sorted(sharpness, reverse=True)
+    for measure in (baselines.Sharpness(), baselines.SharpestParts()):
+        sharpness = measure(torch.cat(blurred)).tolist()
+        assert sharpness == sorted(sharpness, reverse=True)
 
 
 def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +105,7 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert {"date", "command", "machine", "versions"} <= result.keys()
     assert result["rated"] == {"all": 12, "choice_half": 6, "other_half": 6}
     assert result["pristine"] == {"photographs": 4, "held_out": 1, "fitted": 3, "degraded": 1}
-    simple = [mini.LAPLACIAN, mini.SCENES, "piqe", "entropy"]
+    simple = [mini.LAPLACIAN, mini.SHARPEST, mini.SCENES, "piqe", "entropy"]
     assert list(result["baselines"]) == simple and result["baselines"]["piqe"]["lower_better"]
     assert "niqe_modelparameters.mat" in result["not_run"]["niqe"]
     one, other = result["models"].values()

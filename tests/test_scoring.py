@@ -19,9 +19,9 @@ import numpy as np
 import pyiqa
 import pytest
 import torch
-import upstream
 from faults import Killer
 from PIL import Image
+from synthetic import synthetic_photograph
 from test_archs import build
 
 from qualiclip_pyiqa import load_image
@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     paths = []
     for number in range(13):
         height, width = SIZES[number % len(SIZES)]
-        pixels = (upstream.pictures(1, height, width, seed=number)[0].movedim(0, -1) * 255).round().byte().numpy()
+        pixels = (synthetic_photograph(number, height, width).movedim(0, -1) * 255).round().byte().numpy()
         paths.append(folder / f"{number:02}.png")
         Image.fromarray(pixels).save(paths[-1])
     return paths

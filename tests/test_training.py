@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyiqa
 import pytest
 import torch
@@ -27,9 +28,10 @@ from synthetic import synthetic_photograph
 
 from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
-from qualiclip_pyiqa.mini import BLOCKS, MiniTower, log_energies
+from qualiclip_pyiqa.mini import BLOCKS, CELL, PERCENTILES, ROUNDING_ENERGY, UNRANKED, MiniTower, log_energies
 from qualiclip_pyiqa.prompts import QUALITY_SETS
 from qualiclip_pyiqa.ratings import read_ratings
+from qualiclip_pyiqa.training import stacks as stacks_module
 from qualiclip_pyiqa.training import train as trainer
 from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_config
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS, degrade
@@ -185,7 +187,37 @@ def test_log_energies_know_blur_noise_and_darkness(picture: torch.Tensor) -> Non
     assert (log_energies(degrade(picture, "darken", 4, 0))[:, 12] < clean[:, 12]).all()
 
 
+def test_percentiles_of_energies_are_numpys_and_know_a_quiet_background(picture: torch.Tensor) -> None:
+    luma = (picture.double() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).numpy()
+    p = np.pad(luma, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    laplacian = 4 * luma - p[:, :-2, 1:-1] - p[:, 2:, 1:-1] - p[:, 1:-1, :-2] - p[:, 1:-1, 2:]
+    n, h, w = laplacian.shape
+    assert h % CELL == w % CELL == 0
+    cells = (laplacian**2).reshape(n, h // CELL, CELL, w // CELL, CELL).mean((2, 4)).reshape(n, -1)
+    expected = np.percentile(np.log(cells + ROUNDING_ENERGY), PERCENTILES, axis=1).T
+    found = log_energies(picture.double())[:, UNRANKED : UNRANKED + len(PERCENTILES)]
+    assert np.allclose(found, expected, atol=1e-9)
+
+    quiet = torch.full((2, 3, 2 * h, 2 * w), 0.5)
+    quiet[..., :h, :w] = picture  # the same subject, three quarters of the picture without anything
+    energies, alone = log_energies(quiet), log_energies(picture)
+    sharpest, median = UNRANKED + PERCENTILES.index(98), UNRANKED + PERCENTILES.index(50)
+    assert (energies[:, sharpest] - alone[:, sharpest]).abs().max() < 0.5  # a blur by one level takes 1 and more
+    assert (energies[:, median] < alone[:, median] - 0.5).all()
+
+
 # ---------------------------------------------------------------- stacks
+
+
+def test_out_of_focus_are_the_surroundings_and_all_levels_alike() -> None:
+    region = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    for seed in range(20):
+        blurred = stacks_module._bokeh(random.Random(seed), region, 96)
+        assert blurred.shape == region.shape and blurred.min() >= 0 and blurred.max() <= 1
+        changed = (blurred - region).abs().mean((0, 1))
+        corners = torch.stack([changed[:12, :12], changed[:12, -12:], changed[-12:, :12], changed[-12:, -12:]])
+        assert corners.mean() > 5 * changed[65:95, 65:95].amin()  # both crops of 96 see the middle 32 pixels
+        assert corners.mean() > 0.15  # of uniform noise a blur leaves its mean: 0.25 on average
 
 
 def paths_of(folder: Path) -> list[Path]:
@@ -364,6 +396,7 @@ def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"average": 0.0},
         {"pristine": False},
         {"delivery": 1.0},
+        {"bokeh": 1.0},
         {"camera": 1.0},
         {"native": 0.0, "smallest_scale": 0.6},
         {"candidates": 3},

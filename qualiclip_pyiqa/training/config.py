@@ -35,6 +35,7 @@ class Config:
     native: float  # probability of no resampling; else the scale is uniform in (smallest_scale, 1)
     smallest_scale: float
     candidates: int  # of that many regions the sharpest is taken: flat and out-of-focus crops must not be pristine
+    bokeh: float  # probability that all but the middle of a region is out of focus, alike at all levels
     camera: float  # probability of each of the mild changes that all levels of a stack share
     delivery: float  # probability of each of scaling down and JPEG after the degradation, alike for all levels
     types: tuple[float, ...]  # how often 1, 2, ... degradation types, of as many groups, are put on top of each other
@@ -169,7 +170,7 @@ def _check(c: Config) -> None:
         c.levels + c.pristine >= 2 and 1 <= c.levels <= LEVELS, "levels", f"2 to {LEVELS}; with pristine 1 to {LEVELS}"
     )
     need(bool(c.crops) and min(c.crops) >= 32, "crops", "sizes of at least 32")
-    for name in ("native", "camera", "delivery", "overlap"):
+    for name in ("native", "bokeh", "camera", "delivery", "overlap"):
         need(0 <= getattr(c, name) <= 1, name, "0 to 1")
     need(0 < c.smallest_scale <= 1, "smallest_scale", "more than 0, at most 1")
     need(0 <= c.average < 1, "average", "0 to less than 1")

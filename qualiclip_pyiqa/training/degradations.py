@@ -46,7 +46,7 @@ def _filter(x: Tensor, kernels: Tensor) -> Tensor:
     return filter2d(x, kernels.to(x).expand(len(x), -1, -1), "replicate")
 
 
-def _blur(x: Tensor, sigma: float) -> Tensor:
+def blur(x: Tensor, sigma: float) -> Tensor:
     size = 2 * math.ceil(2 * sigma) + 1
     # A sigma for each picture as in `_filter`; on the CPU, since kornia looks at its sign and would wait for a GPU.
     return gaussian_blur2d(x, (size, size), torch.full((len(x), 2), sigma, dtype=torch.float64), "replicate")
@@ -72,7 +72,7 @@ def _noise(x: Tensor, generators: Generators) -> Tensor:
 
 def gaussian_blur(x: Tensor, sigma: float, generators: Generators) -> Tensor:
     """A kernel of 2 * ceil(2 * sigma) + 1 pixels; like all filters here it repeats the picture's border."""
-    return _blur(x, sigma)
+    return blur(x, sigma)
 
 
 def lens_blur(x: Tensor, radius: float, generators: Generators) -> Tensor:
@@ -102,7 +102,7 @@ def motion_blur(x: Tensor, length: float, generators: Generators) -> Tensor:
 def color_diffusion(x: Tensor, amount: float, generators: Generators) -> Tensor:
     """Lab a, b blurred with sigma 1.5 * amount + 2 and multiplied by the amount."""
     lab = rgb_to_lab(x)
-    return lab_to_rgb(torch.cat([lab[:, :1], _blur(lab[:, 1:], 1.5 * amount + 2) * amount], dim=1))
+    return lab_to_rgb(torch.cat([lab[:, :1], blur(lab[:, 1:], 1.5 * amount + 2) * amount], dim=1))
 
 
 def color_shift(x: Tensor, pixels: float, generators: Generators) -> Tensor:
@@ -118,7 +118,7 @@ def color_shift(x: Tensor, pixels: float, generators: Generators) -> Tensor:
     green = x[:, 1]
     moved = green.gather(1, rows.expand_as(green)).gather(2, cols.expand_as(green))
     across, down = spatial_gradient(rgb_to_y(x), mode="diff").unbind(2)
-    mask = _blur(torch.hypot(across, down), 4.0)[:, 0]
+    mask = blur(torch.hypot(across, down), 4.0)[:, 0]
     mask = mask / mask.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-6)
     return torch.stack([x[:, 0], green + mask * (moved - green), x[:, 2]], dim=1)
 
@@ -272,7 +272,7 @@ def high_sharpen(x: Tensor, amount: float, generators: Generators) -> Tensor:
     """Unsharp mask on Lab L with that amount; the mask is a Gaussian of sigma 1."""
     lab = rgb_to_lab(x)
     light = lab[:, :1]
-    light = (light + amount * (light - _blur(light, 1.0))).clamp(0, 100)
+    light = (light + amount * (light - blur(light, 1.0))).clamp(0, 100)
     return lab_to_rgb(torch.cat([light, lab[:, 1:]], dim=1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from ..errors import ImageError, SettingsError
 from ..images import load_image
 from .config import Config
-from .degradations import DEGRADATIONS, LEVELS, degrade_all, draw_types, jpeg
+from .degradations import DEGRADATIONS, LEVELS, blur, degrade_all, draw_types, jpeg
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -95,6 +96,21 @@ def _draw_region(rng: random.Random, photograph: Tensor, size: int, config: Conf
     if scale < 1:
         best = F.interpolate(best, size=(min(size, h), min(size, w)), mode="bicubic", antialias=True).clamp(0, 1)
     return best
+
+
+def _bokeh(rng: random.Random, region: Tensor, size: int) -> Tensor:
+    """Throw all but an ellipse at the middle, which both crops of that size share, out of focus: no fault at all.
+
+    Without it a tower learns that little detail is low quality, and photographs with a quiet background score low.
+    """
+    h, w = region.shape[-2:]
+    y = torch.arange(h)[:, None] - h / 2 - rng.uniform(-0.15, 0.15) * size
+    x = torch.arange(w)[None, :] - w / 2 - rng.uniform(-0.15, 0.15) * size
+    angle, stretch = rng.uniform(0, math.pi), 2 ** rng.uniform(0, 1)
+    along, across = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    radius, edge = rng.uniform(0.2, 0.6) * size, rng.uniform(0.0075, 0.05) * size
+    sharp = torch.sigmoid((radius - torch.sqrt(along**2 * stretch + across**2 / stretch)) / edge)
+    return torch.lerp(blur(region, 2 ** rng.uniform(1, 4.5)), region, sharp)
 
 
 def _camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
@@ -221,6 +237,8 @@ class Stacks(Dataset[list[Stack]]):
             taken = min(round(size / rng.uniform(0.5, 0.9)), *photograph.shape[1:])
         quality = rng.randint(75, 95) if rng.random() < config.delivery else None
         region = _draw_region(rng, photograph, round(taken * (2 - config.overlap)), config)
+        if rng.random() < config.bokeh:
+            region = _bokeh(rng, region, taken)
         crops = _two_crops(rng, _camera(rng, region, config.camera), taken)
         types = draw_types(rng, config.types, config.type_weights)
         levels = ([0] if config.pristine else []) + sorted(rng.sample(range(1, LEVELS + 1), config.levels))

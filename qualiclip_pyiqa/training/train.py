@@ -455,12 +455,10 @@ class _Run:
         found: dict[str, Any] = {
             "accuracy": round(sum(accuracy.values()) / len(accuracy), 4),
             "falling": round(falling, 4),
-            "logit_scale": self.validation.logit_scale(self.averaged, self.aligned),
             "types": {name: round(value, 3) for name, value in accuracy.items()},
         }
         if self.ratings is not None:
-            srcc = rated_srcc(self.averaged, self.aligned, found["logit_scale"], self.ratings)
-            found["srcc"] = round(srcc, 4)
+            found["srcc"] = round(rated_srcc(self.averaged, self.aligned, self.ratings), 4)
         return found
 
     def _note(self, **record: Any) -> None:
@@ -479,8 +477,7 @@ class _Run:
             loader: DataLoader[Any] = DataLoader(large, batch_size=None, sampler=numbers, num_workers=config.workers)
             with _in_one_line():
                 recalibrate(self.averaged, loader, self.accelerator.device)
-        found = self._judge()
-        self._note(step=self.progress.step, finished=True, **found)
+        self._note(step=self.progress.step, finished=True, **self._judge())
         summary = {
             "run": self.progress.run,
             "seed": self.seed,
@@ -489,12 +486,5 @@ class _Run:
             "photographs": len(self.training),
             "start": self.aligned.source,
         }
-        save(
-            self.out / MODEL,
-            self.aligned,
-            self.averaged.state_dict(),
-            found["logit_scale"],
-            summary,
-            self.licence,
-        )
+        save(self.out / MODEL, self.aligned, self.averaged.state_dict(), summary, self.licence)
         self.journal.close()

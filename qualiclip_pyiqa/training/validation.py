@@ -15,7 +15,7 @@ from ..images import load_image
 from ..ratings import Ratings
 from .config import Config
 from .degradations import DEGRADATIONS, LEVELS, degrade
-from .towers import Aligned, choose_logit_scale, similarities
+from .towers import Aligned, similarities
 
 
 @torch.no_grad()
@@ -73,22 +73,15 @@ class Validation:
             falling += int((q.mean(0).diff() < 0).all())
         return accuracy, falling / len(self.names)
 
-    def logit_scale(self, tower: nn.Module, aligned: Aligned) -> float:
-        """The model's own, or the one that its pristine crops ask for; natural logarithm."""
-        if aligned.logit_scale is not None:
-            return aligned.logit_scale
-        tower.eval()
-        return choose_logit_scale(differences(tower, aligned, self.pristine), aligned.unit)
-
 
 @torch.no_grad()
-def rated_srcc(tower: nn.Module, aligned: Aligned, logit_scale: float, ratings: Ratings) -> float:
+def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float:
     """SRCC of the scores of whole pictures with their opinion scores; positive is agreement."""
     from scipy.stats import spearmanr
 
     tower.eval()
     device = aligned.anchors.device
-    scale = math.exp(logit_scale) / aligned.unit / float(aligned.metadata["temperature"])
+    scale = math.exp(aligned.logit_scale) / aligned.unit / float(aligned.metadata["temperature"])
     scores = []
     for path in tqdm(ratings.paths, desc="rated pictures", file=sys.stderr, leave=False):
         c = similarities(tower(load_image(path)[None].to(device)), aligned.anchors, aligned.unit)
