@@ -60,10 +60,11 @@ def log_energies(rgb: Tensor) -> Tensor:
             octave = F.avg_pool2d(octave, 2)
         p = F.pad(octave, (1, 1, 1, 1), mode="replicate")
         laplacian = 4 * octave - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
-        laplacian = laplacian.square()
-        energy = F.avg_pool2d(laplacian, FINE).flatten(1)
+        squared = laplacian.square()
+        del laplacian  # as large as the picture
+        energy = F.avg_pool2d(squared, FINE).flatten(1)
         local = (energy + ROUNDING_ENERGY).log()
-        cells = F.avg_pool2d(laplacian, max(FINE, CELL >> scale), ceil_mode=True)
+        cells = F.avg_pool2d(squared, max(FINE, CELL >> scale), ceil_mode=True)
         ranked.append(_percentiles((cells + ROUNDING_ENERGY).log()))
         stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), _std(local)]
     flat = luma.flatten(1)

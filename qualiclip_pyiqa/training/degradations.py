@@ -47,6 +47,7 @@ def _filter(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian of that sigma in pixels, (N, C, H, W) -> the same shape; a kernel of 2 * ceil(2 * sigma) + 1 pixels."""
     size = 2 * math.ceil(2 * sigma) + 1
     # A sigma for each picture as in `_filter`; on the CPU, since kornia looks at its sign and would wait for a GPU.
     return gaussian_blur2d(x, (size, size), torch.full((len(x), 2), sigma, dtype=torch.float64), "replicate")
@@ -71,7 +72,7 @@ def _noise(x: Tensor, generators: Generators) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: float, generators: Generators) -> Tensor:
-    """A kernel of 2 * ceil(2 * sigma) + 1 pixels; like all filters here it repeats the picture's border."""
+    """Like all filters here it repeats the picture's border."""
     return blur(x, sigma)
 
 

@@ -97,11 +97,12 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
         "dim": config.dim,
         "blocks": tower.blocks,
     }
+    unit = math.sqrt(len(tower.blocks))
     return Aligned(
         tower=tower.to(memory_format=torch.channels_last),
         anchors=anchors,
-        unit=math.sqrt(len(tower.blocks)),
-        logit_scale=math.log(MINI_SCALE * math.sqrt(len(tower.blocks))),
+        unit=unit,
+        logit_scale=math.log(MINI_SCALE * unit),
         metadata={"backbone": "mini", "tower": json.dumps(keywords), "temperature": "1"},
         source="" if start is None else weight_files.file_sha256(start),
     )
