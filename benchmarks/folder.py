@@ -1,12 +1,13 @@
 """A folder of photographs end to end: `qualiclip score` against `pyiqa METRIC -t FOLDER`, start-up aside.
 
-    python benchmarks/folder.py --images DIR... [--limit 200] [--metric qualiclip] [--device cpu] [--weights DIR]
+    python benchmarks/folder.py --images DIR... [--limit 200] [--sizes WIDTHxHEIGHT...] [--metric qualiclip]
+        [--device cpu] [--weights DIR]
 
 Both read, decode and score the same files with the same weights (without --weights: random content, which time does not
 depend on), each in a process of its own, as the two commands do: ours with `Scorer` and `keep_freed_memory`, pyiqa's
 with `metric(path).item()` for one file after the other and pyiqa's own network. Models are loaded before the clock
 starts. The photographs, every n-th that there is, go to the two in turn in four portions, so that what else the machine
-does hits both.
+does hits both. With --sizes they are resampled to these sizes in turn first, cropped at the middle, and saved as JPEG.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor as Commands
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyiqa
 import versus
+from PIL import Image, ImageOps
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.discover import find_pictures
@@ -55,10 +58,27 @@ def score_theirs(paths: list[str]) -> tuple[float, list[float]]:
     return time.perf_counter() - started, scores
 
 
+def size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def resample(paths: list[str], sizes: list[tuple[int, int]], folder: Path) -> list[str]:
+    """Copies, the k-th of the k-th size, beginning anew after the last."""
+    made = []
+    for number, path in enumerate(paths):
+        with Image.open(path) as picture:
+            fitted = ImageOps.fit(picture.convert("RGB"), sizes[number % len(sizes)])
+        made.append(str(folder / f"{number:05d}.jpg"))
+        fitted.save(made[-1], quality=92)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="WIDTHxHEIGHT")
     parser.add_argument("--metric", default="qualiclip", choices=("qualiclip", "clipiqa"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
@@ -67,6 +87,11 @@ def main() -> None:
     options = parser.parse_args()
     paths = find_pictures(options.images).paths
     paths = paths[:: max(1, len(paths) // options.limit)][: options.limit]
+    with TemporaryDirectory() as copies:
+        compare(resample(paths, options.sizes, Path(copies)) if options.sizes else paths, options)
+
+
+def compare(paths: list[str], options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     ours_s = theirs_s = largest = 0.0
     with versus.weights(options.weights) as folder, Commands(1, context) as one, Commands(1, context) as other:
