@@ -18,7 +18,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from qualiclip_pyiqa import mini, weights
 from qualiclip_pyiqa.ratings import Ratings, read_ratings
-from qualiclip_pyiqa.training import stacks, towers
+from qualiclip_pyiqa.training import losses, stacks, towers
+from qualiclip_pyiqa.training import train as training
 from qualiclip_pyiqa.training.config import load_config
 from qualiclip_pyiqa.training.train import LOG, train
 from qualiclip_pyiqa.training.validation import rated_srcc
@@ -106,6 +107,71 @@ class FromTimm(mini.MiniTower):
                 for head, block in zip(self.heads, self.blocks, strict=True)
             ]
         return torch.cat(parts, dim=1)
+
+
+class Picking(mini.Head):
+    """Sees some of the statistics only."""
+
+    columns: Tensor
+
+    def __init__(self, columns: Sequence[int], hidden: int, dim: int) -> None:
+        super().__init__(len(columns), hidden, dim)
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, self.columns])
+
+
+Q = len(mini.PERCENTILES)
+TONES = range(3 * mini.SCALES, mini.UNRANKED)  # of `log_energies`
+# Spread of the log energy, and its highest two percentiles, by octave.
+SHARPEST = [3 * k + 2 for k in range(mini.SCALES)] + [mini.UNRANKED + Q * k - j for k in range(1, 5) for j in (2, 1)]
+
+
+class Tones(mini.MiniTower):
+    """The sixth pair sees exposure and colour only, and learns from changes of these only."""
+
+    BLOCKS = (*mini.BLOCKS[:5], ("energies",), mini.BLOCKS[6])
+    GROUPS = (
+        *stacks.PAIR_GROUPS[:5],
+        frozenset({"color distortion", "brightness change", "sharpness and contrast"}),
+        stacks.PAIR_GROUPS[6],
+    )
+
+    def __init__(self, widths: Sequence[int], depths: Sequence[int], hidden: int, dim: int, blocks: Any) -> None:
+        super().__init__(widths, depths, hidden, dim, blocks)
+        self.heads[5] = Picking(TONES, hidden, dim)
+
+
+class Tops(mini.MiniTower):
+    """Pairs that see energies or one stage alone see the highest two percentiles only."""
+
+    def __init__(self, widths: Sequence[int], depths: Sequence[int], hidden: int, dim: int, blocks: Any) -> None:
+        super().__init__(widths, depths, hidden, dim, blocks)
+        for number, block in enumerate(blocks):
+            if block == ("energies",):
+                self.heads[number] = Picking(SHARPEST, hidden, dim)
+            elif len(block) == 1:
+                width = widths[int(block[0][-1]) - 1]
+                self.heads[number] = Picking(range(Q * width, (2 + Q) * width), hidden, dim)
+
+
+TONE_PAIR = ((towers, "BLOCKS", Tones.BLOCKS), (stacks, "PAIR_GROUPS", Tones.GROUPS))
+
+
+class TonesAndTops(Tops):
+    def __init__(self, widths: Sequence[int], depths: Sequence[int], hidden: int, dim: int, blocks: Any) -> None:
+        super().__init__(widths, depths, hidden, dim, blocks)
+        self.heads[5] = Picking(TONES, hidden, dim)
+
+
+def pristine_alike(weight: float) -> Callable[..., Tensor]:
+    """Ranking across photographs, and undistorted photographs are equally good: the variance of their differences."""
+
+    def loss(quality: Tensor, level: Tensor, *arguments: Any) -> Tensor:
+        return losses.across_loss(quality, level, *arguments) + weight * quality[level == 0].var(0).mean()
+
+    return loss
 
 
 def opposite_anchors(tower: mini.MiniTower, seed: int) -> Tensor:
@@ -186,7 +252,13 @@ VARIANTS = {
     "no bokeh": Variant({"bokeh": 0.0}),
     "any crop, not the sharpest of four": Variant({"candidates": 1}),
     "snapshots": Variant({"type_weights": SNAPSHOTS, "types": (0.5, 0.3, 0.2)}),
+    # Aspects
+    "tones": Variant({}, ((towers, "MiniTower", Tones), *TONE_PAIR)),
+    "tops": Variant({}, ((towers, "MiniTower", Tops),)),
+    "tones and tops": Variant({}, ((towers, "MiniTower", TonesAndTops), *TONE_PAIR)),
     # Losses and length
+    "pristine alike": Variant({}, ((training, "across_loss", pristine_alike(1.0)),)),
+    "pristine alike, 4": Variant({}, ((training, "across_loss", pristine_alike(4.0)),)),
     "across weighs twice as much": Variant({"weight_across": 3.0}),
     "four times the steps": Variant({"steps": 2000}),
 }
