@@ -216,8 +216,9 @@ def _columns(path: Path, names: Sequence[str] | None) -> tuple[str, ...]:
 
 def _csv_line(cells: Sequence[Any]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    # Python 3.11 puts in quotes what the row's end is made of: a carriage return in a name must not end the row either.
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
 
 def _names(columns: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ ROWS = [
     Record("broken.png", error="broken.png is empty (0 bytes); expected a picture"),
     Record(os.fsdecode(b"latin\xe9.png"), 32, 32, {"clipiqa": 1.0, "look.sharpness": 0.0}),
     Record("ünïcode 写真.png", 33, 47, {"clipiqa": 0.5, "look.sharpness": 0.5}),
+    Record("carriage\rreturn.png", 40, 41, {"clipiqa": 0.75, "look.sharpness": 0.5}),
 ]
 
 
@@ -59,7 +60,7 @@ def test_others_read_it_too(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["path", "width", "height", "clipiqa", "look.sharpness", "error"]
-    assert rows[1] == ["a b.png", "512", "384", "0.25", "0.123456789", ""] and len(rows) == 6
+    assert rows[1] == ["a b.png", "512", "384", "0.25", "0.123456789", ""] and len(rows) == 1 + len(ROWS)
     assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[2]) == {
         "path": "broken.png",
         "width": None,
@@ -69,7 +70,7 @@ def test_others_read_it_too(tmp_path: Path) -> None:
         "error": "broken.png is empty (0 bytes); expected a picture",
     }
     table = pyarrow.parquet.read_table(tmp_path / "t.parquet")
-    assert table.column("clipiqa").to_pylist() == [0.25, 1e-9, None, 1.0, 0.5]
+    assert table.column("clipiqa").to_pylist() == [0.25, 1e-9, None, 1.0, 0.5, 0.75]
     assert b"latin\xe9.png" in (tmp_path / "t.csv").read_bytes()
 
 
