@@ -72,6 +72,8 @@ class ScoreTable:
         self._file = self._growing.open("ab", buffering=0)
         self._lock()
         if self._growing in left:
+            if not self._first_line_is_torn():
+                self.rows()  # checks the columns before anything is cut
             _cut_torn_end(self._growing)
         if self._parquet and left == [self.path]:
             self._append(b"".join(_json_line(record, self.columns) for record in self._checked(self.path)))
@@ -95,6 +97,13 @@ class ScoreTable:
         if self._parquet and kind is None:
             _write_parquet(self.path, self.columns, self.rows())
             self._growing.unlink()
+
+    def _first_line_is_torn(self) -> bool:
+        """Whether nothing is there but the beginning of this table's first line."""
+        start = _csv_line(_names(self.columns)) if self.path.suffix == ".csv" else b'{"path": '
+        with self._growing.open("rb") as file:
+            first = file.readline()
+        return not first.endswith(b"\n") and first[: len(start)] == start[: len(first)]
 
     def _checked(self, file: Path) -> Iterator[Record]:
         columns, records = read_table(file)

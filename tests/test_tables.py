@@ -146,6 +146,24 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         list(read_table(tmp_path / "y.csv")[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.csv", "my only copy of a note"),
+        ("other.csv", "name,score\nx,1\ny,2"),
+        ("torn.csv", "path,width,height,oth"),
+        ("notes.jsonl", "my only copy of a note"),
+        ("other.jsonl", '{"name": "x", "score": 1}\n{"name": "y", "sc'),
+        ("notes.parquet", "my only copy of a note"),
+    ],
+)
+def test_what_is_no_table_is_not_touched(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SettingsError, match="is no table of scores"):
+        ScoreTable(tmp_path / name, COLUMNS, resume=True)
+    assert (tmp_path / name).read_text() == content
+
+
 def test_full_disk(tmp_path: Path) -> None:
     """A real ENOSPC, and a file-size limit in the middle of a row: the rows before are kept whole."""
     (tmp_path / "full.csv").symlink_to("/dev/full")
