@@ -23,6 +23,11 @@ from typing import Any, BinaryIO
 
 from .errors import SettingsError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _BEFORE, _AFTER = ["path", "width", "height"], ["error"]
 _PARQUET_ROWS = 10_000  # rows that are converted at a time
@@ -66,24 +71,20 @@ class ScoreTable:
         check_suffix(self.path)
         self._parquet = self.path.suffix == ".parquet"
         self._growing = self.path.with_name(self.path.name + ".part") if self._parquet else self.path
-        left = [file for file in (self.path, self._growing) if file.exists() and file.stat().st_size]
+        left = [file for file in (self.path, self._growing) if _has_content(file)]
         if left and not resume:
             raise SettingsError(f"{left[0]} is there already; pass --resume to go on with it, or choose another name")
         self._file = self._growing.open("ab", buffering=0)
-        self._lock()
-        if self._growing in left:
-            if not self._first_line_is_torn():
-                self.rows()  # checks the columns before anything is cut
-            _cut_torn_end(self._growing)
-        if self._parquet and left == [self.path]:
-            self._append(b"".join(_json_line(record, self.columns) for record in self._checked(self.path)))
-        self.rows()  # checks the columns
-        if self.path.suffix == ".csv" and not self._growing.stat().st_size:
-            self._append(_csv_line(_names(self.columns)))
+        try:
+            self._lock()
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
 
     def rows(self) -> Iterator[Record]:
         """The rows that are there now."""
-        return self._checked(self._growing) if self._growing.stat().st_size else iter(())
+        return self._checked(self._growing) if _has_content(self._growing) else iter(())
 
     def write(self, records: Iterable[Record]) -> None:
         line = _csv_row if self.path.suffix == ".csv" else _json_line
@@ -93,10 +94,28 @@ class ScoreTable:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._file.close()
-        if self._parquet and kind is None:
-            _write_parquet(self.path, self.columns, self.rows())
-            self._growing.unlink()
+        with self._file:  # and its lock, until the table is complete
+            if self._parquet and kind is None:
+                _write_parquet(self.path, self.columns, self.rows())
+                if fcntl is None:  # Windows removes no file that is open
+                    self._file.close()
+                self._growing.unlink()
+
+    def _begin(self) -> None:
+        if _has_content(self._growing):
+            if not self._first_line_is_torn():
+                self.rows()  # checks the columns before anything is cut
+            _cut_torn_end(self._growing)
+        if self._parquet and _has_content(self.path):
+            # With fewer rows than the table it is a copy of it that was not finished, since rows are only added to it.
+            with self._growing.open("rb") as file:
+                copied = sum(1 for _ in file)
+            if copied < sum(1 for _ in self._checked(self.path)):
+                self._file.truncate(0)
+                self._append(b"".join(_json_line(record, self.columns) for record in self._checked(self.path)))
+        self.rows()  # checks the columns
+        if self.path.suffix == ".csv" and not _has_content(self._growing):
+            self._append(_csv_line(_names(self.columns)))
 
     def _first_line_is_torn(self) -> bool:
         """Whether nothing is there but the beginning of this table's first line."""
@@ -126,14 +145,13 @@ class ScoreTable:
             raise
 
     def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
+        if fcntl is None:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
+            if not os.path.samestat(os.fstat(self._file.fileno()), self._growing.stat()):
+                raise FileNotFoundError  # it has finished in this moment, and another has begun
+        except (BlockingIOError, FileNotFoundError):
             raise SettingsError(
                 f"another process is writing {self.path}; wait for it, or choose another name"
             ) from None
@@ -210,6 +228,10 @@ def write_table(path: str | Path, columns: Sequence[str], records: Iterable[Reco
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _no_scores(path: Path, why: object) -> SettingsError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import resource
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -114,6 +116,21 @@ def test_a_finished_parquet_table_can_be_extended(tmp_path: Path) -> None:
     assert read(tmp_path / "u.parquet") == seen(ROWS, ".parquet")
 
 
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 1])
+def test_a_parquet_table_whose_extension_was_killed_at_its_start_keeps_its_rows(share: float, tmp_path: Path) -> None:
+    path, part = tmp_path / "t.parquet", tmp_path / "t.parquet.part"
+    with ScoreTable(path, COLUMNS) as table:
+        table.write(ROWS[:4])
+    table = ScoreTable(path, COLUMNS, resume=True)
+    table._file.close()  # the process is gone while it copied the table
+    copied = part.read_bytes()
+    part.write_bytes(copied[: round(share * len(copied))])
+    with ScoreTable(path, COLUMNS, resume=True) as table:
+        assert list(table.rows()) == seen(ROWS[:4], ".parquet")
+        table.write(ROWS[4:])
+    assert read(path) == seen(ROWS, ".parquet")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_nothing_is_overwritten_or_mixed(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"t{suffix}"
@@ -127,9 +144,32 @@ def test_nothing_is_overwritten_or_mixed(suffix: str, tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+def test_two_runs_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ScoreTable(tmp_path / "t.csv", COLUMNS), pytest.raises(SettingsError, match="another process is writing"):
         ScoreTable(tmp_path / "t.csv", COLUMNS, resume=True)
+
+    # Until the end, when rows become a Parquet table; and a file that was there a moment ago is not this table.
+    path, replaced = tmp_path / "t.parquet", []
+    replace, flock = Path.replace, fcntl.flock
+
+    def refused(part: Path, whole: Path) -> None:
+        with pytest.raises(SettingsError, match="another process is writing"):
+            ScoreTable(path, COLUMNS, resume=True)
+        replaced.append(replace(part, whole))
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with ScoreTable(path, COLUMNS) as table:
+        table.write(ROWS)
+    assert replaced == [path]
+    monkeypatch.undo()
+
+    def late(file: BinaryIO, how: int) -> None:
+        (tmp_path / "t.parquet.part").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(SettingsError, match="another process is writing"):
+        ScoreTable(path, COLUMNS, resume=True)
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:
