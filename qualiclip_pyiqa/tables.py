@@ -14,8 +14,9 @@ import csv
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -220,10 +221,21 @@ def write_table(path: str | Path, columns: Sequence[str], records: Iterable[Reco
     if path.suffix == ".parquet":
         _write_parquet(path, columns, records)
         return
-    part = path.with_name(f"{path.stem}.new{path.suffix}")
+    with _replacing(path) as file:
+        if path.suffix == ".csv":
+            CsvStream(file, columns).write(records)
+        else:
+            file.writelines(_json_line(record, columns) for record in records)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file under a name that nobody has, which gets `path` at the end, if all went well."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    file = part.open("xb")
     try:
-        with ScoreTable(part, columns) as table:
-            table.write(records)
+        with file:
+            yield file
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -334,18 +346,12 @@ def _write_parquet(path: Path, columns: Sequence[str], records: Iterable[Record]
     schema = pyarrow.schema(
         [("path", text), ("width", number), ("height", number), *((c, score) for c in columns), ("error", text)]
     )
-    part = path.with_name(path.name + ".new")
-    try:
-        with pyarrow.parquet.ParquetWriter(part, schema) as writer:
-            rows = iter(records)
-            while batch := list(islice(rows, _PARQUET_ROWS)):
-                cells = [[row.path and utf8(row.path), *_cells(row, columns)[1:]] for row in batch]
-                table = dict(zip(_names(columns), map(list, zip(*cells, strict=True)), strict=True))
-                writer.write_table(pyarrow.Table.from_pydict(table, schema=schema))
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with _replacing(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        rows = iter(records)
+        while batch := list(islice(rows, _PARQUET_ROWS)):
+            cells = [[row.path and utf8(row.path), *_cells(row, columns)[1:]] for row in batch]
+            table = dict(zip(_names(columns), map(list, zip(*cells, strict=True)), strict=True))
+            writer.write_table(pyarrow.Table.from_pydict(table, schema=schema))
 
 
 def _cut_torn_end(path: Path) -> None:

@@ -132,6 +132,21 @@ def test_a_parquet_table_whose_extension_was_killed_at_its_start_keeps_its_rows(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_similar_names_are_left_alone(suffix: str, tmp_path: Path) -> None:
+    for name in (f"t.new{suffix}", f"t{suffix}.new"):
+        (tmp_path / name).write_text("mine")
+    write_table(tmp_path / f"t{suffix}", COLUMNS, ROWS)
+    assert read(tmp_path / f"t{suffix}") == seen(ROWS, suffix)
+    with pytest.raises(AttributeError):
+        write_table(tmp_path / f"t{suffix}", COLUMNS, [None])  # type: ignore[list-item]
+    assert read(tmp_path / f"t{suffix}") == seen(ROWS, suffix)  # the old one
+    assert [(tmp_path / name).read_text() for name in (f"t.new{suffix}", f"t{suffix}.new")] == ["mine", "mine"]
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "usual").touch()
+    assert (tmp_path / f"t{suffix}").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_nothing_is_overwritten_or_mixed(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"t{suffix}"
     with ScoreTable(path, COLUMNS) as table:
