@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from .commands import evaluate, filter, score, train, tune, weights
 from .errors import ImageError, PromptError, SettingsError, WeightsError
 from .memory import keep_freed_memory
+from .tables import writing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,16 +34,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        status = run(arguments)
+        with writing("standard output"):
+            sys.stdout.flush()
+        return status
     except (SettingsError, PromptError) as error:
         print(f"qualiclip: {error}", file=sys.stderr)
         return 2
     except (ImageError, WeightsError) as error:
         print(f"qualiclip: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whoever read our output has enough, such as `head`
+            print(f"qualiclip: {error}", file=sys.stderr)
+        _forget_output()
+        return 1
     except KeyboardInterrupt:
         print("qualiclip: stopped", file=sys.stderr)
         return 130
+
+
+def _forget_output() -> None:
+    """Drop what standard output does not take, which Python would try, and complain of, once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

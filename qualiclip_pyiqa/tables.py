@@ -75,13 +75,14 @@ class ScoreTable:
         left = [file for file in (self.path, self._growing) if _has_content(file)]
         if left and not resume:
             raise SettingsError(f"{left[0]} is there already; pass --resume to go on with it, or choose another name")
-        self._file = self._growing.open("ab", buffering=0)
-        try:
-            self._lock()
-            self._begin()
-        except BaseException:
-            self._file.close()
-            raise
+        with writing(self.path):
+            self._file = self._growing.open("ab", buffering=0)
+            try:
+                self._lock()
+                self._begin()
+            except BaseException:
+                self._file.close()
+                raise
 
     def rows(self) -> Iterator[Record]:
         """The rows that are there now."""
@@ -89,13 +90,15 @@ class ScoreTable:
 
     def write(self, records: Iterable[Record]) -> None:
         line = _csv_row if self.path.suffix == ".csv" else _json_line
-        self._append(b"".join(line(record, self.columns) for record in records))
+        data = b"".join(line(record, self.columns) for record in records)
+        with writing(self.path):
+            self._append(data)
 
     def __enter__(self) -> ScoreTable:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._file:  # and its lock, until the table is complete
+        with writing(self.path), self._file:  # and its lock, until the table is complete
             if self._parquet and kind is None:
                 _write_parquet(self.path, self.columns, self.rows())
                 if fcntl is None:  # Windows removes no file that is open
@@ -159,24 +162,39 @@ class ScoreTable:
 
 
 class CsvStream:
-    """A CSV table for a reader that is there now, such as standard output."""
+    """A CSV table for a reader that is there now, on standard output."""
 
     def __init__(self, file: BinaryIO, columns: Sequence[str]) -> None:
         self._file, self.columns = file, tuple(columns)
-        self._file.write(_csv_line(_names(columns)))
+        self._write(_csv_line(_names(columns)))
 
     def rows(self) -> Iterator[Record]:
         return iter(())
 
     def write(self, records: Iterable[Record]) -> None:
-        self._file.write(b"".join(_csv_row(record, self.columns) for record in records))
-        self._file.flush()
+        self._write(b"".join(_csv_row(record, self.columns) for record in records))
+
+    def _write(self, data: bytes) -> None:
+        with writing("standard output"):
+            self._file.write(data)
+            self._file.flush()
 
     def __enter__(self) -> CsvStream:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+@contextmanager
+def writing(name: object) -> Iterator[None]:
+    """An OSError of this block says in one line what cannot be written; a reader that has gone is as it was."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"{name} cannot be written ({error.strerror or error})") from error
 
 
 def utf8(path: str) -> str:
@@ -223,23 +241,24 @@ def write_table(path: str | Path, columns: Sequence[str], records: Iterable[Reco
         return
     with _replacing(path) as file:
         if path.suffix == ".csv":
-            CsvStream(file, columns).write(records)
-        else:
-            file.writelines(_json_line(record, columns) for record in records)
+            file.write(_csv_line(_names(columns)))
+        line = _csv_row if path.suffix == ".csv" else _json_line
+        file.writelines(line(record, columns) for record in records)
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file under a name that nobody has, which gets `path` at the end, if all went well."""
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-    file = part.open("xb")
-    try:
-        with file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        file = part.open("xb")
+        try:
+            with file:
+                yield file
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def _has_content(path: Path) -> bool:

@@ -206,7 +206,11 @@ def many(tmp_path: Path) -> Path:
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qualiclip_pyiqa.cli", "score", *map(str, arguments), "--device", "cpu"]
+    return command("score", *arguments, "--device", "cpu", **options)
+
+
+def command(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "qualiclip_pyiqa.cli", *map(str, arguments)]
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     options = {"preexec_fn": faults.heed_ctrl_c, **options}
@@ -293,7 +297,26 @@ def test_a_full_disk_is_said_and_the_rows_before_are_kept(
     assert len({row.path for row in rows(out)}) == len(rows(out)) == 5
     (tmp_path / "full.csv").symlink_to("/dev/full")
     assert score(folder, "-o", tmp_path / "full.csv") == 1
-    assert "full.csv cannot be written (No space left on device)" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("full.csv cannot be written (No space left on device)\n")
+    assert score(folder, "-o", tmp_path / "nowhere" / "s.csv") == 1
+    assert capsys.readouterr().err.endswith("s.csv cannot be written (No such file or directory)\n")
+
+
+def test_what_is_no_fault_of_the_table_is_not_said_to_be(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Scorer.score
+
+    def failing(self: Scorer, images: list[str]) -> Iterator[Record]:
+        yield next(original(self, images))
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Scorer, "score", failing)
+    out = tmp_path / "s.csv"
+    assert score(folder, "-o", out, "--workers", 0) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"qualiclip: [Errno 24] Too many open files; what is in {out} is kept, --resume goes on"
+    assert len(rows(out)) == 1
 
 
 def test_a_reader_that_has_enough(many: Path) -> None:
@@ -304,6 +327,24 @@ def test_a_reader_that_has_enough(many: Path) -> None:
     assert run.stderr is not None
     assert b"Traceback" not in run.stderr.read()
     assert run.wait(timeout=60) == 1
+
+
+def test_output_that_is_not_taken(table: Path, folder: Path) -> None:
+    listing = ("filter", table, "-m", "piqe", "--best", 1)
+    with Path("/dev/full").open("wb") as full:
+        run = command(*listing, stdout=full)
+        other = start(folder, "--workers", 0, stdout=full)
+    for each in (run, other):
+        _, err = each.communicate(timeout=60)
+        last = err.splitlines()[-1]
+        assert last == b"qualiclip: standard output cannot be written (No space left on device)"
+        assert each.returncode == 1 and b"Traceback" not in err
+    read, write = os.pipe()
+    os.close(read)
+    run = command(*listing, stdout=write)
+    os.close(write)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and err == b"7 of 7 scored pictures kept; 1 without a score left out\n"
 
 
 @pytest.fixture
@@ -354,6 +395,8 @@ def test_filter_keeps_rows_and_copies(folder: Path, tmp_path: Path, capsys: pyte
     assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "more") == 1
     assert "cannot be copied" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "more").rglob("*") if path.is_file()]
+    assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "nowhere" / "k.csv") == 1
+    assert capsys.readouterr().err.endswith("k.csv cannot be written (No such file or directory)\n")
 
 
 def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ImageError, SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
-from ..tables import Record, check_suffix, read_table, write_table
+from ..tables import Record, check_suffix, read_table, write_table, writing
 
 
 def add_parser(commands: Any) -> None:
@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         _copy(kept, arguments.copy)
     if arguments.output is None and arguments.copy is None:
         end = b"\0" if arguments.null else b"\n"
-        sys.stdout.buffer.write(b"".join(os.fsencode(record.path or "") + end for record in kept))
-        sys.stdout.buffer.flush()
+        with writing("standard output"):
+            sys.stdout.buffer.write(b"".join(os.fsencode(record.path or "") + end for record in kept))
+            sys.stdout.buffer.flush()
     return 0
 
 

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
         "score",
         help="score files, folders and lists",
         description="Score pictures by one or more metrics: one row per picture, in order, written as it comes. "
-        "Exit status: 0 all were scored, 1 some were not, 2 the command line makes no sense.",
+        "Exit status: 0 all were scored, 1 some were not, 2 the command line makes no sense, 130 stopped by Ctrl-C.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -72,16 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
         with _table(arguments, columns) as table:
             _fill(table, found, engine, summary)
     except KeyboardInterrupt:
-        print(f"qualiclip: stopped after {summary.rows} rows{_how_to_go_on(arguments.output)}", file=sys.stderr)
+        kept = _how_to_go_on(arguments.output, summary)
+        print(f"qualiclip: stopped after {summary.rows} rows{kept}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our rows has enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        name = arguments.output or "standard output"
-        reason = error.strerror or error
-        print(f"qualiclip: {name} cannot be written ({reason}){_how_to_go_on(arguments.output)}", file=sys.stderr)
-        return 1
+        raise OSError(f"{error}{_how_to_go_on(arguments.output, summary)}") from error
     summary.print(found.others)
     return int(summary.errors > 0)
 
@@ -112,8 +109,8 @@ def _fill(table: ScoreTable | CsvStream, found: Found, engine: Engine, summary: 
             bar.update()
 
 
-def _how_to_go_on(output: Path | None) -> str:
-    return f"; what is in {output} is kept, --resume goes on" if output else ""
+def _how_to_go_on(output: Path | None, summary: _Summary) -> str:
+    return f"; what is in {output} is kept, --resume goes on" if output and summary.rows else ""
 
 
 def _named(arguments: Iterable[str], separator: bytes) -> Iterator[str]:
