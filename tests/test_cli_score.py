@@ -399,6 +399,21 @@ def test_filter_keeps_rows_and_copies(folder: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.endswith("k.csv cannot be written (No such file or directory)\n")
 
 
+def test_copies_stay_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "other" / "x.png")
+    picture(tmp_path / "photos" / "y.png")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    paths = ["../photos/../other/x.png", "../photos/y.png"]
+    write_table("t.csv", ["piqe"], [Record(path, 48, 40, {"piqe": 1}) for path in paths])
+    (tmp_path / "kept" / "photos").mkdir(parents=True)
+    (tmp_path / "kept" / "photos" / "y.png.part").write_text("mine")
+    assert keep(Path("t.csv"), "--best", 1, "--copy", "../kept") == 0
+    copies = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "kept").rglob("*") if path.is_file())
+    assert copies == ["kept/other/x.png", "kept/photos/y.png", "kept/photos/y.png.part"]
+    assert (tmp_path / "kept" / "photos" / "y.png.part").read_text() == "mine"
+
+
 def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (("--above", 0.5), "choose one with -m"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +94,20 @@ def _copy(kept: Sequence[Record], folder: Path) -> None:
     paths = [Path(record.path) for record in kept if record.path]
     if not paths:
         return
-    parents = [Path.cwd() / path.parent for path in paths]
+    parents = [os.path.normpath(Path.cwd() / path.parent) for path in paths]
     common = os.path.commonpath(parents)
     for path, parent in zip(paths, parents, strict=True):
         target = folder / os.path.relpath(parent, common) / path.name
         if target.exists():
             raise SettingsError(f"{source_name(target)} is there already; choose an empty folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, part)
             part.replace(target)
         except OSError as error:
-            part.unlink(missing_ok=True)
             reason = error.strerror or error
             raise ImageError(f"{source_name(path)} cannot be copied to {source_name(folder)} ({reason})") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
