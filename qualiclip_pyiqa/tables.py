@@ -88,6 +88,10 @@ class ScoreTable:
         """The rows that are there now."""
         return self._checked(self._growing) if _has_content(self._growing) else iter(())
 
+    def key(self, path: str | None) -> str | None:
+        """What a path is known by here, as it was given and as it is read again."""
+        return utf8(path) if self._parquet and path else path
+
     def write(self, records: Iterable[Record]) -> None:
         line = _csv_row if self.path.suffix == ".csv" else _json_line
         data = b"".join(line(record, self.columns) for record in records)
@@ -170,6 +174,9 @@ class CsvStream:
 
     def rows(self) -> Iterator[Record]:
         return iter(())
+
+    def key(self, path: str | None) -> str | None:
+        return path
 
     def write(self, records: Iterable[Record]) -> None:
         self._write(b"".join(_csv_row(record, self.columns) for record in records))

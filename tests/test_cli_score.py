@@ -85,6 +85,11 @@ def test_stdout_and_stdin(
     assert score("-", "-0") == 0
     table = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode())))
     assert [row["path"] for row in table] == [str(path) for path in paths]
+    returned = picture(folder / "ends with a carriage return.png\r", format="PNG")
+    stdin = io.TextIOWrapper(io.BytesIO(os.fsencode(returned) + b"\0"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert score("-", "-0", "--workers", 0) == 0
+    assert os.fsencode(returned) + b'",48,40' in capsysbinary.readouterr().out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{folder / '0.png'}\r\n\n{folder}\n".encode())))
     assert score("-") == 0
     table = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode())))
@@ -196,6 +201,16 @@ def test_find_pictures(folder: Path, tmp_path: Path) -> None:
     assert find_pictures([str(folder / "x*"), "x"]).paths == [str(folder / "x*"), "x"]  # so that an error says it
     found = find_pictures([str(folder / "1.png"), str(folder), str(folder)])
     assert Counter(found.paths).most_common(1)[0][1] == 1 and found.paths[0] == str(folder / "1.png")
+
+
+def test_a_table_is_extended(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twins = [picture(folder / "\\udcff.png"), picture(folder / os.fsdecode(b"\xff.png"))]
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        out = tmp_path / f"s{suffix}"
+        for path, total in ((folder / "sub", 1), (twins[0], 2), (twins[1], 2 if suffix == ".parquet" else 3)):
+            assert score(path, "-o", out, "--resume", "--workers", 0) == 0
+            assert f"{total}/{total} " in capsys.readouterr().err  # the progress bar
+            assert len(rows(out)) == total  # in Parquet the twins have the same name
 
 
 @pytest.fixture

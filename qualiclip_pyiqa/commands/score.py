@@ -17,7 +17,7 @@ from ..discover import Found, find_pictures
 from ..errors import SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
-from ..tables import CsvStream, Record, ScoreTable, check_suffix, utf8
+from ..tables import CsvStream, Record, ScoreTable, check_suffix
 from . import DEFAULT_METRIC, add_metric_option
 
 Engine: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         others = f" ({found.others} files are none)" if found.others else ""
         raise SettingsError(f"no pictures in {', '.join(arguments.paths)}{others}")
     columns, engine = _engine(arguments, arguments.metric or [DEFAULT_METRIC])
-    summary = _Summary(columns, len(found.paths) + len(found.unreadable))
+    summary = _Summary(columns)
     try:
         with _table(arguments, columns) as table:
             _fill(table, found, engine, summary)
@@ -94,15 +94,16 @@ def _fill(table: ScoreTable | CsvStream, found: Found, engine: Engine, summary: 
 
     done = set()
     for record in table.rows():
-        done.add(record.path)
+        done.add(table.key(record.path))
         summary.add(record)
     failed = [
         Record(folder, error=f"{source_name(folder)} cannot be listed ({why}); expected a folder that can be read")
         for folder, why in found.unreadable.items()
-        if folder not in done and utf8(folder) not in done
+        if table.key(folder) not in done
     ]
-    todo = [path for path in found.paths if path not in done and utf8(path) not in done]
-    with tqdm(total=summary.total, initial=summary.rows, unit="picture", file=sys.stderr) as bar:
+    todo = [path for path in found.paths if table.key(path) not in done]
+    total = summary.rows + len(failed) + len(todo)
+    with tqdm(total=total, initial=summary.rows, unit="picture", file=sys.stderr) as bar:
         for record in chain(failed, engine(todo) if todo else ()):
             table.write([record])
             summary.add(record)
@@ -117,7 +118,9 @@ def _named(arguments: Iterable[str], separator: bytes) -> Iterator[str]:
     for argument in arguments:
         if argument == "-":
             names = sys.stdin.buffer.read().split(separator)
-            yield from (os.fsdecode(name.removesuffix(b"\r")) for name in names if name.strip())
+            if separator == b"\n":
+                names = [name.removesuffix(b"\r") for name in names if not name.isspace()]
+            yield from (os.fsdecode(name) for name in names if name)
         else:
             yield argument
 
@@ -139,8 +142,7 @@ def _engine(arguments: argparse.Namespace, metrics: list[str]) -> tuple[tuple[st
 class _Summary:
     """What is said at the end: per metric count, mean, quantiles, and the pictures at both ends."""
 
-    def __init__(self, columns: Sequence[str], total: int) -> None:
-        self.total = total
+    def __init__(self, columns: Sequence[str]) -> None:
         self.rows = 0
         self.errors = 0
         self.first_errors: list[str] = []
