@@ -1,4 +1,7 @@
-"""Which pictures are meant: files, folders, globs and lists become one list of paths, each once."""
+"""Which pictures are meant: patterns become names, and files, folders and lists one list of paths, each once.
+
+Links to folders are followed, but no folder is entered twice, so that a loop ends.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TypeAlias
 
 from PIL import Image
+
+_Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
 
 @dataclass
@@ -28,48 +34,76 @@ class Found:
 
 
 def find_pictures(arguments: Iterable[str]) -> Found:
-    """Files as they are, folders with everything below them, and patterns (`*`, `?`, `[...]`, `**`).
+    """Files as they are, and folders with everything below them.
 
-    Links to folders are followed, but no folder is entered twice, so that a loop ends. Names may hold line breaks and
-    undecodable bytes. What was named twice is there once.
+    Names may hold line breaks and undecodable bytes. What was named twice is there once.
     """
     found = Found()
-    seen_folders: set[tuple[int, int]] = set()
+    seen: _Seen = set()
     paths: dict[str, None] = {}
     for argument in arguments:
         if os.path.isdir(argument):
-            paths.update(dict.fromkeys(_walk(argument, found, seen_folders)))
-        elif not os.path.lexists(argument) and glob.has_magic(argument):
-            matches = sorted(glob.glob(argument, recursive=True)) or [argument]
-            for match in matches:
-                if os.path.isdir(match):
-                    paths.update(dict.fromkeys(_walk(match, found, seen_folders)))
-                else:
-                    paths[match] = None
+            paths.update(dict.fromkeys(_walk(argument, found, seen)))
         else:
             paths[argument] = None
     found.paths = list(paths)
     return found
 
 
-def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> Iterator[str]:
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-    except OSError as error:
-        found.unreadable[folder] = error.strerror or str(error)
+def matches(pattern: str) -> list[str]:
+    """The names that a pattern (`*`, `?`, `[...]`, `**`) matches; a name that is there, or no other is, is itself."""
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    return sorted(set(_expand(pattern.replace(os.sep, "/")))) or [pattern]
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """As `glob.glob(pattern, recursive=True)`, which a loop of links may keep busy for ever."""
+    if f"/{pattern}".endswith("/**"):
+        pattern += "/*"
+    end = f"/{pattern}".find("/**/")
+    if end < 0:
+        yield from glob.iglob(pattern)
         return
-    for entry in entries:
-        if os.path.isdir(entry.path):
-            yield from _walk(entry.path, found, seen)
-        elif is_picture(entry.name):
-            yield entry.path
+    head, tail = pattern[:end], pattern[end + len("**/") :]
+    for start in glob.iglob(head) if head else [""]:
+        seen: _Seen = set()
+        folders = [start]
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = _list(folder, seen)
+            except OSError:  # a pattern matches what can be seen
+                continue
+            below = [f"{folder}{each.name}/" for each in entries if each.name[0] != "." and os.path.isdir(each.path)]
+            folders += reversed(below)
+            if entries:
+                yield from _expand(glob.escape(folder) + tail)
+
+
+def _walk(folder: str, found: Found, seen: _Seen) -> Iterator[str]:
+    paths = [folder]  # to come, the next one last
+    while paths:
+        path = paths.pop()
+        if os.path.isdir(path):
+            try:
+                paths += [entry.path for entry in reversed(_list(path, seen))]
+            except OSError as error:
+                found.unreadable[path] = error.strerror or str(error)
+        elif is_picture(path):
+            yield path
         else:
             found.others += 1
+
+
+def _list(folder: str, seen: _Seen) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name; nothing if it was seen before."""
+    status = os.stat(folder or ".")
+    if (status.st_dev, status.st_ino) in seen:
+        return []
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(folder or ".") as listing:
+        return sorted(listing, key=lambda entry: entry.name)
 
 
 def is_picture(name: str) -> bool:

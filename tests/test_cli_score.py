@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import glob
+import inspect
 import io
 import os
 import shutil
@@ -22,7 +24,7 @@ from PIL import Image
 from test_scoring import workers_of
 
 from qualiclip_pyiqa import cli
-from qualiclip_pyiqa.discover import find_pictures
+from qualiclip_pyiqa.discover import find_pictures, matches
 from qualiclip_pyiqa.scoring import Scorer
 from qualiclip_pyiqa.tables import Record, read_table, write_table
 
@@ -194,13 +196,61 @@ def test_a_folder_that_cannot_be_listed_is_a_row(
 
 
 def test_find_pictures(folder: Path, tmp_path: Path) -> None:
-    assert find_pictures([str(folder / "**" / "*.jpg")]).paths == [str(folder / "sub" / "deep.jpg")]
-    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "0.png"), str(folder / "1.png")]
-    picture(folder / "[01].png")  # a name that looks like a pattern is a name first
-    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "[01].png")]
-    assert find_pictures([str(folder / "x*"), "x"]).paths == [str(folder / "x*"), "x"]  # so that an error says it
     found = find_pictures([str(folder / "1.png"), str(folder), str(folder)])
     assert Counter(found.paths).most_common(1)[0][1] == 1 and found.paths[0] == str(folder / "1.png")
+    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "[01].png")]  # no pattern
+
+
+def test_patterns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert matches(str(folder / "[01].png")) == [str(folder / "0.png"), str(folder / "1.png")]
+    picture(folder / "[01].png")  # a name that looks like a pattern is a name first
+    assert matches(str(folder / "[01].png")) == [str(folder / "[01].png")]
+    assert matches(str(folder / "x*")) == [str(folder / "x*")] and matches("x") == ["x"]  # so that an error says it
+    picture(folder / "sub" / "[x]" / "deeper.jpg")
+    picture(folder / ".hidden" / "not.jpg")
+    monkeypatch.chdir(folder)
+    for pattern in ("**/*.jpg", "./**/*.jpg", f"{folder}/**/*.jpg", "../*/**/sub/**/*.jpg", "sub/**/", "s**"):
+        usual = sorted(set(glob.glob(pattern, recursive=True)))  # noqa: PTH207
+        assert matches(pattern) == usual and usual[0] != pattern
+    assert {str(folder / path) for path in find_pictures(matches("sub/**")).paths} == {
+        str(folder / "sub" / "deep.jpg"),
+        str(folder / "sub" / "[x]" / "deeper.jpg"),
+    }
+
+
+def test_a_loop_of_folders_ends(folder: Path) -> None:
+    for name in ("again", "once more", "sub/up"):
+        (folder / name).symlink_to(folder)
+    elsewhere = picture(folder.parent / "elsewhere" / "z.jpg").parent
+    (folder / "link").symlink_to(elsewhere)
+    assert matches(str(folder / "**" / "*.jpg")) == [str(folder / "link" / "z.jpg"), str(folder / "sub" / "deep.jpg")]
+    assert len(find_pictures([str(folder)]).paths) == 6
+
+
+def test_folders_within_folders(tmp_path: Path) -> None:
+    """However many, in the order of their names."""
+    find_pictures([str(tmp_path)])  # what is imported only once needs a deeper stack
+    expected, below = [], tmp_path
+    for _ in range(80):
+        expected.append(picture(below / "a.png"))
+        below = below / "b"
+    expected += [folder.parent / "c.png" for folder in reversed(expected)]
+    for path in expected[80:]:
+        picture(path)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 60)
+    try:
+        found = find_pictures([str(tmp_path)]).paths
+    finally:
+        sys.setrecursionlimit(limit)
+    assert found == [str(path) for path in expected]
+
+
+def test_a_listed_name_is_no_pattern(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = folder / "[0].png"  # which would match 0.png
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(gone))))
+    assert score("-", str(folder / "[1].png"), "-o", tmp_path / "s.csv", "--workers", 0) == 1
+    assert [row.path for row in rows(tmp_path / "s.csv")] == [str(gone), str(folder / "1.png")]
 
 
 def test_a_table_is_extended(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

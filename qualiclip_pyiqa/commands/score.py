@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..discover import Found, find_pictures
+from ..discover import Found, find_pictures, matches
 from ..errors import SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
@@ -122,7 +122,7 @@ def _named(arguments: Iterable[str], separator: bytes) -> Iterator[str]:
                 names = [name.removesuffix(b"\r") for name in names if not name.isspace()]
             yield from (os.fsdecode(name) for name in names if name)
         else:
-            yield argument
+            yield from matches(argument)
 
 
 def _engine(arguments: argparse.Namespace, metrics: list[str]) -> tuple[tuple[str, ...], Engine]:
