@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from .errors import ImageError, SettingsError
 from .memory import keep_freed_memory
@@ -44,7 +45,8 @@ def score_dataset(
             column `path` (text, or bytes where names are not UTF-8); all other columns are kept.
         metrics: what `Scorer` takes.
         image: the column of encoded pictures; it is not in the result.
-        actors: workers. Default: one per GPU of the cluster; without GPUs one per four CPU cores.
+        actors: workers, one per GPU of the cluster at most; without GPUs as many as find CPU cores. Default: one per
+            GPU; without GPUs one per four CPU cores.
         batch_size, device, options: `Scorer`'s, whose defaults are a worker's own.
 
     Returns:
@@ -52,29 +54,44 @@ def score_dataset(
         per score, and `error`.
 
     Raises:
-        SettingsError: neither column is there, or a column of the result would be there already.
+        SettingsError: neither column is there, a column of the result would be there already, or more workers than
+            the cluster has room for; and what `Scorer` raises.
     """
-    ray = _ray()
+    _ray()
     names = dataset.columns() or []
     if image not in names and "path" not in names:
         raise SettingsError(f"the dataset has the columns {', '.join(names)}; expected {image!r} or 'path'")
-    taken = sorted({"width", "height", "error"}.intersection(names))
-    if taken:
-        raise SettingsError(f"the dataset has a column {taken[0]!r} already; rename it before scoring")
-    cluster = ray.cluster_resources()
-    gpus = 0 if device == "cpu" else int(cluster.get("GPU", 0))
-    cores = int(cluster.get("CPU", 1))
-    actors = actors or gpus or max(1, cores // CORES)
-    threads = max(1, cores // actors)
-    # A worker on the CPU takes its cores but one for whatever feeds it; Ray waits for ever if none is left.
-    resources: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": max(0.5, (cores - 1) // actors)}
+    for added in ("width", "height", *_columns(metrics, batch_size=batch_size, **options), "error"):
+        if added in names:
+            raise SettingsError(f"the dataset has a column {added!r} already; rename it before scoring")
+    return _scored(dataset, metrics, image, actors, batch_size=batch_size, device=device, **options)
+
+
+def _columns(metrics: Any, **options: Any) -> tuple[str, ...]:
+    """The names of the scores. Settings and weights are checked here, before the workers build their own."""
+    from .scoring import Scorer
+
+    return Scorer(metrics, **{**options, "device": "cpu", "compile": False}).columns
+
+
+def _scored(dataset: Any, metrics: Any, image: str, actors: int | None, device: str | None, **options: Any) -> Any:
+    ray = _ray()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    most = gpus or max(1, 2 * sum(cores) - 1)
+    if actors is None:
+        actors = gpus or max(1, sum(cores) // CORES)
+    elif not 1 <= actors <= most:  # Ray would wait for ever
+        raise SettingsError(f"actors is {actors}; expected 1..{most}, {'one per GPU' if gpus else 'two per CPU core'}")
+    threads = max(1, min(max(cores), sum(cores) // actors))
+    resources: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": _share(cores, actors)}
     return dataset.map_batches(
         ScoreStage,
         fn_constructor_kwargs={
             "metrics": metrics,
             "image": image,
             "threads": threads,
-            "batch_size": batch_size,
             "device": device,
             **options,
         },
@@ -84,6 +101,13 @@ def score_dataset(
         compute=ray.data.ActorPoolStrategy(size=actors),
         **resources,
     )
+
+
+def _share(nodes: Sequence[int], actors: int) -> float:
+    """CPU cores of a worker, so that each finds a node, and that one is left for whatever feeds them."""
+    total = sum(nodes)
+    fitting = (k for k in range(max(nodes), 0, -1) if k * actors < total and sum(n // k for n in nodes) >= actors)
+    return next(fitting, 0.5)
 
 
 class ScoreStage:
@@ -129,10 +153,7 @@ def score_paths(
 ) -> tuple[tuple[str, ...], Callable[[Iterable[str]], Iterator[Record]]]:
     """The engine of `qualiclip score --engine ray`: the names of the scores, and paths to records, in input order."""
     _ray()
-    from .scoring import Scorer
-
-    # Settings and weights are checked here, before a cluster is asked; the workers build their own.
-    columns = Scorer(metrics, **{**options, "device": "cpu", "compile": False}).columns
+    columns = _columns(metrics, **options)
 
     def score(paths: Iterable[str]) -> Iterator[Record]:
         import pyarrow
@@ -148,7 +169,7 @@ def score_paths(
             )
             for start in range(0, len(names), BLOCK)
         ]
-        scored = score_dataset(ray.data.from_arrow(blocks), metrics, **options)
+        scored = _scored(ray.data.from_arrow(blocks), metrics, "bytes", None, **options)
         scored.context.execution_options.preserve_order = True
         for row in scored.iter_rows():
             scores = {column: row[column] for column in columns if row[column] is not None}
@@ -171,13 +192,16 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
             system, path = fs.FileSystem.from_uri(argument)
             folder = system.get_file_info(path).type == fs.FileType.Directory
             below = system.get_file_info(fs.FileSelector(path, recursive=True)) if folder else []
+            pictures = sorted(each.path for each in below if each.is_file and is_picture(each.path))
         except (OSError, ValueError) as error:
-            raise SettingsError(f"{argument} cannot be listed ({error})") from error
-        if folder:
-            root = argument.rstrip("/").removesuffix(path.rstrip("/"))
-            yield from sorted(root + each.path for each in below if each.is_file and is_picture(each.path))
-        else:
+            raise SettingsError(f"{argument} cannot be listed ({' '.join(str(error).split())})") from error
+        if not folder:
             yield argument
+            continue
+        root, mark, query = argument.partition("?")
+        for picture in pictures:
+            name = quote(picture.removeprefix(path).lstrip("/"))  # a path is no URL: it may have spaces, # and %
+            yield f"{root.rstrip('/')}/{name}{mark}{query}"
 
 
 def _source(path: str | None) -> Any:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import ray
 import ray.data
+import torch
 from test_cli_score import picture, rows
 
 from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.ray_stage import score_dataset
+from qualiclip_pyiqa.ray_stage import _share, _source, expand_urls, score_dataset
 from qualiclip_pyiqa.scoring import Scorer
+from qualiclip_pyiqa.tables import Record, ScoreTable
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,46 +72,53 @@ def test_folders_and_parquet_with_image_bytes(photos: Path, expected: dict[str, 
     assert all(row["caption"] == Path(row["path"]).stem and "photo" not in row for row in table)
 
 
-def test_a_killed_worker_costs_nothing(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    pids.mkdir()
-    paths = [str(path) for path in photos.iterdir()] * 40
+def test_a_killed_worker_costs_nothing(photos: Path, tmp_path: Path) -> None:
+    class Deadly(torch.nn.Module):
+        """A metric that kills its process on the wide pictures, once each, in the middle of their blocks."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            dead = tmp_path / f"{x.shape[3]}"
+            if x.shape[3] > 100 and not dead.exists():
+                dead.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return x.mean()
+
+    paths = [str(path) for path in sorted(photos.iterdir())] * 12
+    paths[30], paths[90] = (str(picture(tmp_path / f"{width}.png", width, 40)) for width in (120, 130))
+    scores = {r.path: r.scores.get("qualiclip-mini") for r in Scorer("qualiclip-mini", "cpu", workers=0).score(paths)}
     dataset = ray.data.from_items([{"path": path, "number": n} for n, path in enumerate(paths)]).repartition(6)
-    scored = score_dataset(dataset, "qualiclip-mini", actors=2, workers=0)
-    table = []
-    killed = 0
-    for row in scored.iter_rows():
-        table.append(row)
-        if not killed:
-            for pid in stage_workers():
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-    assert killed == 2
-    assert sorted(row["number"] for row in table) == list(range(len(paths)))
+    metrics = {"qualiclip-mini": "qualiclip-mini", "deadly": Deadly()}
+    table = score_dataset(dataset, metrics, actors=2, workers=0).take_all()
+    assert (tmp_path / "120").exists() and (tmp_path / "130").exists()
+    assert sorted(row["number"] for row in table) == list(range(len(paths)))  # nothing lost, nothing twice
     for row in table:
-        check([row], {row["path"]: expected[row["path"]]})
+        assert row["path"] == paths[row["number"]]
+        check([row], {row["path"]: scores[row["path"]]})
+        assert (row["deadly"] is None) == (scores[row["path"]] is None)
 
 
-def stage_workers() -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if b"ScoreStage" in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
-
-
-def test_the_command(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
+def test_the_command(
+    photos: Path, expected: dict[str, float | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strange = tmp_path / os.fsdecode(b"\xff.png")
     strange.write_bytes((photos / "1.png").read_bytes())
     url = f"file://{photos}"
     out = tmp_path / "s.jsonl"
+    command = ["score", str(photos), str(strange), url, "file:///nowhere.png", "--engine", "ray", "--resume"]
+    command += ["-o", str(out), "--device", "cpu"]
+    write = ScoreTable.write
+
+    def stopped(table: ScoreTable, records: list[Record]) -> None:
+        write(table, records)
+        if len(list(table.rows())) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScoreTable, "write", stopped)
+    assert cli.main(command) == 130
+    monkeypatch.undo()
+    assert len(rows(out)) == 7
     for _ in range(2):  # the second time there is nothing left to do
-        command = ["score", str(photos), str(strange), url, "file:///nowhere.png", "--engine", "ray", "--resume"]
-        assert cli.main([*command, "-o", str(out), "--device", "cpu"]) == 1
+        assert cli.main(command) == 1
         table = rows(out)
         assert [row.path for row in table] == [
             *map(str, sorted(photos.iterdir())),
@@ -128,3 +137,32 @@ def test_what_cannot_be_scored_is_said(photos: Path) -> None:
         score_dataset(ray.data.range(3), "qualiclip-mini")
     with pytest.raises(SettingsError, match="has a column 'error' already"):
         score_dataset(ray.data.from_items([{"path": "x", "error": 1}]), "qualiclip-mini")
+    with pytest.raises(SettingsError, match="has a column 'qualiclip-mini' already"):
+        score_dataset(ray.data.from_items([{"path": "x", "qualiclip-mini": 1}]), "qualiclip-mini")
+    with pytest.raises(SettingsError, match=r"actors is 4; expected 1\.\.3, two per CPU core"):
+        score_dataset(ray.data.from_items([{"path": "x"}]), "qualiclip-mini", actors=4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "share"),
+    [([2], 2, 0.5), ([4], 1, 3), ([16], 4, 3), ([4] * 4, 1, 4), ([4] * 4, 4, 3), ([5] * 4, 6, 2), ([6, 2], 2, 3)],
+)
+def test_every_worker_finds_a_node(nodes: list[int], actors: int, share: float) -> None:
+    assert _share(nodes, actors) == share
+
+
+def test_urls_of_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    names = ["a b.png", "h#1.png", "p%20q.png", "q?1.png", "sub/plain.png", "ü.png"]
+    for name in names:
+        picture(folder / name)
+    (folder / "notes.txt").touch()
+    for slash in ("", "/"):
+        urls = list(expand_urls(["local.png", f"file://{tmp_path}/my%20photos{slash}"]))
+        assert urls[0] == "local.png"
+        assert urls[1] == f"file://{tmp_path}/my%20photos/a%20b.png"
+        assert [_source(url) for url in urls[1:]] == [(folder / name).read_bytes() for name in names]
+        assert list(expand_urls(urls)) == urls
+    picture(folder / "x.png").rename(folder / os.fsdecode(b"\xff.png"))
+    with pytest.raises(SettingsError, match=r"cannot be listed .*utf-8"):
+        list(expand_urls([f"file://{tmp_path}/my%20photos"]))
