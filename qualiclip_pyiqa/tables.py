@@ -315,7 +315,11 @@ def _read_csv(path: Path) -> tuple[tuple[str, ...], Iterator[Record]]:
                 yield Record(row["path"] or None, width, height, scores, row["error"] or None)
 
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        columns = _columns(path, next(csv.reader(file), None))
+        try:
+            names = next(csv.reader(file), None)
+        except csv.Error as error:
+            raise _no_scores(path, error) from error
+        columns = _columns(path, names)
     return columns, rows()
 
 

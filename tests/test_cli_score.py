@@ -7,6 +7,7 @@ import glob
 import inspect
 import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,30 @@ def test_a_folder_that_cannot_be_listed_is_a_row(
     assert len(others) == 4 and all(row.error is None for row in others)
 
 
+def test_files_that_vanish_or_may_not_be_read_are_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, opened = Scorer.score, Path.open
+
+    def vanishing(self: Scorer, images: list[str]) -> Iterator[Record]:
+        (folder / "1.png").unlink()  # after it was listed
+        return original(self, images)
+
+    def refuse(path: Path, *arguments: object, **options: object) -> object:  # root may read every file
+        if path.name == "2.png":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Scorer, "score", vanishing)
+    monkeypatch.setattr(Path, "open", refuse)
+    assert score(folder, "-o", tmp_path / "s.jsonl", "--workers", 0) == 1
+    errors = {Path(str(row.path)).name: row.error for row in rows(tmp_path / "s.jsonl")}
+    assert list(errors) == ["0.png", "1.png", "2.png", "3.png", "deep.jpg"]
+    assert str(errors["1.png"]).endswith("1.png does not exist; expected a picture file")
+    assert str(errors["2.png"]).endswith("2.png cannot be read (Permission denied); expected a picture file")
+    assert [name for name, error in errors.items() if error is None] == ["0.png", "3.png", "deep.jpg"]
+
+
 def test_find_pictures(folder: Path, tmp_path: Path) -> None:
     found = find_pictures([str(folder / "1.png"), str(folder), str(folder)])
     assert Counter(found.paths).most_common(1)[0][1] == 1 and found.paths[0] == str(folder / "1.png")
@@ -348,8 +373,6 @@ def test_a_full_disk_is_said_and_the_rows_before_are_kept(
     out = tmp_path / "s.csv"
 
     def limit() -> None:
-        import resource
-
         resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))
 
     run = start(folder, "-o", out, "--workers", 0, preexec_fn=limit)
@@ -462,6 +485,15 @@ def test_filter_keeps_rows_and_copies(folder: Path, tmp_path: Path, capsys: pyte
     assert not [path for path in (tmp_path / "more").rglob("*") if path.is_file()]
     assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "nowhere" / "k.csv") == 1
     assert capsys.readouterr().err.endswith("k.csv cannot be written (No such file or directory)\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / f"full{suffix}") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert capsys.readouterr().err.endswith(f"full{suffix} cannot be written (File too large)\n")
+    assert not list(tmp_path.glob("full*"))
 
 
 def test_copies_stay_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

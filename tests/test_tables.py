@@ -196,6 +196,9 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         (tmp_path / f"x{suffix}").write_bytes(b"a,b\n1,2\n")
         with pytest.raises(SettingsError, match="is no table of scores"):
             list(read_table(tmp_path / f"x{suffix}")[1])
+    (tmp_path / "one line.csv").write_text("x" * 200_000)
+    with pytest.raises(SettingsError, match="is no table of scores"):
+        read_table(tmp_path / "one line.csv")
     (tmp_path / "y.csv").write_text("path,width,height,m,error\na,1,x,0.5,\n")
     with pytest.raises(SettingsError, match="line 2"):
         list(read_table(tmp_path / "y.csv")[1])
