@@ -423,7 +423,7 @@ def test_output_that_is_not_taken(table: Path, folder: Path) -> None:
         run = command(*listing, stdout=full)
         other = start(folder, "--workers", 0, stdout=full)
     for each in (run, other):
-        _, err = each.communicate(timeout=60)
+        _, err = each.communicate(timeout=120)
         last = err.splitlines()[-1]
         assert last == b"qualiclip: standard output cannot be written (No space left on device)"
         assert each.returncode == 1 and b"Traceback" not in err
@@ -431,7 +431,7 @@ def test_output_that_is_not_taken(table: Path, folder: Path) -> None:
     os.close(read)
     run = command(*listing, stdout=write)
     os.close(write)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=120)
     assert run.returncode == 1 and err == b"7 of 7 scored pictures kept; 1 without a score left out\n"
 
 
