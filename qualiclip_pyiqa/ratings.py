@@ -14,6 +14,8 @@ from .errors import SettingsError
 IMAGE_COLUMNS = ("image", "image_name", "img_name", "img_path", "img", "filename", "file_name", "file", "name", "path")
 OPINION_COLUMNS = ("mos", "dmos", "mos_zscore", "mean_opinion_score", "opinion", "rating", "score")
 LOWER_BETTER = ("dmos",)
+# pyiqa's loaders whose rows end with a picture and its opinion score. Others have histograms or pairs of pictures.
+LOADERS = ("GeneralNRDataset", "GeneralFRDataset", "LIVEChallengeDataset")
 
 
 @dataclass
@@ -24,7 +26,8 @@ class Ratings:
         paths, opinions: file and opinion score of each picture.
         lower_better: whether a lower opinion score is better, as with DMOS.
         groups: group of each picture; empty where none was asked for.
-        columns: which columns were read, for people.
+        columns: which columns, or which data set and split, were read, for people.
+        because: how the direction is known, for people.
     """
 
     paths: list[Path]
@@ -32,6 +35,11 @@ class Ratings:
     lower_better: bool
     groups: list[str] = field(default_factory=list)
     columns: str = ""
+    because: str = ""
+
+    def __str__(self) -> str:
+        direction = "lower" if self.lower_better else "higher"
+        return f"{len(self.paths)} pictures ({self.columns}; {direction} opinion scores are better, {self.because})"
 
 
 def read_ratings(
@@ -50,7 +58,7 @@ def read_ratings(
         image_column, opinion_column: columns; None: found by the names that are usual. A picture's name without a
             suffix means the only picture of that stem.
         group_column: a column to divide the pictures by.
-        lower_better: None: by the column's name, which is so for DMOS.
+        lower_better: None: by the column's name, so where it is `dmos`. KADID-10k's own `dmos` is higher when better.
 
     Raises:
         SettingsError: no such file or column, a rating that is no number, or a picture that is not there.
@@ -66,6 +74,10 @@ def read_ratings(
     opinion = _column(table, names, opinion_column, OPINION_COLUMNS, "opinion scores", "--mos-column")
     if group_column is not None and group_column not in names:
         raise SettingsError(f"{table} has no column {group_column!r}; it has {', '.join(names)}")
+    because = "as told"
+    if lower_better is None:
+        lower_better = opinion.strip().lower() in LOWER_BETTER
+        because = f"as the column is called {opinion.strip()}; otherwise pass --{'no-' * lower_better}lower-better"
     opinions = []
     for number, row in enumerate(rows, 2):
         try:
@@ -77,21 +89,24 @@ def read_ratings(
     return Ratings(
         paths=_paths(table, folder, [row[image] or "" for row in rows]),
         opinions=opinions,
-        lower_better=opinion.lower() in LOWER_BETTER if lower_better is None else lower_better,
+        lower_better=lower_better,
         groups=[row[group_column] or "" for row in rows] if group_column is not None else [],
-        columns=f"{image}, {opinion}",
+        columns=f"{image.strip()}, {opinion.strip()}",
+        because=because,
     )
 
 
 def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
     """A data set that pyiqa knows (`livec`, `koniq10k`, ...), by its own configuration and loader.
 
+    Where the data set has splits, these are the pictures of the test split unless pyiqa's configuration names another.
+
     Args:
         name: as in pyiqa's `default_dataset_configs.yml`.
         root: what takes the place of `./datasets` in it; None: the working directory's `datasets`.
 
     Raises:
-        SettingsError: an unknown name, or files that are not there.
+        SettingsError: an unknown name, a data set without one opinion score per picture, or files that are not there.
     """
     from pyiqa import get_dataset_info
     from pyiqa.data import build_dataset
@@ -102,21 +117,35 @@ def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
 
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise SettingsError(f"pyiqa knows no data set {name!r}; did you mean {near!r}?")
-    options = dict(known[name])
+    options = {"phase": "test"} | known[name]  # pyiqa's loaders would take the training split
+    if options["type"] not in LOADERS:
+        raise SettingsError(
+            f"pyiqa's data set {name} is read by its {options['type']}; expected one of {', '.join(LOADERS)}: "
+            "for others make a CSV file and pass --ratings"
+        )
     for key, value in options.items():
         if root is not None and isinstance(value, str) and value.startswith("./datasets"):
             options[key] = str(root / Path(value).relative_to("datasets"))
     try:
         rows = build_dataset(options).paths_mos
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, AssertionError) as error:
         raise SettingsError(
             f"pyiqa cannot read its data set {name} ({error}); expected it in {root or 'datasets'}"
         ) from error
+    split = f"its {options['phase']} split" if "split_index" in options else "all of it"
+    if not rows:
+        raise SettingsError(f"pyiqa's data set {name} has no pictures in {split}")
     paths = [Path(row[-2]) for row in rows]
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None:
         raise SettingsError(f"{missing} is not there, which pyiqa's data set {name} rates")
-    return Ratings(paths, [float(row[-1]) for row in rows], bool(options.get("lower_better", False)), columns=name)
+    return Ratings(
+        paths,
+        [float(row[-1]) for row in rows],
+        bool(options.get("lower_better", False)),
+        columns=f"{name}, {split}",
+        because="as pyiqa says" if "lower_better" in options else "since pyiqa says nothing else",
+    )
 
 
 def _column(table: Path, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str, option: str) -> str:

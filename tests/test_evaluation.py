@@ -17,7 +17,7 @@ from test_cli_score import picture
 from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.evaluation import agreement, compare, fitted_logistic, gmad, logistic
-from qualiclip_pyiqa.ratings import read_ratings
+from qualiclip_pyiqa.ratings import pyiqa_ratings, read_ratings
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS
 
 RNG = np.random.default_rng(0)
@@ -154,7 +154,12 @@ def test_command_with_ratings(rated: Path, tmp_path: Path, capsys: pytest.Captur
     # A DMOS column is known to be better when lower; any column can be named and turned round.
     assert evaluate(*command[:4], "--mos-column", "dmos", "--json", out) == 0
     assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(mini["srcc"])
+    assert "lower opinion scores are better, as the column is called dmos; otherwise" in capsys.readouterr().out
+    # ... of KADID-10k's own, higher is better.
+    assert evaluate(*command[:4], "--mos-column", "dmos", "--no-lower-better", "--json", out) == 0
+    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--lower-better", "--json", out) == 0
+    assert "lower opinion scores are better, as told" in capsys.readouterr().out
     assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--mos-column", "constant", "--json", out) == 0
     assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] is None
@@ -183,13 +188,67 @@ def test_command_with_a_data_set_of_pyiqa(
     by_pyiqa = json.loads(out.read_text())
     assert evaluate("--ratings", rated / "mos.csv", "--images", rated, "--json", out) == 0
     assert by_pyiqa["qualiclip-mini"]["srcc"] == json.loads(out.read_text())["qualiclip-mini"]["srcc"]
-    capsys.readouterr()
+    assert "16 pictures (spaq, all of it; higher opinion scores are better, as pyiqa says)" in capsys.readouterr().out
     for arguments, message in (
         (("--dataset", "spaqq"), "did you mean 'spaq'"),
         (("--dataset", "livec", "--images", root), "pyiqa cannot read its data set livec"),
+        (("--dataset", "ava", "--images", root), "is read by its AVADataset; expected one of GeneralNRDataset"),
+        (("--dataset", "bapps"), "is read by its BAPPSDataset"),
+        (("--dataset", "pieapp"), "is read by its PieAPPDataset"),
     ):
         assert evaluate(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def pyiqas_layout(root: Path, name: str, header: str, rows: list[str]) -> None:
+    """A data set of pyiqa's: its table, and a file for each picture that is named in it."""
+    import pyiqa
+
+    info = pyiqa.get_dataset_info(name)
+    meta, folder = (root / Path(info[key]).relative_to("datasets") for key in ("meta_info_file", "dataroot_target"))
+    meta.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
+    meta.write_text("\n".join([header, *rows]))
+    for row in rows:
+        for cell in row.split(","):
+            if cell.endswith(".png"):
+                (folder / cell).touch()
+
+
+def test_split_and_direction_of_a_data_set_of_pyiqa(tmp_path: Path) -> None:
+    split = "ratio802_seed123_split_01"
+    rows = [f"{k}.png,{k},{'train' if k < 7 else 'test'}" for k in range(10)]
+    pyiqas_layout(tmp_path, "gfiqa", f"img_name,mos,{split}", rows)
+    found = pyiqa_ratings("gfiqa", tmp_path)  # pyiqa's configuration names no split, and its loaders would train
+    assert [path.name for path in found.paths] == ["7.png", "8.png", "9.png"] and found.opinions == [7, 8, 9]
+    assert str(found).startswith("3 pictures (gfiqa, its test split; higher opinion scores are better, since")
+
+    # A full-reference data set whose opinion scores are better when lower.
+    pyiqas_layout(tmp_path, "csiq", "ref_img,dist_img,dmos", [f"r.png,d{k}.png,0.{k}" for k in range(4)])
+    found = pyiqa_ratings("csiq", tmp_path)
+    assert [path.name for path in found.paths] == [f"d{k}.png" for k in range(4)] and found.opinions[3] == 0.3
+    assert found.lower_better and "lower opinion scores are better, as pyiqa says" in str(found)
+
+    for name, header, row, complaint in (
+        ("cgfiqa", "img_name,mos,official_split", "0.png,1,train", "has no pictures in its test split"),
+        ("flive", "img_name,mos", "0.png,1", "cannot read its data set flive"),
+    ):
+        pyiqas_layout(tmp_path, name, header, [row])
+        with pytest.raises(SettingsError, match=complaint):
+            pyiqa_ratings(name, tmp_path)
+
+
+def test_direction_is_known_by_the_name_of_the_column(tmp_path: Path) -> None:
+    (tmp_path / "0.png").touch()
+    table = tmp_path / "scores.csv"
+    for header, told, lower in (
+        ("image,mos", None, False),
+        ("image,mos", True, True),
+        ("image, DMOS", None, True),  # with a space, as people write tables
+        ("image, DMOS", False, False),
+    ):
+        table.write_text(f"{header}\n0.png, 5\n")
+        assert read_ratings(table, tmp_path, lower_better=told).lower_better == lower, header
 
 
 def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

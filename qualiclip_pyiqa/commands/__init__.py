@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..ratings import Ratings
 
 DEFAULT_METRIC = "qualiclip-mini"
+RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
 
 
 def add_metric_option(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,19 @@ def add_rating_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated pictures")
     parser.add_argument("--image-column", metavar="NAME", help="column of the picture names (default: found)")
     parser.add_argument("--mos-column", metavar="NAME", help="column of the opinion scores (default: found)")
-    parser.add_argument("--lower-better", action="store_true", help="lower opinion scores are better, as DMOS")
+    parser.add_argument(
+        "--lower-better",
+        action=argparse.BooleanOptionalAction,
+        help="lower opinion scores are better (default: if the column is called dmos; not so in KADID-10k's own)",
+    )
+
+
+def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """An error for the first of these options that was given: `where`, it would do nothing."""
+    given = next((name for name in names if getattr(arguments, name) is not None), None)
+    if given is not None:
+        option = "-m" if given == "metric" else f"--{given.replace('_', '-')}"
+        raise SettingsError(f"{option} does nothing {where}; leave it out")
 
 
 def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
@@ -44,5 +58,5 @@ def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
         arguments.image_column,
         arguments.mos_column,
         group,
-        True if arguments.lower_better else None,
+        arguments.lower_better,
     )

@@ -92,8 +92,7 @@ def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, An
 
     ratings = _ratings(arguments)
     scores = _scored(ratings.paths, metrics, arguments.device)
-    direction = "lower" if ratings.lower_better else "higher"
-    print(f"{len(ratings.paths)} pictures ({ratings.columns}; {direction} opinion scores are better)\n")
+    print(f"{ratings}\n")
     opposite = {name: lower_is_better(name) != ratings.lower_better for name in scores}
     found = {
         name: agreement(values, ratings.opinions, opposite[name], arguments.seed) for name, values in scores.items()

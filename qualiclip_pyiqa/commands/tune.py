@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     ratings = rated(arguments)  # before anything that takes time
+    print(f"qualiclip: {ratings}", file=sys.stderr)
 
     import torch
 

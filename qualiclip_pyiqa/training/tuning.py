@@ -214,7 +214,7 @@ def tune(
         note(
             recipe=dataclasses.asdict(recipe),
             network=net.describe(),
-            ratings={"columns": ratings.columns, "lower_better": ratings.lower_better},
+            ratings={"columns": ratings.columns, "lower_better": ratings.lower_better, "because": ratings.because},
             mos_range=[low, high],
             mos_range_from="given" if mos_range else "the training pictures",
             training_pictures=len(training.paths),
