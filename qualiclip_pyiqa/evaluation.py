@@ -32,6 +32,9 @@ Floats = NDArray[np.float64]
 class Agreement:
     """How well one metric's scores agree with opinion scores; positive is agreement whatever their directions.
 
+    But for `plcc_logistic`: the logistic may fall as well as rise, so a metric that disagrees has a high one too. Look
+    at `srcc` for the sign.
+
     Attributes:
         n: pictures with both numbers.
         srcc, plcc, krcc: rank, linear and pairwise correlation in -1..1; None where a column is constant.

@@ -72,6 +72,12 @@ def test_the_interval_is_the_bootstraps() -> None:
     assert agreement(X, Y, seed=1).srcc_ci95 != (low, high) and agreement(X, Y).srcc_ci95 == (low, high)
 
 
+def test_a_metric_that_disagrees_is_known_by_its_srcc_alone() -> None:
+    found = agreement(-X, Y)
+    assert found.srcc < -0.8 and found.plcc < -0.8 and found.krcc < -0.6
+    assert found.plcc_logistic > 0.8  # the logistic falls too
+
+
 def test_paired_comparison() -> None:
     noise = np.random.default_rng(2).normal(size=200)
     worse, alike = X + noise, X + noise * 0.001
@@ -103,10 +109,10 @@ def test_gmad_pairs() -> None:
         assert sign * attacking[duel.better] > sign * attacking[duel.worse]
         assert duel.level == pytest.approx((defending[duel.better] + defending[duel.worse]) / 2)
         # No other pair that the defender finds as alike is farther apart for the attacker.
-        inside = np.sort(np.argsort(defending)[1:])
-        between = sorted((defending[duel.better], defending[duel.worse]))
-        inside = [k for k in inside if between[0] <= defending[k] <= between[1]]
-        assert duel.attacker_gap == pytest.approx(max(attacking[inside]) - min(attacking[inside]))
+        order = np.argsort(defending)
+        (inside,) = (part for part in np.array_split(order, 7) if duel.better in part)
+        assert duel.attacker_gap == np.ptp(attacking[inside])
+        assert {duel.better, duel.worse} == {inside[attacking[inside].argmin()], inside[attacking[inside].argmax()]}
     assert [duel.level for duel in duels[:3]] == sorted(duel.level for duel in duels[:3])
     with pytest.raises(SettingsError, match="needs at least 18"):
         gmad({"a": a[:17], "b": b[:17]}, {})

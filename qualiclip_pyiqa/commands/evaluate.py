@@ -26,8 +26,8 @@ def add_parser(commands: Any) -> None:
         "evaluate",
         help="how well metrics agree with people, and what degradations do to them",
         description="With --ratings or --dataset: SRCC, PLCC, KRCC and RMSE with opinion scores, with bootstrap "
-        "intervals; positive is agreement, whatever the directions. With --degradations: mean score by distortion "
-        "level. With --gmad: the pairs of a gMAD competition.",
+        "intervals; positive is agreement, whatever the directions (PLCC after a fitted logistic has no sign). "
+        "With --degradations: mean score by distortion level. With --gmad: the pairs of a gMAD competition.",
     )
     parser.set_defaults(run=run)
     add_metric_option(parser)
