@@ -204,8 +204,10 @@ def gmad(scores: Mapping[str, Sequence[float]], opposite: Mapping[str, bool], le
         levels: pairs for each defender.
 
     Raises:
-        SettingsError: not two metrics, or too few pictures.
+        SettingsError: not two metrics, no levels, or too few pictures.
     """
+    if levels < 1:
+        raise SettingsError(f"a gMAD competition at {levels} levels has no pairs; expected at least 1")
     names = list(scores)
     if len(names) != 2:
         raise SettingsError(f"a gMAD competition is between two metrics, not {len(names)}")

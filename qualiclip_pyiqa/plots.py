@@ -20,11 +20,23 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def check(path: Path) -> None:
+    """What can be known before there is anything to draw.
+
+    Raises:
+        SettingsError: matplotlib is missing, or cannot write files of that suffix.
+    """
+    known = _pyplot().figure().canvas.get_supported_filetypes()
+    _pyplot().close()
+    if path.suffix[1:].lower() not in known:
+        raise SettingsError(f"{path} cannot be written; expected a suffix of {', '.join(sorted(known))}")
+
+
 def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110, bbox_inches="tight")
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
-        raise SettingsError(f"{path} cannot be written ({error}); expected such as plot.png or plot.pdf") from error
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:
         _pyplot().close(figure)
 
@@ -92,14 +104,13 @@ def levels(
 
 def duels(path: Path, rows: Sequence[tuple[str, Path, Path, str]]) -> None:
     """Pairs of pictures side by side: (title, left, right, what stands below)."""
-    from PIL import Image
+    from .images import load_image
 
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(len(rows), 2, figsize=(8, 3.4 * len(rows)), squeeze=False)
     for (left_axis, right_axis), (title, left, right, below) in zip(axes, rows, strict=True):
         for axis, file, side in ((left_axis, left, "attacker: better"), (right_axis, right, "attacker: worse")):
-            with Image.open(file) as picture:
-                axis.imshow(picture.convert("RGB"))
+            axis.imshow(load_image(file).movedim(0, -1).numpy())  # as it was scored
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_xlabel(f"{side}\n{file.name}", fontsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageFilter
 from scipy import stats
 from test_cli_score import picture
 
-from qualiclip_pyiqa import cli
+from qualiclip_pyiqa import cli, plots
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.evaluation import agreement, compare, fitted_logistic, gmad, logistic
 from qualiclip_pyiqa.ratings import pyiqa_ratings, read_ratings
@@ -116,6 +117,9 @@ def test_gmad_pairs() -> None:
     assert [duel.level for duel in duels[:3]] == sorted(duel.level for duel in duels[:3])
     with pytest.raises(SettingsError, match="needs at least 18"):
         gmad({"a": a[:17], "b": b[:17]}, {})
+    for none in (0, -1):
+        with pytest.raises(SettingsError, match="expected at least 1"):
+            gmad({"a": a, "b": b}, {}, levels=none)
     with pytest.raises(SettingsError, match="between two metrics"):
         gmad({"a": a}, {})
 
@@ -293,8 +297,69 @@ def test_command_with_gmad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(Path(pair["better"]).is_file() and pair["better"] != pair["worse"] for pair in pairs)
     with Image.open(plot) as drawn:
         assert drawn.height > 800
-    assert evaluate(*command, "-m", "piqe") == 2
-    assert "leave -m out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--gmad", "a", "b", "DIR", "-m", "piqe"), "-m does nothing with --gmad; leave it out"),
+        (("--gmad", "a", "b", "DIR", "--images", "DIR"), "--images does nothing with --gmad"),
+        (("--gmad", "a", "b", "DIR", "--limit", "3"), "--limit does nothing with --gmad"),
+        (("--gmad", "a", "b", "DIR", "--levels", "0"), "--levels is 0; expected at least 1"),
+        (("--gmad", "a", "b", "DIR", "--levels", "-1"), "--levels is -1; expected at least 1"),
+        (("--degradations", "DIR", "--limit", "0"), "--limit is 0; expected at least 1"),
+        (("--degradations", "DIR", "--limit", "-1"), "--limit is -1; expected at least 1"),
+        (("--degradations", "DIR", "--images", "DIR"), "--images does nothing with --degradations"),
+        (("--degradations", "DIR", "--group", "x"), "--group does nothing with --degradations"),
+        (("--degradations", "DIR", "--no-lower-better"), "--lower-better does nothing with --degradations"),
+        (("--dataset", "spaq", "--lower-better"), "--lower-better does nothing with --dataset"),
+        (("--dataset", "spaq", "--mos-column", "x"), "--mos-column does nothing with --dataset"),
+        (("--ratings", "x.csv", "--images", "DIR", "--limit", "3"), "--limit does nothing with --ratings"),
+        (("--ratings", "x.csv", "--images", "DIR", "--plot", "p.xyz"), "expected a suffix of "),
+        (("--ratings", "x.csv", "--images", "DIR", "--plot", "none/p.png"), "none is no folder"),
+        (("--ratings", "x.csv", "--images", "DIR", "--json", "none/p.json"), "none is no folder"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_anything_is_read(
+    arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(*arguments) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1
+
+
+def test_numbers_are_written_before_they_are_drawn(
+    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SettingsError("the disk is full")
+
+    monkeypatch.setattr(plots, "scatter", full)
+    out = tmp_path / "e.json"
+    command = ["--ratings", rated / "mos.csv", "--images", rated, "-m", "piqe"]
+    assert evaluate(*command, "--json", out, "--plot", tmp_path / "e.png") == 2
+    assert json.loads(out.read_text())["piqe"]["n"] == 16
+
+
+def test_plots_need_matplotlib_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluate("--degradations", "DIR", "--plot", "p.png") == 2
+    assert "qualiclip-pyiqa[plots]" in capsys.readouterr().err
+
+
+def test_pairs_are_drawn_as_they_were_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turned, deep = tmp_path / "turned.png", tmp_path / "deep.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by a quarter
+    Image.new("RGB", (40, 60), "red").save(turned, exif=exif)
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(deep)
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
+    plots.duels(tmp_path / "p.png", [("", turned, deep, "")])
+    assert drawn[0].get_array().shape == (40, 60, 3)
+    assert np.mean(drawn[1].get_array()) == pytest.approx(0.5, abs=0.01)
 
 
 def test_bad_ratings(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

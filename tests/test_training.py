@@ -770,8 +770,9 @@ def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
     assert not said.out and "nowhere is no folder" in said.err and "Traceback" not in said.err
-    assert cli.main([*arguments, "--images", str(tmp_path)]) == 2
-    assert "for --ratings" in capsys.readouterr().err
+    for useless in (["--images", str(tmp_path)], ["--lower-better"]):
+        assert cli.main([*arguments, *useless]) == 2
+        assert f"{useless[0]} does nothing without --ratings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SettingsError
 from ..metrics import lower_is_better
 from ..pixels import source_name
-from . import DEFAULT_METRIC, add_metric_option, add_rating_options, rated
+from . import DEFAULT_METRIC, RATING_OPTIONS, add_metric_option, add_rating_options, rated, refuse
 
 if TYPE_CHECKING:
     from ..evaluation import Agreement
     from ..ratings import Ratings
     from ..tables import Record
+
+# Options that would do nothing, by what is evaluated.
+USELESS: dict[str, tuple[str, ...]] = {
+    "ratings": ("levels", "limit"),
+    "dataset": (*(name for name in RATING_OPTIONS if name != "images"), "group", "levels", "limit"),
+    "degradations": (*RATING_OPTIONS, "group", "levels"),
+    "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "seed"),
+}
+Draw = Callable[[Path], None]
 
 
 def add_parser(commands: Any) -> None:
@@ -38,24 +47,36 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="two metrics compete on these pictures")
     add_rating_options(parser)
     parser.add_argument("--group", metavar="COLUMN", help="also for each value of this column alone")
-    parser.add_argument("--levels", type=int, default=4, metavar="N", help="--gmad: pairs per defender (default: 4)")
+    parser.add_argument("--levels", type=int, metavar="N", help="--gmad: pairs per defender (default: 4)")
     parser.add_argument("--limit", type=int, metavar="N", help="--degradations: at most so many photographs")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the degradations")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the bootstrap or the degradations (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, such as plot.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    what = next(name for name in USELESS if getattr(arguments, name) is not None)
+    refuse(arguments, USELESS[what], f"with --{what}")
+    for name in ("levels", "limit"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise SettingsError(f"--{name} is {number}; expected at least 1")
+    # What can be known to fail fails before hours of scoring.
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.parent.is_dir():
+            raise SettingsError(f"{path} cannot be written: {path.parent} is no folder")
+    if arguments.plot is not None:
+        from .. import plots
+
+        plots.check(arguments.plot)
+    arguments.seed = arguments.seed or 0
     metrics = arguments.metric or [DEFAULT_METRIC]
-    if arguments.gmad:
-        if arguments.metric:
-            raise SettingsError("--gmad names its two metrics itself; leave -m out")
-        numbers = _gmad(arguments, *arguments.gmad)
-    elif arguments.degradations:
-        numbers = _degradations(arguments, metrics)
+    if what == "gmad":
+        numbers, draw = _gmad(arguments, *arguments.gmad)
+    elif what == "degradations":
+        numbers, draw = _degradations(arguments, metrics)
     else:
-        numbers = _opinions(arguments, metrics)
+        numbers, draw = _opinions(arguments, metrics)
     if arguments.json is not None:
         part = arguments.json.with_name(arguments.json.name + ".part")
         try:
@@ -64,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise SettingsError(f"{arguments.json} cannot be written ({error.strerror or error})") from error
+    if arguments.plot is not None:
+        draw(arguments.plot)
     return 0
 
 
@@ -87,7 +110,7 @@ def _watched(records: Iterable[Record], total: int) -> Iterator[Record]:
     return iter(tqdm(records, total=total, unit="picture", file=sys.stderr))
 
 
-def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, Any]:
+def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
     from ..evaluation import agreement, compare
 
     ratings = _ratings(arguments)
@@ -132,20 +155,20 @@ def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, An
         _print_agreements(part)
         for name, each in part.items():
             numbers[name].setdefault("groups", {})[group] = each.as_dict()
-    if arguments.plot is not None:
+
+    def draw(path: Path) -> None:
         from .. import plots
 
         notes = {name: f"SRCC {_number(each.srcc)}, n = {each.n}" for name, each in found.items()}
-        plots.scatter(arguments.plot, scores, ratings.opinions, notes)
-    return numbers
+        plots.scatter(path, scores, ratings.opinions, notes)
+
+    return numbers, draw
 
 
 def _ratings(arguments: argparse.Namespace) -> Ratings:
     from ..ratings import pyiqa_ratings
 
     if arguments.dataset is not None:
-        if arguments.group or arguments.image_column or arguments.mos_column:
-            raise SettingsError("--group, --image-column and --mos-column are for --ratings, not for --dataset")
         return pyiqa_ratings(arguments.dataset, arguments.images)
     return rated(arguments, arguments.group)
 
@@ -165,7 +188,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> dict[str, Any]:
+def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
     """Mean score by level for every type, as QualiCLIP's first figure shows it."""
     import torch
 
@@ -175,7 +198,7 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> dict[str
     from ..training.degradations import DEGRADATIONS, LEVELS, degrade
 
     paths = find_pictures([str(arguments.degradations)]).paths
-    if arguments.limit:
+    if arguments.limit is not None:
         paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
     if not paths:
         raise SettingsError(f"no pictures in {arguments.degradations}")
@@ -226,18 +249,20 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> dict[str
         for name, each in types.items():
             cells = " | ".join(f"{mean:.3f}" for mean in each["means"])
             print(f"| {name} | {cells} | {'yes' if each['falls'] else 'no'} | {each['in_order']:.3f} |")
-    if arguments.plot is not None:
+
+    def draw(path: Path) -> None:
         from .. import plots
 
         plots.levels(
-            arguments.plot,
+            path,
             {c: {n: t["means"] for n, t in each["types"].items()} for c, each in numbers.items()},
             {c: {n: t["falls"] for n, t in each["types"].items()} for c, each in numbers.items()},
         )
-    return numbers
+
+    return numbers, draw
 
 
-def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -> dict[str, Any]:
+def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -> tuple[dict[str, Any], Draw]:
     from dataclasses import asdict
 
     from ..discover import find_pictures
@@ -245,7 +270,7 @@ def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -
 
     paths = [Path(path) for path in find_pictures([folder]).paths]
     scores = _scored(paths, [first, second], arguments.device)
-    found = gmad(scores, {name: lower_is_better(name) for name in scores}, arguments.levels)
+    found = gmad(scores, {name: lower_is_better(name) for name in scores}, arguments.levels or 4)
     print("| defender | at | attacker | finds better | and worse | attacker's gap | defender's gap |")
     print("|---|---|---|---|---|---|---|")
     for duel in found:
@@ -253,11 +278,12 @@ def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -
             f"| {duel.defender} | {duel.level:.4f} | {duel.attacker} | {source_name(paths[duel.better])} | "
             f"{source_name(paths[duel.worse])} | {duel.attacker_gap:.4f} | {duel.defender_gap:.4f} |"
         )
-    if arguments.plot is not None:
+
+    def draw(path: Path) -> None:
         from .. import plots
 
         plots.duels(
-            arguments.plot,
+            path,
             [
                 (
                     f"defender {d.defender}: alike, {d.level:.3f} (gap {d.defender_gap:.3f})",
@@ -268,6 +294,6 @@ def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -
                 for d in found
             ],
         )
-    return {
-        "pairs": [{**asdict(d), "better": str(paths[d.better]), "worse": str(paths[d.worse])} for d in found],
-    }
+
+    pairs = [{**asdict(d), "better": str(paths[d.better]), "worse": str(paths[d.worse])} for d in found]
+    return {"pairs": pairs}, draw

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingsError
-from . import add_rating_options, rated
+from . import RATING_OPTIONS, add_rating_options, rated, refuse
 
 
 def add_parser(commands: Any) -> None:
@@ -50,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.config import load_config
     from ..training.train import DivergedError, train
 
-    if arguments.ratings is None and (arguments.images or arguments.mos_column or arguments.image_column):
-        raise SettingsError("--images and the names of columns are for --ratings, which is not given")
+    if arguments.ratings is None:
+        refuse(arguments, RATING_OPTIONS, "without --ratings")
     logging.getLogger("qualiclip_pyiqa").setLevel(logging.INFO)
     try:
         path = train(
