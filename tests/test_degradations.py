@@ -504,6 +504,14 @@ def test_impossible_compositions_are_refused() -> None:
         draw_types(rng, (1,), {"jpg": 2.0})
 
 
+def test_quantization_between_levels_keeps_black_and_white() -> None:
+    ramp = torch.linspace(0, 1, 256).expand(1, 3, 32, 256)
+    for level in (1, 1.4, 2.5, 3.5, 4.9, 5):
+        values = degrade(ramp, "quantization", level, 0).unique()
+        expected = torch.linspace(0, 1, round(strength("quantization", level)))
+        assert len(values) == len(expected) and torch.allclose(values, expected), level
+
+
 # ---------------------------------------------------------------- the contact sheet
 
 

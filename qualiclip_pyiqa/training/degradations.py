@@ -249,8 +249,9 @@ def pixelate(x: Tensor, amount: float, generators: Generators) -> Tensor:
 
 
 def quantization(x: Tensor, grey_levels: float, generators: Generators) -> Tensor:
-    """That many equally spaced values, 0 and 1 among them, for each channel."""
-    return (x * (grey_levels - 1)).round() / (grey_levels - 1)
+    """That many equally spaced values, to the nearest whole number, 0 and 1 among them, for each channel."""
+    steps = round(grey_levels) - 1
+    return (x * steps).round() / steps
 
 
 def color_block(x: Tensor, count: float, generators: Generators) -> Tensor:
