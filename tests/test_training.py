@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -603,6 +605,70 @@ def test_checkpoint_that_was_not_finished_is_none(
     assert not list(run.glob("checkpoint*"))
 
 
+def test_log_of_a_run_that_stops_twice_has_each_line_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, centre = tmp_path / "run", trainer.centre_loss
+    config = dataclasses.replace(short(), steps=6, validate_every=100)
+    for step in (3, 5):  # each after a checkpoint, whose log has no line about it
+        calls = iter([1.0] * (step - 1 - steps_kept(run)) + [math.nan])
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "centre_loss", lambda difference, calls=calls: centre(difference) * next(calls))
+            with pytest.raises(trainer.DivergedError, match=f"at step {step};"):
+                trainer.train(config, folder, run, resume=True)
+        assert [line.get("stopped") for line in lines_of(run)] == [None, "centre"]
+    trainer.train(config, folder, run, resume=True)
+    assert [(line.get("step"), line.get("stopped")) for line in lines_of(run)] == [(None, None), (6, None), (6, None)]
+
+
+# Where a process is killed: at the first step, and in what makes the model and tidies up after the last checkpoint.
+# Each is killed as a fork of one process, which has everything imported and no thread yet.
+FATES = """
+import os, shutil, signal, sys
+from pathlib import Path
+from qualiclip_pyiqa import cli
+from qualiclip_pyiqa.training import train as t
+
+place, delete = Path.replace, shutil.rmtree
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def when_the_model_is_written():
+    Path.replace = lambda path, to: die() if path.name.startswith("model.safetensors.") else place(path, to)
+def while_the_last_checkpoint_is_deleted():
+    def fatal(path, ignore_errors=False):
+        delete(path, ignore_errors) if ignore_errors or not list(Path(path).parent.glob("model.*")) else die()
+    shutil.rmtree = fatal
+run = Path(sys.argv[sys.argv.index("--out") + 1])
+for fate in (
+    lambda: setattr(t, "centre_loss", die),
+    lambda: setattr(t, "recalibrate", die),
+    when_the_model_is_written,
+    while_the_last_checkpoint_is_deleted,
+):
+    child = os.fork()
+    if child == 0:
+        fate()
+        os._exit(cli.main(sys.argv[1:]))
+    print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *sorted(path.name for path in run.iterdir()))
+"""
+
+
+def test_run_killed_at_every_stage_is_the_same_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    config, run = write_config(short(), tmp_path / "config.toml"), tmp_path / "run"
+    line = command(config, folder, run, "--resume")[2:]
+    done = subprocess.run([sys.executable, "-c", FATES, *line], capture_output=True, text=True)
+    left = [re.sub(r"(?<=000000004)-\w+|(?<=tensors.)\d+| tensorboard", "", x) for x in done.stdout.splitlines()]
+    assert left == [
+        "9 log.jsonl",
+        "9 checkpoint-000000004 log.jsonl",
+        "9 checkpoint-000000004 log.jsonl model.safetensors..part",
+        "9 checkpoint.part log.jsonl model.safetensors",
+    ], done.stderr[-1000:]
+    finished = trainer.train(short(), folder, run, resume=True)
+    assert {path.name for path in run.iterdir()} == {"log.jsonl", "model.safetensors", "tensorboard"}
+    assert same_tensors(finished, trainer.train(short(), folder, tmp_path / "whole"))
+
+
 def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -621,6 +687,7 @@ def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
     with pytest.raises(SettingsError, match="holds checkpoint-000000002-"):
         trainer.train(short(), folder, run)
     assert trainer.train(short(), folder, run, resume=True).is_file()
+    assert b"\0" not in (run / "log.jsonl").read_bytes()  # it began anew
 
 
 def test_two_processes_train_what_one_would_accumulate(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import sys
@@ -239,6 +240,8 @@ class _Run:
         accelerator.register_for_checkpointing(self.schedule, self.averaged, self.progress)
         self.finished = False
         resumed = resume and self._restore()
+        if self.main:
+            self._sweep()
         if self.finished:
             return
         self.validation = Validation([read_photograph(p) for p in validation], config, seed) if self.main else None
@@ -247,7 +250,9 @@ class _Run:
                 "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
             )
             self.journal = (out / LOG).open("ab")
-            self.journal.truncate(self.progress.log_bytes)
+            # To where the checkpoint's log ended; a lost log begins anew.
+            self.journal.truncate(min(self.progress.log_bytes, self.journal.tell()))
+            self.journal.seek(0, os.SEEK_END)
         if not resumed:
             self._note(
                 seed=seed,
@@ -319,6 +324,12 @@ class _Run:
         if self.main:
             partial.replace(final)
             self._delete_checkpoints(but=final)
+
+    def _sweep(self) -> None:
+        """Delete what a process that was killed left half written or half deleted."""
+        shutil.rmtree(self.out / "checkpoint.part", ignore_errors=True)
+        for left in self.out.glob(f"{MODEL}.*.part"):
+            left.unlink()
 
     def _delete_checkpoints(self, but: Path | None = None) -> None:
         for old in self.out.glob("checkpoint-*"):
