@@ -32,7 +32,7 @@ from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
 from qualiclip_pyiqa.mini import BLOCKS, CELL, PERCENTILES, ROUNDING_ENERGY, UNRANKED, MiniTower, log_energies
 from qualiclip_pyiqa.prompts import QUALITY_SETS
-from qualiclip_pyiqa.ratings import read_ratings
+from qualiclip_pyiqa.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.training import stacks as stacks_module
 from qualiclip_pyiqa.training import train as trainer
 from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_config
@@ -461,6 +461,18 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"3\.png"):  # before the first step
         trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)
     assert not (tmp_path / "damaged").exists()
+
+
+def test_without_a_correlation_the_log_is_still_json(folder: Path, tmp_path: Path) -> None:
+    paths = paths_of(folder)
+    for name, ratings in (
+        ("constant", Ratings(paths[:3], [2.0] * 3, False)),
+        ("one", Ratings(paths[:1], [2.0], False)),
+    ):
+        run = trainer.train(short(), folder, tmp_path / name, ratings=ratings).parent
+        assert "NaN" not in (run / "log.jsonl").read_text()
+        assert [line["srcc"] for line in lines_of(run)[1:]] == [None, None]
+        assert "srcc" not in scalars(run)
 
 
 def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: Path, tiny_folder: Path) -> None:

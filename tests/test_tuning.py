@@ -284,6 +284,8 @@ def test_no_number_any_more(tiny_folder: Path, ratings: Ratings, tmp_path: Path)
     last = dataclasses.replace(wild, batch=COUNT, epochs=1)
     with pytest.raises(SettingsError, match=r"nothing is left to score with after step 1, .*lower learning rate"):
         tune(tiny(tiny_folder, last), ratings, tmp_path / "last", last)
+    assert log_of(tmp_path / "last")[-1]["validation_srcc"] is None  # JSON has no NaN
+    assert "NaN" not in (tmp_path / "last" / "log.jsonl").read_text()
     net = tiny(tiny_folder, QUICK["pyiqa"])
     net.tower.conv1.weight.fill_(math.nan)
     with pytest.raises(WeightsError, match=r"step 1 .*tiny-resnet.pt gives image features that are no numbers"):

@@ -455,7 +455,7 @@ class _Run:
                 {f"loss/{name}": value for name, value in means.items()}
                 | {"learning_rate": rate, "waiting": waiting, "accuracy/all": found["accuracy"]}
                 | {f"accuracy/{name}": value for name, value in found["types"].items()}
-                | ({"srcc": found["srcc"]} if "srcc" in found else {}),
+                | ({"srcc": found["srcc"]} if found.get("srcc") is not None else {}),
                 step=progress.step,
             )
         self.accelerator.wait_for_everyone()
@@ -469,7 +469,8 @@ class _Run:
             "types": {name: round(value, 3) for name, value in accuracy.items()},
         }
         if self.ratings is not None:
-            found["srcc"] = round(rated_srcc(self.averaged, self.aligned, self.ratings), 4)
+            srcc = rated_srcc(self.averaged, self.aligned, self.ratings)
+            found["srcc"] = round(srcc, 4) if math.isfinite(srcc) else None  # JSON has no NaN
         return found
 
     def _note(self, **record: Any) -> None:

@@ -400,12 +400,13 @@ def _crop_features(net: PromptIQA, paths: Sequence[Path], recipe: Recipe) -> Ite
 
 @torch.no_grad()
 def _agreement(net: PromptIQA, features: Tensor, watched: Ratings) -> dict[str, float | None]:
-    """SRCC and PLCC on the held-out pictures, positive if the two agree; None where a column is constant."""
+    """SRCC and PLCC on the held-out pictures, positive if the two agree; None where there is none."""
     if not watched.paths:
         return {}
     scores = net.score(features)[:, 0].double().cpu().numpy()
     opinions = [-o for o in watched.opinions] if watched.lower_better else watched.opinions
-    if min(scores) == max(scores) or min(opinions) == max(opinions):
+    # Scores that are no numbers are of a context that diverges; the next step says so.
+    if not math.isfinite(scores.sum()) or min(scores) == max(scores) or min(opinions) == max(opinions):
         return {"validation_srcc": None, "validation_plcc": None}
     return {
         "validation_srcc": float(stats.spearmanr(scores, opinions)[0]),

@@ -76,7 +76,7 @@ class Validation:
 
 @torch.no_grad()
 def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float:
-    """SRCC of the scores of whole pictures with their opinion scores; positive is agreement."""
+    """SRCC of the scores of whole pictures with their opinion scores; positive is agreement, NaN if one is constant."""
     from scipy.stats import spearmanr
 
     tower.eval()
@@ -86,5 +86,7 @@ def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float:
     for path in tqdm(ratings.paths, desc="rated pictures", file=sys.stderr, leave=False):
         c = similarities(tower(load_image(path)[None].to(device)), aligned.anchors, aligned.unit)
         scores.append(float(torch.sigmoid(scale * (c[..., 0] - c[..., 1])).mean()))
+    if min(scores) == max(scores) or min(ratings.opinions) == max(ratings.opinions):
+        return math.nan
     sign = -1 if ratings.lower_better else 1
     return sign * float(spearmanr(scores, ratings.opinions)[0])
