@@ -13,9 +13,11 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photog
 from qualiclip_pyiqa.training.towers import build
 
 TOY = load_config("toy")
+NOISE = {name: float(each.group == "noise") for name, each in DEGRADATIONS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -460,6 +463,9 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
     (rated / "3.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"3\.png"):  # before the first step
         trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)
+    Image.new("RGB", (40, 31)).save(rated / "3.png")
+    with pytest.raises(ImageError, match=r"3\.png has a side of 31 pixels; expected at least 32 to be"):
+        trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)
     assert not (tmp_path / "damaged").exists()
 
 
@@ -743,9 +749,45 @@ def test_held_out_and_excluded_photographs_are_not_listed(tmp_path: Path) -> Non
         Image.new("RGB", (40, 40)).save(tmp_path / name)
     with (tmp_path / "manifest.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["file", "held_out"], ["a.png", "1"], ["b.png", "0"]])
-    (tmp_path / "skip.txt").write_text("c.png\n")
+    (tmp_path / "skip.txt").write_text("c.png\n\n")
     assert [p.name for p in list_photographs(tmp_path)] == ["b.png", "c.png"]
     assert [p.name for p in list_photographs(tmp_path, tmp_path / "skip.txt")] == ["b.png"]
+
+
+def test_lists_that_name_other_files_do_not_pass_unseen(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "sub" / "a.png")
+    (tmp_path / "skip.txt").write_text("a.png\n")  # of another folder
+    with pytest.raises(SettingsError, match=r"skip\.txt: a\.png is no picture in .*; expected paths relative to"):
+        list_photographs(tmp_path, tmp_path / "skip.txt")
+    # Held-out pictures need not be downloaded, so they are only counted.
+    (tmp_path / "manifest.csv").write_text("file,held_out\nsub/b.png,1\nsub/c.png,0\n")
+    assert [p.name for p in list_photographs(tmp_path)] == ["a.png"]
+    assert "1 held-out pictures of manifest.csv are not in" in caplog.text and "sub/b.png" in caplog.text
+    with pytest.raises(SettingsError, match="repeat names 'portrait', which is not in"):
+        trainer.train(short(repeat={"portrait": 3.0}), folder, tmp_path / "run")
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG of one colour that is small as a file whatever its size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # of which Pillow warns, and which it refuses
+def test_photograph_of_too_many_pixels_is_one_line_at_once(side: int, folder: Path, tmp_path: Path) -> None:
+    pristine = tmp_path / "pristine"
+    shutil.copytree(folder, pristine)
+    (pristine / "big.png").write_bytes(png_of(side, side))
+    with pytest.raises(ImageError, match=r"big\.png cannot be decoded .*pixels.*; leave it out \(--exclude\)$"):
+        trainer.train(short(), pristine, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -789,6 +831,8 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
         ({"repeat": {"a": 0.5}}, "repeat"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"type_weights": {"smudge": 1}}, "smudge"),
+        ({"type_weights": dict.fromkeys(DEGRADATIONS, 0)}, "0 groups with a weight above zero"),
+        ({"types": [0, 0, 1], "type_weights": NOISE | {"jpeg": 1}}, "more than the 2 groups with a weight above zero"),
     ],
 )
 def test_hostile_configuration_is_one_clear_error(change: dict, complaint: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import random
 import tomllib
 from dataclasses import dataclass
 from hashlib import sha256
@@ -150,7 +151,7 @@ def _convert(value: Any, kind: str, what: str) -> Any:
 
 
 def _check(c: Config) -> None:
-    from .degradations import DEGRADATIONS, LEVELS
+    from .degradations import DEGRADATIONS, LEVELS, draw_types
 
     def need(good: bool, what: str, expected: str) -> None:
         if not good:
@@ -196,3 +197,4 @@ def _check(c: Config) -> None:
     for name, weight in c.type_weights.items():
         need(name in DEGRADATIONS, "type_weights", f"degradation types as keys, not {name!r}")
         need(weight >= 0, "type_weights", "weights of at least 0")
+    draw_types(random.Random(0), c.types, c.type_weights)  # says when there are fewer groups than types to be drawn

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from ..images import load_image
 from .config import Config
 from .degradations import DEGRADATIONS, LEVELS, blur, degrade_all, draw_types, jpeg
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 # The groups whose degradations train a prompt pair of the mini tower, in the order of its blocks; None: all. The second
@@ -32,37 +36,45 @@ def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
 
     Args:
         folder: searched recursively. If it holds a `manifest.csv` with columns `file` and `held_out`, rows whose
-            `held_out` is 1 are left out.
+            `held_out` is 1 are left out; those that are not there (not downloaded, say) are counted in a warning.
         exclude: a text file with one path, relative to the folder, per line to be left out too.
 
     Raises:
-        SettingsError: no such folder, an unreadable list, or too few pictures left.
+        SettingsError: no such folder, an unreadable list, an `exclude` that names no picture here, or none left.
     """
     if not folder.is_dir():
         raise SettingsError(f"{folder} is no folder; expected one with photographs to train on")
-    left_out: set[str] = set()
+    held_out: set[str] = set()
+    excluded: set[str] = set()
     try:
         if (folder / "manifest.csv").is_file():
             with (folder / "manifest.csv").open(newline="", encoding="utf-8") as file:
-                left_out |= {row["file"] for row in csv.DictReader(file) if row.get("held_out") == "1"}
+                held_out = {row["file"] for row in csv.DictReader(file) if row.get("held_out") == "1"}
         if exclude is not None:
-            left_out |= {line.strip() for line in exclude.read_text(encoding="utf-8").splitlines()}
+            excluded = {line.strip() for line in exclude.read_text(encoding="utf-8").splitlines()} - {""}
     except (OSError, UnicodeDecodeError, KeyError) as error:
         raise SettingsError(f"the list of photographs not to train on cannot be read: {error!r}") from None
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    paths = [p for p in paths if p.relative_to(folder).as_posix() not in left_out]
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    names = {p: p.relative_to(folder).as_posix() for p in found}
+    if missing := sorted(excluded - set(names.values())):  # a wrong path must not put a picture into the training
+        raise SettingsError(f"{exclude}: {missing[0]} is no picture in {folder}; expected paths relative to it")
+    if missing := sorted(held_out - set(names.values())):
+        log.warning("%d held-out pictures of manifest.csv are not in %s, such as %s", len(missing), folder, missing[0])
+    paths = [p for p in found if names[p] not in held_out | excluded]
     if not paths:
         raise SettingsError(f"{folder} holds no photographs to train on; expected {', '.join(sorted(SUFFIXES))}")
     return paths
 
 
-def shorter_side(path: Path) -> int:
-    """In pixels, from the file's header alone."""
+def shorter_side(path: Path, where: str = "--exclude") -> int:
+    """In pixels, from the file's header alone; `where` a picture that cannot be read may be left out, for people."""
     try:
-        with Image.open(path) as picture:
-            return min(picture.size)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be decoded ({error}); leave it out (--exclude)") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # it would be refused when it is decoded
+            with Image.open(path) as picture:
+                return min(picture.size)
+    except Exception as error:  # whatever Pillow's parsers raise
+        raise ImageError(f"{path} cannot be decoded ({error}); leave it out ({where})") from None
 
 
 def read_photograph(path: Path) -> Tensor:

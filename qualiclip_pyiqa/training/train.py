@@ -38,6 +38,7 @@ from tqdm import tqdm
 from .. import weights as weight_files
 from ..errors import ImageError, SettingsError
 from ..mini import Standardise
+from ..pixels import MIN_SIDE
 from ..ratings import Ratings
 from .config import Config
 from .losses import across_loss, centre_loss, consistency_loss, ranking_loss
@@ -214,8 +215,12 @@ class _Run:
                 "or choose another folder"
             )
         self.training, validation = self._divide(pristine, exclude)
-        for path in ratings.paths if ratings is not None else ():
-            shorter_side(path)  # what is no picture shall stop the run now and not at its first look
+        if ratings is not None:
+            if self.main:
+                log.info("opinion scores: %s", ratings)
+            for path in ratings.paths:  # what cannot be scored shall stop the run now and not at its first look
+                if (side := shorter_side(path, "of --ratings")) < MIN_SIDE:
+                    raise ImageError(f"{path} has a side of {side} pixels; expected at least {MIN_SIDE} to be scored")
         accelerator.wait_for_everyone()  # nobody looks for an earlier run after another process has begun this one
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -276,6 +281,9 @@ class _Run:
                 f"{pristine} has {len(large)} photographs of at least {smallest} pixels a side; "
                 f"expected {config.validation} to validate on and at least {config.stacks} to train on"
             )
+        for name in config.repeat:
+            if not (pristine / name).exists():
+                raise SettingsError(f"repeat names {name!r}, which is not in {pristine}; expected folders of it")
         random.Random(f"split {self.seed}").shuffle(large)
         validation, kept = large[: config.validation], large[config.validation :]
         folders = [path.relative_to(pristine).parts[0] for path in kept]
