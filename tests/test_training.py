@@ -800,7 +800,28 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(trainer, "centre_loss", lambda difference: (difference.mean() * 0).abs().sqrt())
     with pytest.raises(trainer.DivergedError, match=r"gradient of the loss is (nan|inf) at step 1;"):
         trainer.train(TOY, folder, tmp_path / "gradient")
+    assert lines_of(tmp_path / "gradient")[-1]["stopped"] == "gradient"
     assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_overflows_of_fp16_are_left_out_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[dict] = []
+    monkeypatch.setattr(trainer._Run, "_note", lambda self, **note: notes.append(note))
+    run = object.__new__(trainer._Run)
+    run.progress, run.overflows = trainer.Progress("", step=7), 0
+    run.config = dataclasses.replace(TOY, precision="fp16")
+    for _ in range(2):
+        for norm in [math.inf, math.nan] * (trainer.OVERFLOWS // 2) + [1.0]:
+            run._watch_gradient(norm)
+    for _ in range(trainer.OVERFLOWS):
+        run._watch_gradient(math.nan)
+    assert not notes
+    with pytest.raises(trainer.DivergedError, match=r"^the gradient of the loss is nan at step 7;"):
+        run._watch_gradient(math.nan)
+    assert notes == [{"step": 7, "stopped": "gradient"}]
+    run.config, run.overflows = TOY, 0
+    with pytest.raises(trainer.DivergedError):
+        run._watch_gradient(math.inf)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ from .validation import Validation, rated_srcc
 log = logging.getLogger(__name__)
 
 MODEL, LOG = "model.safetensors", "log.jsonl"
+# Overflows in a row that fp16 may have: each halves the scale, which begins at 2^16, so by then it is 2^-16.
+OVERFLOWS = 32
 
 
 class DivergedError(RuntimeError):
@@ -244,6 +246,7 @@ class _Run:
         self.progress = Progress(self._digest(pristine))
         accelerator.register_for_checkpointing(self.schedule, self.averaged, self.progress)
         self.finished = False
+        self.overflows = 0
         resumed = resume and self._restore()
         if self.main:
             self._sweep()
@@ -421,9 +424,7 @@ class _Run:
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.tower.parameters(), config.clip or math.inf)
-                    # With fp16 an overflow is expected now and then; the scaler leaves the step out.
-                    if config.precision != "fp16":
-                        self._stop_if_diverged({"gradient of the": float(norm)})
+                    self._watch_gradient(float(norm))
                 self.optimiser.step()
                 self.optimiser.zero_grad()
             progress.add(**{name: value / config.accumulate for name, value in values.items()})
@@ -443,7 +444,14 @@ class _Run:
         if bad is not None:
             step = self.progress.step
             self._note(step=step, stopped=bad)
-            raise DivergedError(f"the {bad} loss is {values[bad]} at step {step}; try a lower learning_rate")
+            what = "gradient of the loss" if bad == "gradient" else f"{bad} loss"
+            raise DivergedError(f"the {what} is {values[bad]} at step {step}; try a lower learning_rate")
+
+    def _watch_gradient(self, norm: float) -> None:
+        """With fp16 an overflow is expected now and then, and the scaler leaves the step out; but not for ever."""
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if self.overflows > (OVERFLOWS if self.config.precision == "fp16" else 0):
+            self._stop_if_diverged({"gradient": norm})
 
     # ------------------------------------------------------------ looks and the log
 
