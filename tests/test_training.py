@@ -41,7 +41,7 @@ from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_c
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS, degrade
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photographs
-from qualiclip_pyiqa.training.towers import build
+from qualiclip_pyiqa.training.towers import Aligned, build
 
 TOY = load_config("toy")
 NOISE = {name: float(each.group == "noise") for name, each in DEGRADATIONS.items()}
@@ -111,6 +111,63 @@ def test_a_pair_need_not_fall_with_what_it_is_not_about_but_must_not_rise() -> N
 def test_centre_is_zero_only_for_balanced_pairs() -> None:
     assert centre_loss(torch.tensor([[1.0, -0.5], [-1.0, 0.5]])).item() == 0
     assert centre_loss(torch.tensor([[0.4], [0.2]])).item() == pytest.approx(0.09)
+
+
+def test_the_loss_of_a_step_is_the_weighted_sum_of_what_it_says() -> None:
+    """Two stacks of two levels of two crops, one prompt pair, by plain loops."""
+    margins = {"margin_consistency": 0.05, "margin_rank": 0.4, "margin_across": 0.2, "gap_across": 3.0}
+    weights = {"consistency": 2.0, "positive": 3.0, "negative": 5.0, "across": 7.0, "centre": 11.0}
+    config = dataclasses.replace(TOY, **margins, **{f"weight_{name}": w for name, w in weights.items()})
+    angles = torch.tensor([[[0.1, 0.3], [0.8, 1.2]], [[0.5, 0.2], [0.6, 1.5]]])  # stack, level, crop
+    features = torch.stack([angles.cos(), angles.sin()], -1)
+    positive, negative = features.double().numpy()[..., 0], features.double().numpy()[..., 1]
+    level = [[0, 4], [1, 3]]
+    batch = {
+        "pictures": torch.zeros(2, 2, 2, 3, 1, 1, dtype=torch.uint8),
+        "level": torch.tensor(level).float(),
+        "ordered": torch.tensor([[False, True], [False, False]]).expand(2, 2, 2),
+        "monotone": torch.tensor([True, True]),
+        "about": torch.ones(2, 1, dtype=torch.bool),
+    }
+    aligned = Aligned(torch.nn.Identity(), torch.eye(2), 1.0, 0.0, {})
+    found = trainer.losses(lambda pictures: features.flatten(0, 2), aligned, batch, config)
+
+    def mean(terms: list[float]) -> float:
+        return sum(terms) / len(terms)
+
+    crops, stacks = (0, 1), (0, 1)
+    expected = {
+        "consistency": mean(
+            [max(0, abs(c[b, i, 0] - c[b, i, 1]) - 0.05) for c in (positive, negative) for b in stacks for i in (0, 1)]
+        ),
+        # The milder level is nearer to the positive prompt ...
+        "positive": mean(
+            [max(0, 0.4 - (positive[b, 0, k] - positive[b, 1, m])) for b in stacks for k in crops for m in crops]
+        ),
+        # ... and farther from the negative one.
+        "negative": mean(
+            [max(0, 0.4 - (negative[b, 1, m] - negative[b, 0, k])) for b in stacks for k in crops for m in crops]
+        ),
+    }
+    quality = positive - negative
+    pairs = [((0, 0), (1, 1)), ((1, 0), (0, 1))]  # of two photographs, at least three levels apart: 0 and 3, 1 and 4
+    expected["across"] = mean(
+        [
+            max(
+                0,
+                0.2 * (level[worse[0]][worse[1]] - level[better[0]][better[1]])
+                - (quality[better][k] - quality[worse][m]),
+            )
+            for better, worse in pairs
+            for k in crops
+            for m in crops
+        ]
+    )
+    expected["centre"] = quality.mean() ** 2
+    assert {name: float(part) for name, part in found.items()} == pytest.approx(
+        expected | {"loss": sum(weights[name] * part for name, part in expected.items())}, abs=1e-6
+    )
+    assert all(part > 0.01 for part in expected.values()), expected  # nothing is tested by a term that is zero
 
 
 # ---------------------------------------------------------------- tower
@@ -385,15 +442,40 @@ def test_same_seed_same_model_whoever_reads_and_degrades(folder: Path, tmp_path:
     assert not same_tensors(runs[0], trainer.train(short(), folder, tmp_path / "e", seed=1))
 
 
+# Few types, as most of so short a run is the making of what it is validated on.
+FEW = short(
+    type_weights=dict.fromkeys(DEGRADATIONS, 0.0) | dict.fromkeys(("motion_blur", "white_noise", "darken"), 1.0)
+)
+
+
 @pytest.fixture(scope="module")
 def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trainer.train(short(), folder, tmp_path_factory.mktemp("usual"))
+    return trainer.train(FEW, folder, tmp_path_factory.mktemp("usual"))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"precision": "bf16", "clip": 0.0},
+        {"precision": "bf16"},
+        {"clip": 0.01},
+        {"levels": 2},
+        {"stacks": 3},
+        {"crops": (48, 64)},
+        {"margin_consistency": 0.0},
+        {"margin_rank": 0.3},
+        {"margin_across": 0.3},
+        {"gap_across": 2.0},
+        {"weight_consistency": 1.0},
+        {"weight_positive": 2.0},
+        {"weight_negative": 2.0},
+        {"weight_across": 2.0},
+        {"weight_centre": 1.0},
+        {"learning_rate": 1e-3},
+        {"accumulate": 2},
+        {"steps": 3},
+        {"recalibrate": 3},
+        {"recalibrate_crop": 64},
+        {"type_weights": NOISE},
         {"pairs": "mean", "weight_across": 0.0, "weight_centre": 0.0},
         {"types": (0.0, 1.0, 1.0)},
         {"share_levels": False},
@@ -414,7 +496,7 @@ def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_every_setting_changes_the_model(change: dict, usual: Path, folder: Path, tmp_path: Path) -> None:
-    model = trainer.train(short(**change), folder, tmp_path / "changed")
+    model = trainer.train(dataclasses.replace(FEW, **change), folder, tmp_path / "changed")
     values = load_file(model)
     assert not same_tensors(usual, model)
     assert all(torch.isfinite(value).all() for value in values.values())
