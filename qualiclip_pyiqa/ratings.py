@@ -106,7 +106,7 @@ def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
         root: what takes the place of `./datasets` in it; None: the working directory's `datasets`.
 
     Raises:
-        SettingsError: an unknown name, a data set without one opinion score per picture, or files that are not there.
+        SettingsError: an unknown name, a data set whose opinions are no single score, or files that are not there.
     """
     from pyiqa import get_dataset_info
     from pyiqa.data import build_dataset
