@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parent / "configs"
 class Config:
     """Settings of a run. Sizes in pixels, probabilities in 0..1, margins and losses in units of a cosine.
 
-    docs/training.md says of every value of the shipped configurations where it comes from.
+    docs/training.md says where the values of the shipped configurations come from.
     """
 
     # Tower
