@@ -77,20 +77,25 @@ def source_name(source: object) -> str:
 
 
 def _decode(file: BinaryIO, name: str) -> np.ndarray:
-    if not file.read(1):
-        raise ImageError(f"{name} is empty (0 bytes); expected a picture")
     try:
-        file.seek(0)
         with warnings.catch_warnings():  # what Pillow would warn of is an error here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except Image.UnidentifiedImageError:
+        if not file.seek(0, os.SEEK_END):
+            raise ImageError(f"{name} is empty (0 bytes); expected a picture") from None
         raise ImageError(f"{name} is no picture, or of a format that Pillow cannot read") from None
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged headers
-        raise ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture") from error
+        raise _undecodable(name, error) from error
     return _from_pil(image, name)
+
+
+def _undecodable(name: str, error: Exception) -> ImageError:
+    if isinstance(error, OSError) and error.strerror:  # the file system's; Pillow's own have none
+        return ImageError(f"{name} cannot be read ({error.strerror}); expected a picture file")
+    return ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture")
 
 
 def _too_large(name: str, what: str) -> ImageError:
@@ -116,7 +121,7 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         array = np.asarray(image)
     except Exception as error:  # as above; the pixels are decoded only here
-        raise ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture") from error
+        raise _undecodable(name, error) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
     if image.mode == "I":  # Pillow's mode for 16 bits in some formats, and for 32 bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -212,6 +213,29 @@ def test_unreadable_file(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert as_nobody(message) == f"{file} cannot be read (Permission denied); expected a picture file"
+
+
+def test_a_read_error_is_one_line() -> None:
+    """Linux's own memory is a regular file whose first byte cannot be read."""
+    with pytest.raises(ImageError) as caught:
+        load_image("/proc/self/mem")
+    assert str(caught.value) == "/proc/self/mem cannot be read (Input/output error); expected a picture file"
+
+
+def test_a_read_error_in_mid_picture_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.png"
+    Image.fromarray(RGB).save(file)
+
+    class FailingDisk(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 1000:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    content = file.read_bytes()
+    monkeypatch.setattr(Path, "open", lambda path, mode: FailingDisk(content))
+    with pytest.raises(ImageError, match=r"x\.png cannot be read \(Input/output error\); expected a picture file"):
+        load_image(file)
 
 
 def test_truncated_is_damaged_whatever_others_told_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
