@@ -46,7 +46,7 @@ class Decoder:
         self.results = results
         self.max_pixels = max_pixels
         self.pending = 0
-        self._tasks: queue.SimpleQueue[tuple[int, PixelSource] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[int, str | bytes] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._closing = False
@@ -56,7 +56,7 @@ class Decoder:
         """Whether `submit` may be called."""
         return self.pending < self.ahead
 
-    def submit(self, number: int, source: PixelSource) -> None:
+    def submit(self, number: int, source: str | bytes) -> None:
         self.pending += 1
         if not self.workers:
             self.results.put(("decoded", number, decode(source, self.max_pixels)))
@@ -91,7 +91,7 @@ class Decoder:
             process.kill()
             _bury(process)
 
-    def _decode(self, worker: int, source: PixelSource) -> Any:
+    def _decode(self, worker: int, source: str | bytes) -> Any:
         message = pickle.dumps(source)
         for _ in range(ATTEMPTS):
             process = self._processes.get(worker)

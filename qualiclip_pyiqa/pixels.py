@@ -46,7 +46,7 @@ def read_pixels(source: PixelSource) -> np.ndarray:
         raise ImageError(
             f"picture is a {type(source).__name__}; expected a path, bytes, a PIL image, a NumPy array or a tensor"
         )
-    path = Path(source)
+    path = Path(os.fsdecode(source))
     name = source_name(source)
     try:
         mode = path.stat().st_mode
@@ -69,7 +69,7 @@ def read_pixels(source: PixelSource) -> np.ndarray:
 def source_name(source: object) -> str:
     """What an error calls a source: a file by its path, in quotes and escaped if that is not one printable line."""
     if isinstance(source, str | os.PathLike):
-        text = str(source)
+        text = os.fsdecode(source)
         return text if text.isprintable() else repr(text)
     if isinstance(source, Image.Image):
         return source_name(getattr(source, "filename", "") or "PIL image")

@@ -164,10 +164,11 @@ class _Run:
             self.exhausted = True
             return
         number, self.read = self.read, self.read + 1
-        is_path = isinstance(source, str | os.PathLike)
-        self.paths[number] = os.fspath(source) if is_path else None  # type: ignore[arg-type]
-        if is_path or isinstance(source, bytes):
-            self.decoder.submit(number, source)  # type: ignore[arg-type]
+        if isinstance(source, os.PathLike):  # perhaps of a class that no worker knows
+            source = os.fsdecode(source)
+        self.paths[number] = source if isinstance(source, str) else None
+        if isinstance(source, str | bytes):
+            self.decoder.submit(number, source)
         elif isinstance(source, ImageError):  # of whoever should have brought the picture
             self._decoded(number, source)
         elif isinstance(source, Tensor):

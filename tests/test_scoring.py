@@ -89,6 +89,33 @@ def test_every_kind_of_source(photos: list[Path], expected: list[float]) -> None
     assert "shape (2, 40, 40)" in records[8].error and "is a int" in records[9].error and "bytes" in records[10].error
 
 
+class OwnPath(os.PathLike[str]):
+    """A path whose class no other process can import."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot be pickled")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_paths_of_every_kind(workers: int, photos: list[Path], expected: list[float]) -> None:
+    folder = photos[0].parent
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)[:2]
+    raw = sorted(os.scandir(os.fsencode(folder)), key=lambda entry: entry.name)[:2]
+    missing = OwnPath(folder / "missing.png")
+    records = list(
+        Scorer("qualiclip-mini", device="cpu", workers=workers).score([OwnPath(photos[0]), missing, *entries, *raw])
+    )
+    assert [r.path for r in records] == [str(photos[0]), missing.path, *[str(path) for path in photos[:2] * 2]]
+    assert close([records[0], *records[2:]], [expected[0], *expected[:2] * 2])
+    assert records[1].error == f"{missing.path} does not exist; expected a picture file"
+
+
 def test_metrics_on_one_tower_share_its_pass(tiny_folder: Path, photos: list[Path]) -> None:
     pairs = {"light": ("Bright photo.", "Dark photo."), "sharp": ("Sharp image.", "Blurry image.")}
     metrics = {
