@@ -7,6 +7,7 @@ never import torch or the user's main module, and end with their parent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -19,11 +20,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import ImageError
+from .errors import ImageError, SettingsError
 from .pixels import PixelSource, read_pixels, source_name
 
-# How many workers a picture may cost before it is what is wrong.
+# How many workers a picture may cost, or a start, before it is what is wrong.
 ATTEMPTS = 3
+
+# What reading from a process raises that is gone, perhaps in mid-sentence.
+_GONE = (EOFError, OSError, pickle.UnpicklingError)
 
 Decoded = np.ndarray | ImageError
 _COMMAND = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from qualiclip_pyiqa.decoding import work; work()"
@@ -86,28 +90,19 @@ class Decoder:
             except Exception as error:  # whatever it is, the caller's thread must hear of it
                 result = error
             self.results.put(("decoded", number, result))
-        process = self._processes.pop(worker, None)
-        if process is not None:
-            process.kill()
-            _bury(process)
+        self._bury(worker)
 
     def _decode(self, worker: int, source: str | bytes) -> Any:
         message = pickle.dumps(source)
         for _ in range(ATTEMPTS):
-            process = self._processes.get(worker)
-            if process is None:
-                process = self._processes[worker] = self._start()
-            if self._closing:  # `close` may have looked before this process was there
-                process.kill()
+            process = self._processes.get(worker) or self._start(worker)
             assert process.stdin is not None and process.stdout is not None
             try:
                 process.stdin.write(message)
                 process.stdin.flush()
                 return pickle.load(process.stdout)
-            except (EOFError, OSError, pickle.UnpicklingError):  # the process is gone, perhaps in mid-sentence
-                process.kill()
-                _bury(process)
-                del self._processes[worker]
+            except _GONE:
+                self._bury(worker)
                 if self._closing:
                     break
         return ImageError(
@@ -115,24 +110,43 @@ class Decoder:
             f"{ATTEMPTS} times (out of memory?)"
         )
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, worker: int) -> subprocess.Popen[bytes]:
+        """A process that has said that it is ready: what it dies of from now on is a picture."""
         limit = Image.MAX_IMAGE_PIXELS if self.max_pixels is None else self.max_pixels
-        return subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, json.dumps(sys.path), json.dumps(limit)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            process_group=0,  # Ctrl-C is for the parent, which stops its workers in order
+        for _ in range(ATTEMPTS):
+            process = self._processes[worker] = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND, json.dumps(sys.path), json.dumps(limit)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                process_group=0,  # Ctrl-C is for the parent, which stops its workers in order
+            )
+            if self._closing:  # `close` may have looked before this process was there
+                process.kill()
+            assert process.stdout is not None
+            try:
+                pickle.load(process.stdout)
+                return process
+            except _GONE:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)  # its pipe closes before its exit status is there
+                self._bury(worker)
+                if self._closing:
+                    break
+        raise SettingsError(
+            f"workers is {self.workers}, but a decoding process does not start (exit status {process.returncode}, "
+            f"{ATTEMPTS} times); see what it wrote to standard error, or set workers=0 (--workers 0)"
         )
 
-
-def _bury(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        try:
-            if pipe is not None:
-                pipe.close()
-        except OSError:  # what was not written yet has no reader
-            pass
-    process.wait()
+    def _bury(self, worker: int) -> None:
+        process = self._processes.pop(worker, None)
+        if process is None:
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was not written yet has no reader
+                if pipe is not None:
+                    pipe.close()
+        process.wait()
 
 
 def decode(source: PixelSource, max_pixels: int | None = None) -> Decoded:
@@ -151,21 +165,19 @@ def decode(source: PixelSource, max_pixels: int | None = None) -> Decoded:
 
 
 def work() -> None:
-    """A worker: pickled sources on standard input, pickled results on what was its standard output."""
+    """A worker: pickled sources on standard input, pickled results, after a first one, on what was standard output."""
     Image.MAX_IMAGE_PIXELS = json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not be in between
+    result: Any = None  # the first answer, which says that this process is ready
     while True:
-        try:
-            source = pickle.load(sys.stdin.buffer)
-        except EOFError:  # the parent has ended
-            return
-        try:
-            result: Any = decode(source)
-        except Exception as error:
-            result = RuntimeError(f"{source_name(source)}: {type(error).__name__}: {error}")
         try:
             pickle.dump(result, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
-        except BrokenPipeError:
+            source = pickle.load(sys.stdin.buffer)
+        except (BrokenPipeError, EOFError):  # the parent has ended
             return
+        try:
+            result = decode(source)
+        except Exception as error:
+            result = RuntimeError(f"{source_name(source)}: {type(error).__name__}: {error}")

@@ -275,6 +275,13 @@ def test_a_picture_that_kills_its_worker_is_an_error_and_its_neighbours_are_not(
         assert log.stat().st_size == 3
 
 
+def test_workers_that_cannot_start_are_no_pictures_fault(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qualiclip_pyiqa.decoding._COMMAND", "raise SystemExit(3)")
+    with pytest.raises(SettingsError, match=r"^workers is 2, .* does not start \(exit status 3, 3 times\).* workers=0"):
+        list(Scorer("qualiclip-mini", device="cpu", workers=2).score(photos))
+    assert not workers_of(os.getpid())
+
+
 def test_refused_before_decoding(tmp_path: Path, photos: list[Path]) -> None:
     for workers in (0, 1):
         records = list(Scorer("qualiclip-mini", device="cpu", workers=workers, max_pixels=5000).score(photos[:4]))
