@@ -90,10 +90,8 @@ class Scorer:
         self.max_pixels = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-        built = _build(metrics, devices[0])
-        self.networks = [
-            Network(built if not k else copy.deepcopy(built), d, precision, compile) for k, d in enumerate(devices)
-        ]
+        named = _named(metrics)
+        self.networks = [Network(_build(named, each), each, precision, compile) for each in devices]
         #: Names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
         self.columns = self.networks[0].columns
 
@@ -357,10 +355,8 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
-def _build(metrics: Any, device: torch.device) -> dict[str, nn.Module]:
-    """Column -> metric, made for this run or copied, so that nothing of the caller's is moved or changed."""
-    import pyiqa
-
+def _named(metrics: Any) -> Mapping[str, Any]:
+    """Column -> name, file, metric or network."""
     if not isinstance(metrics, Mapping):
         metrics = [metrics] if isinstance(metrics, str | os.PathLike | nn.Module) else list(metrics)
         metrics = [os.fspath(metric) if isinstance(metric, os.PathLike) else metric for metric in metrics]
@@ -370,6 +366,13 @@ def _build(metrics: Any, device: torch.device) -> dict[str, nn.Module]:
             raise SettingsError("two metrics have the same name; pass a mapping from column to metric")
     if not metrics:
         raise SettingsError("no metric was given; expected names such as 'qualiclip-mini'")
+    return metrics
+
+
+def _build(metrics: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
+    """Column -> metric, made for this device or copied, so that nothing of the caller's is moved or changed."""
+    import pyiqa
+
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
         if isinstance(metric, str) and metric.endswith(".safetensors"):
@@ -381,13 +384,28 @@ def _build(metrics: Any, device: torch.device) -> dict[str, nn.Module]:
                 raise SettingsError(f"unknown metric {metric!r}; did you mean {near!r}? `pyiqa -ls` lists all")
             metric = pyiqa.create_metric(metric, device=device)
         elif isinstance(metric, nn.Module):
-            metric = copy.deepcopy(metric)
+            metric = _copied(metric)
         else:
             raise SettingsError(f"metric is a {type(metric).__name__}; expected a name, a pyiqa metric or a network")
         if getattr(metric, "metric_mode", "NR") != "NR":
             raise SettingsError(f"{column} needs a reference picture; expected no-reference metrics")
         built[column] = metric
     return built
+
+
+def _copied(metric: nn.Module) -> nn.Module:
+    """A copy that follows `.to()`.
+
+    Off the CPU the `dummy_param` by which pyiqa's metrics know their device is no parameter but what `.to()` made of
+    one: it would stay where it is, and PyTorch copies no tensor that has a history.
+    """
+    marker = metric.__dict__.get("dummy_param")
+    if not isinstance(marker, Tensor):
+        return copy.deepcopy(metric)
+    parameter = nn.Parameter(marker.detach())
+    copied = copy.deepcopy(metric, {id(marker): parameter})
+    copied.dummy_param = parameter
+    return copied
 
 
 def _name(metric: Any) -> str:

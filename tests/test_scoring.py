@@ -89,6 +89,23 @@ def test_every_kind_of_source(photos: list[Path], expected: list[float]) -> None
     assert "shape (2, 40, 40)" in records[8].error and "is a int" in records[9].error and "bytes" in records[10].error
 
 
+def test_several_devices_that_are_not_the_cpu() -> None:
+    """As on a machine with two GPUs: the meta device has tensors without values."""
+    scorer = Scorer(iter(["qualiclip-mini", "piqe"]), device="meta,meta")
+    assert [network.columns for network in scorer.networks] == [("qualiclip-mini", "piqe")] * 2
+    first, second = (network.heads[0][1] for network in scorer.networks)
+    assert first.tower is not second.tower and first.prompt_features.device.type == "meta"
+
+
+def test_a_metric_that_lies_on_a_gpu_is_copied_and_the_copy_moves() -> None:
+    metric = pyiqa.create_metric("piqe", device="cpu")
+    del metric.dummy_param
+    metric.dummy_param = marker = torch.nn.Parameter(torch.empty(0)) * 1  # what pyiqa leaves there off the CPU
+    ((_, copied),) = Scorer({"piqe": metric}, device="meta").networks[0].others
+    assert copied.dummy_param.device.type == "meta"  # pyiqa sends pictures there
+    assert metric.dummy_param is marker and marker.device.type == "cpu"
+
+
 class OwnPath(os.PathLike[str]):
     """A path whose class no other process can import."""
 
