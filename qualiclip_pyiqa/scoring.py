@@ -239,16 +239,19 @@ class Network:
         self.heads: list[tuple[list[str], PromptIQA, int]] = []  # columns, network, index of its features
         self.towers: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = []  # compiled, plain
         self.others: list[tuple[str, nn.Module]] = []
-        firsts: list[PromptIQA] = []  # those whose features the others share
+        own: list[tuple[str, PromptIQA]] = []
         for name, metric in metrics.items():
             net = getattr(metric, "net", metric)
             if not isinstance(net, PromptIQA):
                 self.others.append((name, metric.to(device).eval()))
                 continue
-            net = net.eval()
-            twin = next((first for first in firsts if _same(first.tower, net.tower)), None)
+            net.eval()
+            twin = next((first for _, first in own if _same(first.tower, net.tower)), None)
             if twin is not None:
                 net.tower = twin.tower  # and its own memory is freed
+            own.append((name, net))
+        firsts: list[PromptIQA] = []  # those whose features the others share
+        for name, net in own:
             net.to(device=device, dtype=PRECISIONS[precision])
             index = next(
                 (k for k, first in enumerate(firsts) if (first.tower, first.tile) == (net.tower, net.tile)), -1
@@ -343,16 +346,24 @@ def _keep(row: dict[str, float], problems: list[str], column: str, score: float)
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two towers give the same features."""
-    if type(first) is not type(second) or getattr(first, "pos_embedding", None) != getattr(
-        second, "pos_embedding", None
-    ):
-        return False
+    """Whether two towers give the same features: the same modules with the same settings and values."""
     ours, theirs = dict(first.named_buffers()), dict(second.named_buffers())
-    return ours.keys() == theirs.keys() and all(
-        value.shape == theirs[name].shape and torch.equal(value.to(theirs[name]), theirs[name])
-        for name, value in ours.items()
+    return (
+        _structure(first) == _structure(second)
+        and ours.keys() == theirs.keys()
+        and all(
+            value.dtype == theirs[name].dtype and torch.equal(value.to(theirs[name].device), theirs[name])
+            for name, value in ours.items()
+        )
     )
+
+
+def _structure(tower: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Per module its class and its settings, such as strides, heads and whether there is a positional table."""
+    return {
+        path: (type(module), {name: value for name, value in vars(module).items() if not name.startswith("_")})
+        for path, module in tower.named_modules()
+    }
 
 
 def _named(metrics: Any) -> Mapping[str, Any]:

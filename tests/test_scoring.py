@@ -159,6 +159,36 @@ def test_metrics_on_one_tower_share_its_pass(tiny_folder: Path, photos: list[Pat
     assert metrics["one"].tower is not metrics["two"].tower
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_towers_are_shared_in_every_precision(precision: str, tiny_folder: Path) -> None:
+    metrics = {
+        "one": pyiqa.create_metric("qualiclip-mini", device="cpu"),
+        "two": "qualiclip-mini",
+        "three": build("tiny-resnet", tiny_folder),
+        "four": build("tiny-resnet", tiny_folder),
+        "five": build("tiny-vit", tiny_folder),
+        "six": build("tiny-vit", tiny_folder),
+    }
+    (network,) = Scorer(metrics, device="cpu", precision=precision).networks
+    assert [index for _, _, index in network.heads] == [0, 0, 1, 1, 2, 2]
+    assert len({id(net.tower) for _, net, _ in network.heads}) == 3
+
+
+@pytest.mark.parametrize("setting", ["activation", "heads"])
+def test_equal_values_are_not_yet_the_same_tower(setting: str, tiny_folder: Path, photos: list[Path]) -> None:
+    nets = {name: build("tiny-vit", tiny_folder) for name in ("one", "other")}
+    for block in nets["other"].tower.transformer.resblocks:
+        if setting == "activation":
+            block.mlp.gelu = torch.nn.GELU()
+        else:
+            block.attn.num_heads, block.attn.head_dim = 2, block.attn.embed_dim // 2
+    with torch.no_grad():
+        expected = {name: net(load_image(photos[0])[None]).item() for name, net in nets.items()}
+    assert abs(expected["one"] - expected["other"]) > 10 * SAME
+    (record,) = Scorer(nets, device="cpu", workers=0).score(photos[:1])
+    assert record.scores == pytest.approx(expected, abs=SAME)
+
+
 def test_other_metrics_of_pyiqa_are_scored_one_by_one(photos: list[Path], tmp_path: Path) -> None:
     flat = tmp_path / "flat.png"
     Image.new("RGB", (64, 40)).save(flat)
