@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import queue
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -447,13 +448,35 @@ def _at_least(least: int, what: str, default: int, value: int | None) -> int:
     return default if value is None else value
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """NVIDIA GPUs' coarser products for this block only where asked for; PyTorch has them on for convolutions."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+class _Tf32:
+    """NVIDIA GPUs' coarser products only where asked for; PyTorch has them on for convolutions.
+
+    The switches are the whole process's. So passes of several threads that want the same share them, one that wants
+    another setting waits, and the last one leaves the switches as the first one found them.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.passes = 0
+        self.allowed = False
+
+    @contextmanager
+    def __call__(self, allowed: bool) -> Iterator[None]:
+        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+        with self.changed:
+            self.changed.wait_for(lambda: not self.passes or self.allowed == allowed)
+            if not self.passes:
+                self.before = matmul.allow_tf32, convolution.allow_tf32
+                self.allowed = matmul.allow_tf32 = convolution.allow_tf32 = allowed
+            self.passes += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.passes -= 1
+                if not self.passes:
+                    matmul.allow_tf32, convolution.allow_tf32 = self.before
+                    self.changed.notify_all()
+
+
+_tf32 = _Tf32()

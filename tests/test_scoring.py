@@ -11,7 +11,8 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from test_archs import build
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.decoding import Decoder
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.scoring import BATCH_PIXELS, Scorer
+from qualiclip_pyiqa.scoring import BATCH_PIXELS, Network, Scorer
 from qualiclip_pyiqa.tables import Record
 
 # What the issue of batching may cost: kernels block a batch differently.
@@ -347,6 +348,62 @@ def test_precision(photos: list[Path], expected: list[float]) -> None:
         scores = [record.scores["qualiclip-mini"] for record in records]
         assert np.allclose(scores, expected, rtol=0, atol=tolerance)
         assert precision == "tf32" or not np.array_equal(scores, expected)
+
+
+def tf32_switches() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_threads_do_not_change_each_others_tf32(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = tf32_switches()
+    scorer = Scorer("qualiclip-mini", device="cpu,cpu", batch_size=1, workers=0)
+    both, first_is_done = threading.Barrier(2), threading.Event()
+    seen = []
+
+    def pass_of(network: Network, is_first: bool) -> list[tuple[dict[str, float], str | None]]:
+        def features(x: torch.Tensor) -> torch.Tensor:
+            both.wait(60)  # within each other's pass
+            if not is_first:
+                assert first_is_done.wait(60)
+            seen.append(tf32_switches())
+            return network.heads[0][1].features(x)
+
+        network.towers = [(features, features)]
+        scored = network([np.zeros((40, 40, 3), np.uint8)])
+        if is_first:
+            first_is_done.set()
+        return scored
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(pass_of, network, not k) for k, network in enumerate(scorer.networks)]
+        assert all(run.result(60)[0][1] is None for run in runs)
+    assert seen == [(False, False)] * 2
+    assert tf32_switches() == before
+
+
+def test_a_pass_waits_for_those_of_the_other_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    coarse, fine = (Scorer("qualiclip-mini", device="cpu", precision=p).networks[0] for p in ("tf32", "fp32"))
+    before, seen = tf32_switches(), []
+    others: list[Future[Any]] = []
+
+    def watched(network: Network, during: Callable[[], None]) -> None:
+        def features(x: torch.Tensor) -> torch.Tensor:
+            during()
+            seen.append(tf32_switches())
+            return network.heads[0][1].features(x)
+
+        network.towers = [(features, features)]
+
+    pictures = [np.zeros((40, 40, 3), np.uint8)]
+    with ThreadPoolExecutor(1) as thread:
+        watched(fine, lambda: others.append(thread.submit(coarse, pictures)))
+        watched(coarse, lambda: None)
+        fine(pictures)
+        others[0].result(60)
+    assert seen == [(False, False), (True, True)]
+    assert tf32_switches() == before
 
 
 def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
