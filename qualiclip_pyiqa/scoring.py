@@ -41,6 +41,14 @@ BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
 WAITING_BYTES = 2**30
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# How PyTorch says so on a CPU, and where CUDA or its libraries ask for the memory themselves.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 class Scorer:
     """Scores any number of pictures by one or more no-reference metrics.
@@ -293,9 +301,9 @@ class Network:
         try:
             return self._score(pixels)
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                return None
-            raise
+            if not _out_of_memory(error):
+                raise
+            return None
 
     def _score(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]]:
         rgb = from_pixels(pixels, self.device)
@@ -312,13 +320,19 @@ class Network:
             for row, problems, picture in zip(rows, errors, rgb, strict=True):
                 try:
                     score = metric(picture.unsqueeze(0).contiguous()).item()
-                except (torch.OutOfMemoryError, MemoryError):
-                    raise
                 except Exception as error:  # what a foreign metric cannot score is that picture's error, not the end
+                    if _out_of_memory(error):
+                        raise
                     problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
                 else:
                     _keep(row, problems, name, score)
         return [(row, "; ".join(problems) or None) for row, problems in zip(rows, errors, strict=True)]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

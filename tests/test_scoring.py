@@ -240,8 +240,19 @@ def test_no_pictures_no_records() -> None:
     assert list(Scorer("qualiclip-mini", device="cpu").score([])) == []
 
 
+@pytest.mark.parametrize(
+    "lack",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    ],
+)
 def test_out_of_memory_halves_the_batch_and_goes_on(
-    photos: list[Path], expected: list[float], caplog: pytest.LogCaptureFixture
+    lack: Exception, photos: list[Path], expected: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     scorer = Scorer("qualiclip-mini", device="cpu", batch_size=13, workers=0)
     (network,) = scorer.networks
@@ -250,7 +261,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     def small_device(x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
         if len(x) > 2 or x.shape[3] == 47:
-            raise torch.OutOfMemoryError("out of memory")
+            raise lack
         return network.heads[0][1].features(x)
 
     network.towers = [(small_device, small_device)]
@@ -261,10 +272,31 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     assert records[-1].error == "47x33 pixels do not fit into the memory of cpu" and not records[-1].scores
     assert "out of memory; going on with 2 pictures a batch" in caplog.text
     assert max(sizes) > 2 and sizes.count(max(sizes)) == 1  # not tried again
-    # What is no lack of memory is raised.
-    network.towers = [(lambda x: 1 / 0, lambda x: 1 / 0)]
-    with pytest.raises(ZeroDivisionError):
-        list(scorer.score(pictures))
+
+
+def test_what_is_no_lack_of_memory_is_raised(photos: list[Path]) -> None:
+    scorer = Scorer("qualiclip-mini", device="cpu", workers=0)
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    scorer.networks[0].towers = [(broken, broken)]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(scorer.score(photos[:2]))
+
+
+def test_a_foreign_metrics_lack_of_memory_halves_the_batch_too() -> None:
+    class Greedy(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return x.mean()[None]
+
+    scorer = Scorer({"greedy": Greedy()}, device="cpu", batch_size=2, workers=0)
+    assert [record.error for record in scorer.score([np.zeros((40, 40, 3), np.uint8)] * 2)] == [None, None]
 
 
 def test_large_pictures_go_through_the_network_in_small_batches(photos: list[Path]) -> None:
