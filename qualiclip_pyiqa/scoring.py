@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 # Pixels of a batch on a GPU: 85 pictures of 512x384, 8 of 1080p, 2 of 4K; a larger picture goes alone. On a CPU larger
 # batches are slower than single pictures, since their features leave the caches and the memory that is at hand.
 BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
-# What decoded pictures may weigh while they wait for a device.
-WAITING_BYTES = 2**30
+# What decoded pictures may weigh until they are scored.
+DECODED_BYTES = 2**30
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # How PyTorch says so on a CPU, and where CUDA or its libraries ask for the memory themselves.
@@ -141,7 +141,8 @@ class _Run:
         self.busy = [0] * len(threads)  # batches that a device has or that wait for it
         self.paths: dict[int, str | None] = {}
         self.waiting: OrderedDict[Any, deque[tuple[int, np.ndarray]]] = OrderedDict()  # by shape and dtype
-        self.waiting_bytes = 0
+        self.decoded_bytes = 0  # of pictures that are not scored yet
+        self.last_bytes = 0  # of the picture that was decoded last, as a guess for the next ones
         self.done: dict[int, Record] = {}
         self.read = 0  # pictures taken from the input
         self.exhausted = False
@@ -161,7 +162,8 @@ class _Run:
                 self._handle(*self.events.get())
 
     def _may_read(self, number: int) -> bool:
-        full = self.waiting_bytes >= WAITING_BYTES or self.read - number >= self.window
+        weight = self.decoded_bytes + self.decoder.pending * self.last_bytes
+        full = weight >= DECODED_BYTES or self.read - number >= self.window
         return not self.exhausted and not full and self.decoder.ready
 
     def _read_one(self) -> None:
@@ -191,7 +193,8 @@ class _Run:
             self.done[number] = Record(self.paths.pop(number), error=str(result))
             return
         self.waiting.setdefault((result.shape, result.dtype), deque()).append((number, result))
-        self.waiting_bytes += result.nbytes
+        self.last_bytes = result.nbytes
+        self.decoded_bytes += result.nbytes
 
     def _dispatch(self) -> None:
         """Give every device work: a full batch ahead of time, a smaller one only if there is nothing else to do."""
@@ -207,14 +210,13 @@ class _Run:
                 batch = [room.popleft() for _ in range(min(size, len(room)))]
                 if not room:
                     del self.waiting[key]
-                self.waiting_bytes -= sum(pixels.nbytes for _, pixels in batch)
                 numbers, pixels = [n for n, _ in batch], [p for _, p in batch]
                 self.busy[device] += 1
                 future = thread.submit(self.scorer.networks[device], pixels)
-                shape = pixels[0].shape
+                shape, weight = pixels[0].shape, len(pixels) * pixels[0].nbytes
                 future.add_done_callback(
-                    lambda done, device=device, numbers=numbers, shape=shape: self.events.put(  # type: ignore[misc]
-                        ("scored", device, numbers, shape, done)
+                    lambda done, event=("scored", device, numbers, shape, weight): self.events.put(  # type: ignore[misc]
+                        (*event, done)
                     )
                 )
 
@@ -226,8 +228,9 @@ class _Run:
                 raise result
             self._decoded(number, result)
             return
-        device, numbers, (height, width, *_), done = event
+        device, numbers, (height, width, *_), weight, done = event
         self.busy[device] -= 1
+        self.decoded_bytes -= weight
         finished: Future[list[tuple[dict[str, float], str | None]]] = done
         for number, (scores, error) in zip(numbers, finished.result(), strict=True):
             self.done[number] = Record(self.paths.pop(number), width, height, scores, error)

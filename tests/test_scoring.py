@@ -236,6 +236,25 @@ def test_memory_is_bounded_and_the_rest_is_left_unread(photos: list[Path]) -> No
     assert not workers_of(os.getpid())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_heavy_pictures_are_read_one_by_one(workers: int, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qualiclip_pyiqa.scoring.DECODED_BYTES", np.asarray(Image.open(photos[0])).nbytes)
+    read = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal read
+        while True:
+            read += 1
+            yield content
+
+    content = photos[0].read_bytes()
+    running = Scorer("qualiclip-mini", device="cpu", batch_size=4, workers=workers).score(endless())
+    for number, _ in enumerate(itertools.islice(running, 20)):
+        # Before the first one is decoded nobody knows its weight.
+        assert read <= max(4, number + 1)
+    running.close()
+
+
 def test_no_pictures_no_records() -> None:
     assert list(Scorer("qualiclip-mini", device="cpu").score([])) == []
 
