@@ -15,31 +15,34 @@ STRIP_PIXELS = 2**21
 def in_strips(run: Callable[[Tensor], Tensor], x: Tensor, stride: int, reach: int, density: int = 1) -> Tensor:
     """`run(x)` for a stack of convolutions, strip by strip where `x` is large: the same values in less memory.
 
-    A strip is computed with the rows around it that its values depend on, so that nothing but rounding differs. Where a
-    gradient is wanted or a graph is compiled it is `run(x)` and nothing else.
+    The longer side is cut. A strip is computed with the rows or columns around it that its values depend on, so that
+    nothing but rounding differs. Where a gradient is wanted or a graph is compiled it is `run(x)` and nothing else.
 
     Args:
         run: (N, C, H, W) -> (N, C', about H / stride, about W / stride), with zero padding at the borders.
-        stride: how many rows of `x` make a row of the result.
-        reach: how many rows of `x` above or below a strip its values depend on, at most.
+        stride: how many rows or columns of `x` make one of the result.
+        reach: how many rows or columns of `x` beyond a strip its values depend on, at most.
         density: how much memory a pixel of `x` leads to, in pixels of the picture.
     """
-    count, _, height, width = x.shape
+    height, width = x.shape[2:]
+    side, length = (2, height) if height >= width else (3, width)
     strips = math.ceil(height * width * density / STRIP_PIXELS)
     reach = math.ceil(reach / stride) * stride
-    rows = max(math.ceil(height / strips / stride) * stride, 2 * reach)
-    if rows >= height or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    step = max(math.ceil(length / strips / stride) * stride, 2 * reach)
+    if step >= length or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return run(x)
     out: Tensor | None = None
     end = 0
-    for top in range(0, height, rows):
-        start, last = max(0, top - reach), top + rows >= height
-        part = run(x[:, :, start : top + rows + reach])
-        part = part[:, :, (top - start) // stride : None if last else (top + rows - start) // stride]
+    for first in range(0, length, step):
+        start, stop = max(0, first - reach), min(length, first + step + reach)
+        part = run(x.narrow(side, start, stop - start))
+        before = (first - start) // stride
+        count = part.shape[side] - before if first + step >= length else step // stride
         if out is None:
-            shape = (count, part.shape[1], height // stride + 1, part.shape[3])
+            shape = list(part.shape)
+            shape[side] = length // stride + 1
             out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
-        out[:, :, end : end + part.shape[2]] = part
-        end += part.shape[2]
+        out.narrow(side, end, count).copy_(part.narrow(side, before, count))
+        end += count
     assert out is not None
-    return out[:, :, :end]
+    return out.narrow(side, 0, end)

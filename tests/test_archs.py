@@ -388,9 +388,9 @@ def test_qualiclip_file_serves_both_scales_and_other_prompts(upstream_weights: P
     assert scores_of(two, x).shape == (2, 6)
 
 
-# In float64 rounding is out of the way, so that a wrong row or a missing one would show.
+# In float64 rounding is out of the way, so that a wrong row or column, or a missing one, would show.
 @pytest.mark.parametrize("kind", ["tiny-resnet", "tiny-resnet-pos", "qualiclip-mini"])
-@pytest.mark.parametrize("size", [(611, 70), (512, 64), (1000, 33), (1031, 47)])
+@pytest.mark.parametrize("size", [(611, 70), (512, 64), (1031, 47), (70, 611), (64, 512), (33, 1000)])
 @torch.no_grad()
 def test_large_pictures_in_strips_score_as_in_one_piece(
     kind: str, size: tuple[int, int], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -404,6 +404,24 @@ def test_large_pictures_in_strips_score_as_in_one_piece(
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
     assert (net.features(x) - whole).abs().max() < 1e-10
     assert len(calls) > 3
+
+
+@torch.no_grad()
+def test_strips_of_wide_pictures_are_as_small_as_those_of_high_ones(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = build("tiny-resnet", tiny_folder)
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    sizes: list[tuple[int, int]] = []
+    net.tower.conv1.register_forward_hook(lambda _, inputs, output: sizes.append(tuple(inputs[0].shape[2:])))
+    seen = []
+    for size in ((2048, 40), (40, 2048)):
+        sizes.clear()
+        net(upstream.pictures(1, *size))
+        seen.append(list(sizes))
+    high, wide = seen
+    assert wide == [(width, height) for height, width in high]
+    assert len(wide) > 3
 
 
 def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
