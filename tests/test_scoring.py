@@ -78,6 +78,20 @@ def test_scores_are_those_of_single_pictures_in_input_order(
     assert np.std(expected) > 1000 * SAME
 
 
+@pytest.mark.parametrize("kind", ["tiny-resnet", "tiny-vit"])
+@pytest.mark.parametrize(("device", "batch_size", "workers"), [("cpu", 1, 1), ("cpu,cpu", 4, 0)])
+def test_clip_towers_score_a_batch_as_single_pictures(
+    kind: str, device: str, batch_size: int, workers: int, tiny_folder: Path, photos: list[Path]
+) -> None:
+    net = build(kind, tiny_folder)
+    with torch.no_grad():
+        expected = [net(load_image(path)[None]).item() for path in photos]
+    scorer = Scorer({"x": net}, device=device, batch_size=batch_size, workers=workers)
+    for paths, scores in ((photos, expected), (photos[::-1], expected[::-1])):
+        assert np.allclose([record.scores["x"] for record in scorer.score(paths)], scores, rtol=0, atol=SAME)
+    assert np.std(expected) > 100 * SAME
+
+
 def test_every_kind_of_source(photos: list[Path], expected: list[float]) -> None:
     path = photos[3]
     pixels = np.asarray(Image.open(path))
@@ -459,11 +473,16 @@ def test_a_pass_waits_for_those_of_the_other_precision(monkeypatch: pytest.Monke
 
 def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
     net = build("tiny-resnet", tiny_folder)
-    plain, fast = (Scorer({"x": net}, device="cpu", workers=0, compile=c) for c in (False, True))
     chosen = photos[0::4]
-    assert np.allclose(
-        [r.scores["x"] for r in plain.score(chosen)], [r.scores["x"] for r in fast.score(chosen)], rtol=0, atol=SAME
-    )
+    scores = []
+    for compile in (False, True):
+        torch.compiler.reset()
+        graphs = torch._dynamo.utils.counters["stats"]
+        graphs.clear()
+        scorer = Scorer({"x": net}, device="cpu", workers=0, compile=compile)
+        scores.append([record.scores["x"] for record in scorer.score(chosen)])
+        assert (graphs["unique_graphs"] > 0) == compile
+    assert np.allclose(*scores, rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize(
