@@ -40,6 +40,19 @@ CPU_CASES = (
 )
 GPU_SIZES = ((224, 224), (384, 512), (1080, 1920), (2160, 3840))
 GPU_BATCH_PIXELS = 2**25
+# "channels last": of the picture too; the towers go through their features in that order in every row.
+GPU_ROWS = (
+    "fp32",
+    "tf32",
+    "bf16",
+    "fp32, channels last",
+    "bf16, channels last",
+    "fp32, compiled",
+    "tf32, compiled",
+    "bf16, compiled",
+    "fp32, single",
+    "bf16, single",
+)
 
 
 def main() -> None:
@@ -176,40 +189,46 @@ def on_gpu(folder: Path, options: argparse.Namespace) -> list[dict]:
         batch = min(64, max(1, GPU_BATCH_PIXELS // (height * width)))
         x = versus.pictures(min(batch, 8), height, width).to(options.device)
         x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch]
-        base, _, memory = gpu_rate(theirs, x[:1], options)
+        base, _, memory = gpu_rate(theirs, x[:1], "fp32", options)
         rows.append(gpu_row(f"{height}x{width}", "pyiqa fp32, single", 1, base, base, memory, 0.0))
         exact = None
-        for what in ("fp32", "tf32", "bf16", "bf16 compiled", "fp32, single", "bf16, single"):
-            if "compiled" in what and not options.compile:
+        for what in GPU_ROWS:
+            precision, _, how = what.partition(", ")
+            if how == "compiled" and not options.compile:
                 continue
             net = pyiqa.create_metric("qualiclip", device=options.device).net
-            dtype = torch.bfloat16 if "bf16" in what else torch.float32
-            net = net.to(dtype)
-            if "compiled" in what:
+            net = net.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            if how == "compiled":
                 net = compiled(net)
-            inputs = x[:1] if "single" in what else x
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = what == "tf32"
-            speed, score, memory = gpu_rate(net, inputs, options)
+            inputs = x[:1] if how == "single" else x
+            if how == "channels last":
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            speed, score, memory = gpu_rate(net, inputs, precision, options)
             exact = score if exact is None else exact
             difference = float((score - exact[: len(score)]).abs().max())
             rows.append(gpu_row(f"{height}x{width}", what, len(inputs), speed, base, memory, difference))
             del net
+            torch.compiler.reset()  # which otherwise compiles only so many networks
             torch.cuda.empty_cache()
     return rows
 
 
-def gpu_rate(net: Callable[[Tensor], Tensor], x: Tensor, options: argparse.Namespace) -> tuple[float, Tensor, float]:
+def gpu_rate(
+    net: Callable[[Tensor], Tensor], x: Tensor, precision: str, options: argparse.Namespace
+) -> tuple[float, Tensor, float]:
+    """Pictures per second, scores, and peak memory in MiB."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     for _ in range(3):
         score = net(x)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize(options.device)
+    torch.cuda.reset_peak_memory_stats(options.device)
     times = []
     for _ in range(max(10, options.repeat)):
         started = time.perf_counter()
         net(x)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(options.device)
         times.append(time.perf_counter() - started)
-    return len(x) / statistics.median(times), score.float(), torch.cuda.max_memory_allocated() / 2**20
+    return len(x) / statistics.median(times), score.float(), torch.cuda.max_memory_allocated(options.device) / 2**20
 
 
 def gpu_row(size: str, what: str, batch: int, speed: float, base: float, memory: float, difference: float) -> dict:
