@@ -286,8 +286,7 @@ class Network:
         while len(out) < len(pixels):
             count = max(1, self.batch_pixels // each)
             part = pixels[len(out) : len(out) + count]
-            with _tf32(self.precision == "tf32"):
-                scored = self._unless_out_of_memory(part)
+            scored = self._unless_out_of_memory(part)
             if scored is not None:
                 out += scored
             elif len(part) > 1:
@@ -314,21 +313,23 @@ class Network:
         errors: list[list[str]] = [[] for _ in pixels]
         # Strips, which keep a large picture's memory low, are not compiled.
         large = rgb.shape[2] * rgb.shape[3] > STRIP_PIXELS
-        features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
-        for columns, net, index in self.heads:
-            for row, problems, scores in zip(rows, errors, net.score(features[index]).tolist(), strict=True):
-                for column, score in zip(columns, scores, strict=True):
-                    _keep(row, problems, column, score)
+        with _tf32(self.precision == "tf32"):
+            features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
+            for columns, net, index in self.heads:
+                for row, problems, scores in zip(rows, errors, net.score(features[index]).tolist(), strict=True):
+                    for column, score in zip(columns, scores, strict=True):
+                        _keep(row, problems, column, score)
         for name, metric in self.others:
-            for row, problems, picture in zip(rows, errors, rgb, strict=True):
-                try:
-                    score = metric(picture.unsqueeze(0).contiguous()).item()
-                except Exception as error:  # what a foreign metric cannot score is that picture's error, not the end
-                    if _out_of_memory(error):
-                        raise
-                    problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
-                else:
-                    _keep(row, problems, name, score)
+            with _tf32(self.precision == "tf32", foreign=True):
+                for row, problems, picture in zip(rows, errors, rgb, strict=True):
+                    try:
+                        score = metric(picture.unsqueeze(0).contiguous()).item()
+                    except Exception as error:  # what a foreign metric cannot score is that picture's error
+                        if _out_of_memory(error):
+                            raise
+                        problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+                    else:
+                        _keep(row, problems, name, score)
         return [(row, "; ".join(problems) or None) for row, problems in zip(rows, errors, strict=True)]
 
 
@@ -469,22 +470,24 @@ class _Tf32:
     """NVIDIA GPUs' coarser products only where asked for; PyTorch has them on for convolutions.
 
     The switches are the whole process's. So passes of several threads that want the same share them, one that wants
-    another setting waits, and the last one leaves the switches as the first one found them.
+    another setting waits, and the last one leaves the switches as the first one found them. Foreign metrics are such a
+    setting of their own: pyiqa allows TF32 while they run.
     """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.passes = 0
-        self.allowed = False
+        self.setting = False, False
 
     @contextmanager
-    def __call__(self, allowed: bool) -> Iterator[None]:
+    def __call__(self, allowed: bool, foreign: bool = False) -> Iterator[None]:
         matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
         with self.changed:
-            self.changed.wait_for(lambda: not self.passes or self.allowed == allowed)
+            self.changed.wait_for(lambda: not self.passes or self.setting == (allowed, foreign))
             if not self.passes:
                 self.before = matmul.allow_tf32, convolution.allow_tf32
-                self.allowed = matmul.allow_tf32 = convolution.allow_tf32 = allowed
+                matmul.allow_tf32 = convolution.allow_tf32 = allowed
+                self.setting = allowed, foreign
             self.passes += 1
         try:
             yield

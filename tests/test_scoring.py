@@ -447,27 +447,49 @@ def test_threads_do_not_change_each_others_tf32(photos: list[Path], monkeypatch:
     assert tf32_switches() == before
 
 
-def test_a_pass_waits_for_those_of_the_other_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+class PyiqasSwitches(torch.nn.Module):
+    """Allows TF32 as pyiqa's metrics do, and meanwhile starts another pass."""
+
+    def __init__(self, start: Callable[[], object]) -> None:
+        super().__init__()
+        self.start = start
+
+    def __deepcopy__(self, memo: object) -> PyiqasSwitches:
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.backends.cudnn.flags(enabled=True):
+            self.start()
+            return x.mean()[None]
+
+
+@pytest.mark.parametrize("other", ["tf32", "pyiqa"])
+def test_a_pass_waits_for_those_that_want_other_tf32(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    coarse, fine = (Scorer("qualiclip-mini", device="cpu", precision=p).networks[0] for p in ("tf32", "fp32"))
-    before, seen = tf32_switches(), []
-    others: list[Future[Any]] = []
-
-    def watched(network: Network, during: Callable[[], None]) -> None:
-        def features(x: torch.Tensor) -> torch.Tensor:
-            during()
-            seen.append(tf32_switches())
-            return network.heads[0][1].features(x)
-
-        network.towers = [(features, features)]
-
+    before, order = tf32_switches(), []
     pictures = [np.zeros((40, 40, 3), np.uint8)]
+    passes: list[Future[Any]] = []
+    (fine,) = Scorer("qualiclip-mini", device="cpu").networks
+
+    def start() -> None:
+        passes.append(thread.submit(fine, pictures))
+        order.append((other, torch.backends.cudnn.allow_tf32))
+
+    def watch(network: Network, during: Callable[[], object]) -> None:
+        plain = network.heads[0][1].features
+        network.towers = [(lambda x: (during(), plain(x))[1],) * 2]
+
+    watch(fine, lambda: order.append(("fine", torch.backends.cudnn.allow_tf32)))
+    if other == "tf32":
+        (first,) = Scorer("qualiclip-mini", device="cpu", precision="tf32").networks
+        watch(first, start)
+    else:
+        (first,) = Scorer({"foreign": PyiqasSwitches(start)}, device="cpu").networks
     with ThreadPoolExecutor(1) as thread:
-        watched(fine, lambda: others.append(thread.submit(coarse, pictures)))
-        watched(coarse, lambda: None)
-        fine(pictures)
-        others[0].result(60)
-    assert seen == [(False, False), (True, True)]
+        ((_, error),) = first(pictures)
+        assert error is None
+        passes[0].result(60)
+    assert order == [(other, True), ("fine", False)]
     assert tf32_switches() == before
 
 
