@@ -24,12 +24,14 @@ def in_strips(run: Callable[[Tensor], Tensor], x: Tensor, stride: int, reach: in
         reach: how many rows or columns of `x` beyond a strip its values depend on, at most.
         density: how much memory a pixel of `x` leads to, in pixels of the picture.
     """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return run(x)
     height, width = x.shape[2:]
     side, length = (2, height) if height >= width else (3, width)
     strips = math.ceil(height * width * density / STRIP_PIXELS)
     reach = math.ceil(reach / stride) * stride
     step = max(math.ceil(length / strips / stride) * stride, 2 * reach)
-    if step >= length or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if step >= length:
         return run(x)
     out: Tensor | None = None
     end = 0
