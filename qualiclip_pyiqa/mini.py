@@ -81,7 +81,8 @@ def _percentiles(cells: Tensor) -> Tensor:
     out = []
     for percent in PERCENTILES:
         below = percent * last // 100
-        lower, upper = ranked[..., below], ranked[..., min(below + 1, last)]
+        # Not by an index in brackets, with which a compiled graph would be for this number of cells only.
+        lower, upper = ranked.select(-1, below), ranked.select(-1, min(below + 1, last))
         out.append(lower + (percent * last % 100 / 100) * (upper - lower))
     return torch.cat(out, dim=1)
 
