@@ -272,9 +272,8 @@ class Network:
                 index = len(firsts)
                 firsts.append(net)
                 self.towers.append((compiled(net.features) if compile else net.features, net.features))
-            single = len(net.attributes) == 1
-            self.heads.append(([name if single else f"{name}.{a}" for a in net.attributes], net, index))
-        self.columns = tuple(c for columns, _, _ in self.heads for c in columns) + tuple(n for n, _ in self.others)
+            self.heads.append((_columns(name, net), net, index))
+        self.columns = tuple(c for name, metric in metrics.items() for c in _columns(name, metric))
         if len(set(self.columns)) < len(self.columns):
             twice = next(c for c in self.columns if self.columns.count(c) > 1)
             raise SettingsError(f"two metrics would be called {twice!r}; pass a mapping from column to metric")
@@ -436,6 +435,13 @@ def _copied(metric: nn.Module) -> nn.Module:
     copied = copy.deepcopy(metric, {id(marker): parameter})
     copied.dummy_param = parameter
     return copied
+
+
+def _columns(name: str, metric: nn.Module) -> list[str]:
+    net = getattr(metric, "net", metric)
+    if not isinstance(net, PromptIQA) or len(net.attributes) == 1:
+        return [name]
+    return [f"{name}.{attribute}" for attribute in net.attributes]
 
 
 def _name(metric: Any) -> str:

@@ -529,6 +529,13 @@ def test_settings_that_make_no_sense(metrics: object, options: dict[str, object]
         Scorer(metrics, **{"device": "cpu", **options})
 
 
+def test_columns_are_in_the_order_of_the_metrics(photos: list[Path]) -> None:
+    scorer = Scorer(["piqe", "qualiclip-mini"], device="cpu", workers=0)
+    assert scorer.columns == ("piqe", "qualiclip-mini")
+    (record,) = scorer.score(photos[:1])
+    assert record.error is None and record.scores.keys() == set(scorer.columns)
+
+
 def test_two_columns_of_one_name_are_refused(tiny_folder: Path) -> None:
     pairs = {"b": ("Bright photo.", "Dark photo."), "c": ("Sharp image.", "Blurry image.")}
     with pytest.raises(SettingsError, match=r"two metrics would be called 'a\.b'"):
