@@ -145,6 +145,8 @@ class Residual(nn.Module):
 class Head(nn.Module):
     """Pooled statistics (N, C) -> a block of unit length (N, D)."""
 
+    dropout = 0.0  # share of the statistics that is left out at each step of training
+
     def __init__(self, width_in: int, hidden: int, dim: int) -> None:
         super().__init__()
         self.standardise = Standardise(width_in)
@@ -152,7 +154,8 @@ class Head(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(self.standardise(x), self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype))
+        x = F.dropout(self.standardise(x), self.dropout, self.training)
+        x = F.linear(x, self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype))
         x = F.linear(F.gelu(x), self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
         return F.normalize(x, dim=-1)
 

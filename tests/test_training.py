@@ -87,25 +87,25 @@ def test_ranking_rewards_falling_similarity() -> None:
 
 def test_across_compares_only_other_photographs_and_clear_gaps() -> None:
     quality = torch.tensor([[0.1], [0.2], [0.5]])
-    level, stack = torch.tensor([0.0, 4.0, 2.0]), torch.tensor([0, 1, 1])
+    level, stack = torch.tensor([[0.0], [4.0], [2.0]]), torch.tensor([0, 1, 1])
     # only (0, 1): level gap 4, margin 0.1 -> 0.4 - (0.1 - 0.2)
     assert across_loss(quality, level, stack, 0.1, 3).item() == pytest.approx(0.5, abs=1e-6)
     assert across_loss(quality, level, torch.zeros(3), 0.1, 3).item() == 0
 
 
 def test_a_pair_need_not_fall_with_what_it_is_not_about_but_must_not_rise() -> None:
-    about = torch.tensor([[True, False]])
+    about = torch.tensor([[1.0, 0.0]])
     constant, rising = torch.zeros(1, 2, 2, 2), torch.tensor([0.0, 0.4]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
-    assert ranking_loss(constant, 0.2, about=about).item() == pytest.approx((0.2 + 0) / 2, abs=1e-6)
-    assert ranking_loss(rising, 0.2, about=about).item() == pytest.approx((0.6 + 0.4) / 2, abs=1e-6)
+    assert ranking_loss(constant, 0.2, severity=about).item() == pytest.approx((0.2 + 0) / 2, abs=1e-6)
+    assert ranking_loss(rising, 0.2, severity=about).item() == pytest.approx((0.6 + 0.4) / 2, abs=1e-6)
     crops = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     blur, both = (
-        Stack(crops, types, (0, 5), (0, 0), 32, None).about(TOY)
+        Stack(crops, types, (0, 5), (0, 0), 32, None).severity(TOY)
         for types in (("lens_blur",), ("lens_blur", "white_noise"))
     )
     assert all(blur) and both.count(False) == 1
-    level, stack = torch.tensor([0.0, 5.0]), torch.tensor([0, 1])
-    assert across_loss(torch.zeros(2, 1), level, stack, 0.1, 3, torch.tensor([[True], [False]])).item() == 0
+    severity, stack = torch.tensor([[0.0, 0.0], [5.0, 0.0]]), torch.tensor([0, 1])
+    assert across_loss(torch.zeros(2, 2), severity, stack, 0.1, 3).item() == pytest.approx(0.5)
 
 
 def test_centre_is_zero_only_for_balanced_pairs() -> None:
@@ -127,7 +127,7 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_what_it_says() -> None:
         "level": torch.tensor(level).float(),
         "ordered": torch.tensor([[False, True], [False, False]]).expand(2, 2, 2),
         "monotone": torch.tensor([True, True]),
-        "about": torch.ones(2, 1, dtype=torch.bool),
+        "severity": torch.ones(2, 1),
     }
     aligned = Aligned(torch.nn.Identity(), torch.eye(2), 1.0, 0.0, {})
     found = trainer.losses(lambda pictures: features.flatten(0, 2), aligned, batch, config)

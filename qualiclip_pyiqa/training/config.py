@@ -44,6 +44,7 @@ class Config:
     share_crops: bool  # whether angle and positions are the same for both crops; noise is drawn for each
     repeat: dict[str, float]  # how many times as often photographs of a top-level folder are drawn; 1 if not named
     type_weights: dict[str, float]  # how often a type is drawn; 1 where it is not named
+    severity: dict[str, float]  # of a level, by group of types; margins follow it; 1 if not named
     # Losses
     pairs: str  # `each`: every antonym prompt pair ranks for itself; `mean`: the mean similarity over the pairs ranks
     margin_consistency: float
@@ -83,6 +84,7 @@ class Config:
     depths: tuple[int, ...] = ()
     hidden: int = 0
     dim: int = 0
+    dropout: float = 0.0  # share of the pooled statistics that a head does without at each step
 
     def __post_init__(self) -> None:
         _check(self)
@@ -151,7 +153,7 @@ def _convert(value: Any, kind: str, what: str) -> Any:
 
 
 def _check(c: Config) -> None:
-    from .degradations import DEGRADATIONS, LEVELS, draw_types
+    from .degradations import DEGRADATIONS, GROUP_ORDER, LEVELS, draw_types
 
     def need(good: bool, what: str, expected: str) -> None:
         if not good:
@@ -161,11 +163,13 @@ def _check(c: Config) -> None:
         need(len(c.widths) == 4 and min(c.widths) > 0, "widths", "four positive integers")
         need(len(c.depths) == 4 and min(c.depths) > 0, "depths", "four positive integers")
         need(c.hidden >= 1, "hidden", "at least 1")
+        need(0 <= c.dropout < 1, "dropout", "0 to less than 1")
         need(c.dim >= 2, "dim", "at least 2: a pair needs two directions")
         need(c.statistics, "statistics", "true: the mini tower starts without any")
         need(not c.weights, "weights", "none for the mini tower; --start begins from a model")
     else:
-        need(not (c.widths or c.depths or c.hidden or c.dim), "backbone", "mini where widths, depths, ... are given")
+        of_mini = c.widths or c.depths or c.hidden or c.dim or c.dropout
+        need(not of_mini, "backbone", "mini where widths, depths, ... are given")
         need(bool(c.weights), "weights", "openai, a name of the weight manifest or a file")
     need(
         c.levels + c.pristine >= 2 and 1 <= c.levels <= LEVELS, "levels", f"2 to {LEVELS}; with pristine 1 to {LEVELS}"
@@ -197,4 +201,7 @@ def _check(c: Config) -> None:
     for name, weight in c.type_weights.items():
         need(name in DEGRADATIONS, "type_weights", f"degradation types as keys, not {name!r}")
         need(weight >= 0, "type_weights", "weights of at least 0")
+    for name, factor in c.severity.items():
+        need(name in GROUP_ORDER, "severity", f"groups as keys ({', '.join(GROUP_ORDER)}), not {name!r}")
+        need(factor >= 0, "severity", "factors of at least 0")
     draw_types(random.Random(0), c.types, c.type_weights)  # says when there are fewer groups than types to be drawn

@@ -24,7 +24,7 @@ def consistency_loss(similarity: Tensor, margin: float) -> Tensor:
 
 
 def ranking_loss(
-    similarity: Tensor, margin: float, ordered: Tensor | None = None, about: Tensor | None = None
+    similarity: Tensor, margin: float, ordered: Tensor | None = None, severity: Tensor | None = None
 ) -> Tensor:
     """Mean over i < j and crops k, l of max(0, margin - (c(x_i^k) - c(x_j^l))): similarity falls with the level.
 
@@ -32,8 +32,7 @@ def ranking_loss(
 
     Args:
         ordered: (B, L, L) bool; which i < j of each stack are truly ordered. None: all.
-        about: (B, P) bool; which prompt pairs a stack's degradation is about; for the others the margin is 0: what a
-            pair is not about must not raise its score. None: all.
+        severity: (B, P); factors of the margin. With 0, a pair must still not rise with the level. None: 1.
 
     Shape:
         similarity: (B, L, K, P) -> scalar (0 where nothing is ordered).
@@ -44,32 +43,27 @@ def ranking_loss(
         counted = counted & ordered
     # [b, i, j, k, l, p]
     difference = similarity[:, :, None, :, None, :] - similarity[:, None, :, None, :, :]
-    margins = margin if about is None else margin * about[:, None, None, None, None, :]
+    margins = margin if severity is None else margin * severity[:, None, None, None, None, :]
     terms = (margins - difference).clamp(min=0).mean(dim=(3, 4, 5))
     return (terms * counted).sum() / counted.sum().clamp(min=1)
 
 
-def across_loss(
-    quality: Tensor, level: Tensor, stack: Tensor, margin: float, gap: float, about: Tensor | None = None
-) -> Tensor:
-    """Ours: ranks pictures of different photographs whose levels are at least `gap` apart.
+def across_loss(quality: Tensor, severity: Tensor, stack: Tensor, margin: float, gap: float) -> Tensor:
+    """Ours: ranks pictures of different photographs whose severities are at least `gap` apart.
 
     The ranking losses above compare only pictures of one photograph, so nothing in them makes a score of one content
     comparable with that of another, which is what a metric is used for. Levels of different types are not equally
-    annoying, hence only those clearly apart. Mean over such pairs of max(0, margin * (l_j - l_i) - (q_i - q_j)).
-
-    Args:
-        about: (M, P) bool; which prompt pairs a picture's degradation is about. None: all.
+    annoying, hence severities, and only those clearly apart. Mean over such pairs of
+    max(0, margin * (s_j - s_i) - (q_i - q_j)).
 
     Shape:
-        quality (M, P) differences c(x, tp) - c(x, tn), level (M,), stack (M,) number of the photograph -> scalar.
+        quality (M, P) differences c(x, tp) - c(x, tn), severity (M, P) level times severity of a level, stack (M,)
+        number of the photograph -> scalar.
     """
-    steps = level[None, :] - level[:, None]
-    weights = ((steps >= gap) & (stack[None, :] != stack[:, None]))[..., None].expand(-1, -1, quality.shape[1])
-    if about is not None:
-        weights = weights & about[None, :, :]
-    terms = (margin * steps[..., None] - (quality[:, None] - quality[None, :])).clamp(min=0)
-    return (terms * weights).sum() / weights.sum().clamp(min=1)
+    steps = severity[None, :] - severity[:, None]
+    counted = (steps >= gap) & (stack[None, :] != stack[:, None])[..., None]
+    terms = (margin * steps - (quality[:, None] - quality[None, :])).clamp(min=0)
+    return (terms * counted).sum() / counted.sum().clamp(min=1)
 
 
 def centre_loss(difference: Tensor) -> Tensor:

@@ -200,12 +200,13 @@ class Stack:
         """Whether a level says how bad a picture is."""
         return all(DEGRADATIONS[name].monotone for name in self.types)
 
-    def about(self, config: Config) -> list[bool]:
-        """Of each prompt pair that ranks, whether it has an opinion on these types."""
-        if config.pairs == "mean":
-            return [True]
+    def severity(self, config: Config) -> list[float]:
+        """Of a level, for each prompt pair that ranks; 0 for a pair without an opinion on these types."""
         groups = {DEGRADATIONS[name].group for name in self.types}
-        return [config.backbone != "mini" or only is None or groups <= only for only in PAIR_GROUPS]
+        severity = max(config.severity.get(group, 1.0) for group in groups)
+        if config.pairs == "mean":
+            return [severity]
+        return [severity * (config.backbone != "mini" or only is None or groups <= only) for only in PAIR_GROUPS]
 
 
 def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -213,14 +214,14 @@ def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str
 
     Returns:
         `pictures` (B, L, 2, 3, S, S) uint8; `level` (B, L) float, ascending; `ordered` (B, L, L) bool, which pairs
-        i < j of a stack are truly ordered; `monotone` (B,) bool; `about` (B, P) bool, which prompt pairs learn from it.
+        i < j of a stack are truly ordered; `monotone` (B,) bool; `severity` (B, P) float, of a level.
     """
     return {
         "pictures": torch.stack([stack.pictures(device) for stack in stacks]),
         "level": torch.tensor([stack.levels for stack in stacks], dtype=torch.float32, device=device),
         "ordered": torch.tensor([stack.ordered() for stack in stacks], device=device),
         "monotone": torch.tensor([stack.monotone for stack in stacks], device=device),
-        "about": torch.tensor([stack.about(config) for stack in stacks], device=device),
+        "severity": torch.tensor([stack.severity(config) for stack in stacks], device=device),
     }
 
 

@@ -20,7 +20,7 @@ from .. import weights as weight_files
 from ..archs import Source
 from ..errors import SettingsError, WeightsError
 from ..metrics import metric_spec
-from ..mini import BLOCKS, MiniTower
+from ..mini import BLOCKS, Head, MiniTower
 from ..prompts import QUALITY_SETS
 from .config import Config
 
@@ -80,6 +80,9 @@ def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
 def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
     torch.manual_seed(seed)
     tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS)
+    for head in tower.modules():
+        if isinstance(head, Head):
+            head.dropout = config.dropout
     anchors = block_anchors(tower, seed)
     if start is not None:
         state, _ = weight_files.read(start, layout="qualiclip-pyiqa")

@@ -69,8 +69,8 @@ def losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor], config:
     positive, negative = stacked[..., 0], stacked[..., 1]
     parts = {
         "consistency": consistency_loss(stacked.flatten(3), config.margin_consistency),
-        "positive": ranking_loss(positive, config.margin_rank, batch["ordered"], batch["about"]),
-        "negative": ranking_loss(-negative, config.margin_rank, batch["ordered"], batch["about"]),
+        "positive": ranking_loss(positive, config.margin_rank, batch["ordered"], batch["severity"]),
+        "negative": ranking_loss(-negative, config.margin_rank, batch["ordered"], batch["severity"]),
     }
     difference = c[..., 0] - c[..., 1]
     if config.weight_across:
@@ -78,9 +78,9 @@ def losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor], config:
         # Where levels are not monotone, only what is pristine is known.
         known = batch["monotone"][:, None].expand(-1, n_levels * k).flatten() | (each == 0)
         number = torch.arange(b, device=level.device)[:, None].expand(-1, n_levels * k).flatten()
-        about = batch["about"][:, None].expand(-1, n_levels * k, -1).flatten(0, 1)
+        severity = each[:, None] * batch["severity"][:, None].expand(-1, n_levels * k, -1).flatten(0, 1)
         parts["across"] = across_loss(
-            difference[known], each[known], number[known], config.margin_across, config.gap_across, about[known]
+            difference[known], severity[known], number[known], config.margin_across, config.gap_across
         )
     if config.weight_centre:
         parts["centre"] = centre_loss(difference)
