@@ -38,6 +38,7 @@ from qualiclip_pyiqa.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.training import losses, stacks, towers
 from qualiclip_pyiqa.training import train as training
 from qualiclip_pyiqa.training.config import load_config
+from qualiclip_pyiqa.training.degradations import GROUP_ORDER
 from qualiclip_pyiqa.training.train import LOG, train
 from qualiclip_pyiqa.training.validation import rated_srcc
 
@@ -51,14 +52,6 @@ SHORT: dict[str, Any] = {
     "validation": 12,
     "checkpoint_every": 1_000_000,
 }
-
-
-class Dropped(mini.Head):
-    """Half of the statistics are left out at each step of training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(self.standardise(x), 0.5, self.training)
-        return F.normalize(self.fc2(F.gelu(self.fc1(x))), dim=-1)
 
 
 class Attentive(mini.MiniTower):
@@ -168,8 +161,9 @@ class TonesAndTops(Tops):
 def pristine_alike(weight: float) -> Callable[..., Tensor]:
     """Ranking across photographs, and undistorted photographs are equally good: the variance of their differences."""
 
-    def loss(quality: Tensor, level: Tensor, *arguments: Any) -> Tensor:
-        return losses.across_loss(quality, level, *arguments) + weight * quality[level == 0].var(0).mean()
+    def loss(quality: Tensor, severity: Tensor, *arguments: Any) -> Tensor:
+        pristine = (severity == 0).all(1)
+        return losses.across_loss(quality, severity, *arguments) + weight * quality[pristine].var(0).mean()
 
     return loss
 
@@ -216,6 +210,9 @@ SNAPSHOTS = {
 }
 
 
+HALVED = {group: 0.5 for group in GROUP_ORDER if group != "blur"}
+
+
 @dataclass(frozen=True)
 class Variant:
     """One change: settings of the configuration, and names of modules that stand for something else meanwhile."""
@@ -232,7 +229,7 @@ VARIANTS = {
     "timm": Variant({}, ((towers, "MiniTower", FromTimm),)),
     # What heads see
     "hidden 16": Variant({"hidden": 16}),
-    "dropout": Variant({}, ((mini, "Head", Dropped),)),
+    "dropout": Variant({"dropout": 0.5}),
     "attention": Variant({}, ((towers, "MiniTower", Attentive),)),
     "more energies": Variant({}, ((towers, "BLOCKS", MORE_ENERGIES),)),
     "cells of 32": Variant({}, ((mini, "CELL", 32),)),
@@ -257,6 +254,8 @@ VARIANTS = {
     "tops": Variant({}, ((towers, "MiniTower", Tops),)),
     "tones and tops": Variant({}, ((towers, "MiniTower", TonesAndTops), *TONE_PAIR)),
     # Losses and length
+    "severity": Variant({"severity": HALVED}),
+    "severity and dropout": Variant({"severity": HALVED, "dropout": 0.5}),
     "pristine alike": Variant({}, ((training, "across_loss", pristine_alike(1.0)),)),
     "pristine alike, 4": Variant({}, ((training, "across_loss", pristine_alike(4.0)),)),
     "across weighs twice as much": Variant({"weight_across": 3.0}),
