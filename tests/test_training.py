@@ -103,7 +103,11 @@ def test_a_pair_need_not_fall_with_what_it_is_not_about_but_must_not_rise() -> N
         Stack(crops, types, (0, 5), (0, 0), 32, None).severity(TOY)
         for types in (("lens_blur",), ("lens_blur", "white_noise"))
     )
-    assert all(blur) and both.count(False) == 1
+    assert all(blur) and both.count(0) == 1
+    mild = dataclasses.replace(TOY, severity={"noise": 0.5, "blur": 0.25})
+    assert Stack(crops, ("lens_blur", "white_noise"), (0, 5), (0, 0), 32, None).severity(mild) == [
+        0.5 * value for value in both
+    ]
     severity, stack = torch.tensor([[0.0, 0.0], [5.0, 0.0]]), torch.tensor([0, 1])
     assert across_loss(torch.zeros(2, 2), severity, stack, 0.1, 3).item() == pytest.approx(0.5)
 
@@ -349,7 +353,7 @@ def short(**change: object) -> Config:
 def write_config(config: Config, path: Path) -> Path:
     """A TOML file of it; JSON's numbers, strings, lists and booleans are TOML's."""
     values = dataclasses.asdict(config)
-    tables = {key: values.pop(key) for key in ("type_weights", "repeat")}
+    tables = {key: values.pop(key) for key in ("type_weights", "repeat", "severity")}
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
@@ -476,6 +480,8 @@ def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"recalibrate": 3},
         {"recalibrate_crop": 64},
         {"type_weights": NOISE},
+        {"severity": {"noise": 0.5}},
+        {"dropout": 0.5},
         {"pairs": "mean", "weight_across": 0.0, "weight_centre": 0.0},
         {"types": (0.0, 1.0, 1.0)},
         {"share_levels": False},
@@ -934,6 +940,9 @@ def test_overflows_of_fp16_are_left_out_but_not_for_ever(monkeypatch: pytest.Mon
         ({"repeat": {"a": 0.5}}, "repeat"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"type_weights": {"smudge": 1}}, "smudge"),
+        ({"severity": {"smudge": 1}}, "groups as keys"),
+        ({"severity": {"noise": -1}}, "at least 0"),
+        ({"dropout": 1}, "0 to less than 1"),
         ({"type_weights": dict.fromkeys(DEGRADATIONS, 0)}, "0 groups with a weight above zero"),
         ({"types": [0, 0, 1], "type_weights": NOISE | {"jpeg": 1}}, "more than the 2 groups with a weight above zero"),
     ],
