@@ -189,8 +189,9 @@ def degradations(paths: Sequence[str], models: Mapping[str, nn.Module]) -> dict[
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         for number, path in enumerate(paths):
             Path(folder, f"{number:04d} {Path(path).name}").symlink_to(Path(path).resolve())
-        arguments = commands.choices["evaluate"].parse_args(["--degradations", folder, "--device", "cpu"])
-        found = evaluate._degradations(arguments, models)
+        options = ["--degradations", folder, "--device", "cpu", "--seed", "0"]
+        arguments = commands.choices["evaluate"].parse_args(options)
+        found, _ = evaluate._degradations(arguments, models)
     out = {}
     for name, each in found.items():
         types = each["types"]
