@@ -33,7 +33,7 @@ import versus
 from mini import halves
 from torch import Tensor, nn
 
-from qualiclip_pyiqa import mini, weights
+from qualiclip_pyiqa import mini
 from qualiclip_pyiqa.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.training import losses, stacks, towers
 from qualiclip_pyiqa.training import train as training
@@ -95,11 +95,7 @@ class FromTimm(mini.MiniTower):
         with torch.autocast(rgb.device.type, enabled=False):
             for number, x in enumerate(features, 1):
                 seen[f"stage{number}"] = mini._pooled(x.float(), max(1, mini.CELL >> number))
-            parts = [
-                head(torch.cat([seen[name] for name in block], dim=1))
-                for head, block in zip(self.heads, self.blocks, strict=True)
-            ]
-        return torch.cat(parts, dim=1)
+            return self.features(seen)
 
 
 class Picking(mini.Head):
@@ -253,13 +249,12 @@ VARIANTS = {
     "tones": Variant({}, ((towers, "MiniTower", Tones), *TONE_PAIR)),
     "tops": Variant({}, ((towers, "MiniTower", Tops),)),
     "tones and tops": Variant({}, ((towers, "MiniTower", TonesAndTops), *TONE_PAIR)),
-    # Losses and length
+    # Losses
     "severity": Variant({"severity": HALVED}),
     "severity and dropout": Variant({"severity": HALVED, "dropout": 0.5}),
     "pristine alike": Variant({}, ((training, "across_loss", pristine_alike(1.0)),)),
     "pristine alike, 4": Variant({}, ((training, "across_loss", pristine_alike(4.0)),)),
     "across weighs twice as much": Variant({"weight_across": 3.0}),
-    "four times the steps": Variant({"steps": 2000}),
 }
 
 
@@ -280,9 +275,7 @@ def run(name: str, seed: int, steps: int, pristine: Path, ratings: Ratings, out:
     began = time.monotonic()
     with changed(variant):
         model = train(config, pristine, folder, seed=seed, device="cpu")
-        aligned = towers.build(config, seed)
-        state, _ = weights.read(model)
-        aligned.tower.load_state_dict({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
+        aligned = towers.build(config, seed, start=model)
         srcc = rated_srcc(aligned.tower, aligned, ratings)
     last = json.loads((folder / LOG).read_text(encoding="utf-8").splitlines()[-1])
     return {

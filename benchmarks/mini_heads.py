@@ -37,6 +37,7 @@ from qualiclip_pyiqa.training.config import Config, load_config
 from qualiclip_pyiqa.training.degradations import GROUP_ORDER
 from qualiclip_pyiqa.training.stacks import Stacks, batch_of, list_photographs, shorter_side
 from qualiclip_pyiqa.training.train import losses
+from qualiclip_pyiqa.training.validation import differences
 from qualiclip_pyiqa.weights import data_folder
 
 GROUPS = [group for group in GROUP_ORDER if group != "blur"]
@@ -59,18 +60,14 @@ class Heads(nn.Module):
 
     def __init__(self, tower: mini.MiniTower) -> None:
         super().__init__()
-        self.heads, self.blocks = tower.heads, tower.blocks
+        self.tower = tower
         widths = [stage[-1].conv2.out_channels for stage in tower.stages]
         sizes = [mini.ENERGIES] + [(2 + len(mini.PERCENTILES)) * width for width in widths]
         self.sizes = dict(zip(tower.blocks[0], sizes, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         seen = dict(zip(self.sizes, (255 * x).split(list(self.sizes.values()), dim=1), strict=True))
-        parts = [
-            head(torch.cat([seen[name] for name in block], dim=1))
-            for head, block in zip(self.heads, self.blocks, strict=True)
-        ]
-        return torch.cat(parts, dim=1)
+        return self.tower.features(seen)
 
 
 @torch.no_grad()
@@ -101,7 +98,7 @@ def train(config: Config, data: dict[str, Tensor], steps: int) -> tuple[Heads, t
     assert isinstance(aligned.tower, mini.MiniTower)
     heads = Heads(aligned.tower)
     averaged = copy.deepcopy(heads)
-    optimiser = torch.optim.AdamW(heads.parameters(), lr=RATE, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(heads.tower.heads.parameters(), lr=RATE, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -114,17 +111,11 @@ def train(config: Config, data: dict[str, Tensor], steps: int) -> tuple[Heads, t
         with torch.no_grad():
             for old, new in zip(averaged.parameters(), heads.parameters(), strict=True):
                 old.lerp_(new, 1 - min(0.99, step / (step + 10)))
-    for head in averaged.heads:
+    for head in averaged.tower.heads:
         head.standardise.momentum = 1
     with torch.no_grad():
         averaged(data["pictures"][:-HELD_OUT].flatten(0, 2) / 255)
     return averaged.eval(), aligned
-
-
-@torch.no_grad()
-def differences(heads: nn.Module, aligned: towers.Aligned, found: Tensor) -> Tensor:
-    """(M, D) -> (M, P)."""
-    return -towers.similarities(heads(found / 255), aligned.anchors, aligned.unit).diff(dim=-1).squeeze(-1)
 
 
 def report(name: str, heads: Heads, aligned: towers.Aligned, data: dict[str, Tensor], rated: Any) -> None:

@@ -11,7 +11,7 @@ prompt pair is zero outside the p-th block, so that the mean over pairs is the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -219,11 +219,12 @@ class MiniTower(nn.Module):
             with torch.autocast(rgb.device.type, enabled=False):
                 seen[f"stage{number}"] = _pooled(x.to(precise), CELL >> number)
         with torch.autocast(rgb.device.type, enabled=False):
-            features = [
-                head(torch.cat([seen[name] for name in block], dim=1))
-                for head, block in zip(self.heads, self.blocks, strict=True)
-            ]
-            return torch.cat(features, dim=1)
+            return self.features(seen)
+
+    def features(self, seen: Mapping[str, Tensor]) -> Tensor:
+        """What each name that blocks are made of stands for, (N, C) each -> (N, feature_dim)."""
+        heads = zip(self.heads, self.blocks, strict=True)
+        return torch.cat([head(torch.cat([seen[name] for name in block], dim=1)) for head, block in heads], dim=1)
 
     def _first(self, rgb: Tensor) -> Tensor:
         high = rgb - F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
