@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import SettingsError, WeightsError
-from .strips import in_strips
+from .strips import Stack, in_strips
 
 # Mean and std of RGB in 0..1 that CLIP was trained with (openai/CLIP, clip.py).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -206,11 +206,14 @@ class ResNetTower(_Tower):
 
     def forward(self, rgb: Tensor) -> Tensor:
         # Rows beyond a strip that its values depend on, in rows of each part's input (each block has one 3x3).
-        deep = [2 * len(stage) for stage in (self.layer3, self.layer4)]
         reach = 5 + 4 * len(self.layer1) + 8 * len(self.layer2)
-        x = in_strips(self._shallow, rgb, stride=8, reach=reach)
-        x = in_strips(self.layer3, x, stride=2, reach=deep[0], density=16)
-        return self._pool(in_strips(self.layer4, x, stride=2, reach=deep[1], density=64))
+        x = in_strips(
+            rgb,
+            Stack(self._shallow, stride=8, reach=reach),
+            Stack(self.layer3, stride=2, reach=2 * len(self.layer3), density=16),
+            Stack(self.layer4, stride=2, reach=2 * len(self.layer4), density=64),
+        )
+        return self._pool(x)
 
     def _shallow(self, rgb: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H/8, W/8): where nearly all the memory is needed."""

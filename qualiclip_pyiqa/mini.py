@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .strips import in_strips
+from .strips import Stack, in_strips
 
 SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
 FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged
@@ -213,9 +213,9 @@ class MiniTower(nn.Module):
             if self.training:  # normalisation statistics are those of the whole batch
                 x = stage(x) if number > 1 else self._first(x)
             elif number == 1:
-                x = in_strips(self._first, x, stride=2, reach=3 + blocks)
+                x = in_strips(x, Stack(self._first, stride=2, reach=3 + blocks))
             else:
-                x = in_strips(stage, x, stride=2, reach=blocks, density=4 ** (number - 1))
+                x = in_strips(x, Stack(stage, stride=2, reach=blocks, density=4 ** (number - 1)))
             with torch.autocast(rgb.device.type, enabled=False):
                 seen[f"stage{number}"] = _pooled(x.to(precise), CELL >> number)
         with torch.autocast(rgb.device.type, enabled=False):

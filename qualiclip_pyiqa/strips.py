@@ -1,9 +1,11 @@
-"""Large pictures in little memory: a stack of convolutions strip by strip, with the values of the whole."""
+"""Large pictures in little memory: stacks of convolutions strip by strip, with the values of the whole."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,39 +14,68 @@ from torch import Tensor
 STRIP_PIXELS = 2**21
 
 
-def in_strips(run: Callable[[Tensor], Tensor], x: Tensor, stride: int, reach: int, density: int = 1) -> Tensor:
-    """`run(x)` for a stack of convolutions, strip by strip where `x` is large: the same values in less memory.
-
-    The longer side is cut. A strip is computed with the rows or columns around it that its values depend on, so that
-    nothing but rounding differs. Where a gradient is wanted or a graph is compiled it is `run(x)` and nothing else.
+class Stack(NamedTuple):
+    """A stack of convolutions.
 
     Args:
         run: (N, C, H, W) -> (N, C', about H / stride, about W / stride), with zero padding at the borders.
-        stride: how many rows or columns of `x` make one of the result.
-        reach: how many rows or columns of `x` beyond a strip its values depend on, at most.
-        density: how much memory a pixel of `x` leads to, in pixels of the picture.
+        stride: how many rows or columns of the input make one of the result.
+        reach: how many rows or columns of the input beyond a strip its values depend on, at most; at least 1.
+        density: how much memory a pixel of the input leads to, in pixels of the picture.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    stride: int
+    reach: int
+    density: int = 1
+
+
+def in_strips(x: Tensor, *stacks: Stack) -> Tensor:
+    """The stacks one after the other, strip by strip where `x` is large: the same values in less memory.
+
+    The longer side is cut. A strip is computed with the rows or columns around it that its values depend on, so that
+    nothing but rounding differs. A stack begins as soon as those before it have made its next strip: of what is passed
+    on, no more than that exists at a time. Where a gradient is wanted or a graph is compiled nothing is cut.
     """
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        return run(x)
+        for stack in stacks:
+            x = stack.run(x)
+        return x
     height, width = x.shape[2:]
-    side, length = (2, height) if height >= width else (3, width)
-    strips = math.ceil(height * width * density / STRIP_PIXELS)
-    reach = math.ceil(reach / stride) * stride
-    step = max(math.ceil(length / strips / stride) * stride, 2 * reach)
-    if step >= length:
-        return run(x)
-    out: Tensor | None = None
-    end = 0
-    for first in range(0, length, step):
-        start, stop = max(0, first - reach), min(length, first + step + reach)
-        part = run(x.narrow(side, start, stop - start))
-        before = (first - start) // stride
-        count = part.shape[side] - before if first + step >= length else step // stride
-        if out is None:
-            shape = list(part.shape)
-            shape[side] = length // stride + 1
-            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
-        out.narrow(side, end, count).copy_(part.narrow(side, before, count))
-        end += count
-    assert out is not None
-    return out.narrow(side, 0, end)
+    side, length, pixels = (2, height, height * width) if height >= width else (3, width, height * width)
+    parts = iter([x])
+    for stack in stacks:
+        reach = math.ceil(stack.reach / stack.stride) * stack.stride
+        strips = math.ceil(pixels * stack.density / STRIP_PIXELS)
+        step = max(math.ceil(length / strips / stack.stride) * stack.stride, 2 * reach)
+        parts = _through(parts, stack, side, step, reach)
+        length, pixels = math.ceil(length / stack.stride), math.ceil(pixels / stack.stride**2)
+    return _joined(list(parts), side)
+
+
+def _through(parts: Iterator[Tensor], stack: Stack, side: int, step: int, reach: int) -> Iterator[Tensor]:
+    """Consecutive parts of a stack's input -> consecutive parts of its result, each of `step` rows of the input."""
+    held, begin = next(parts), 0  # the rows at hand, and the first one's number
+    for first in itertools.count(0, step):
+        start, stop = max(0, first - reach), first + step + reach
+        held = _filled(held.narrow(side, start - begin, held.shape[side] - (start - begin)), parts, side, stop - start)
+        begin, count = start, min(held.shape[side], stop - start)
+        out = stack.run(held.narrow(side, 0, count))
+        before = (first - start) // stack.stride
+        if start + count <= first + step:  # nothing comes any more
+            del held  # the next stack may be at work before this function goes on
+            yield out.narrow(side, before, out.shape[side] - before)
+            return
+        yield out.narrow(side, before, step // stack.stride)
+
+
+def _filled(held: Tensor, parts: Iterator[Tensor], side: int, rows: int) -> Tensor:
+    """`held` and what follows it, until there are `rows` or nothing follows."""
+    pieces = [held]
+    while sum(piece.shape[side] for piece in pieces) < rows and (part := next(parts, None)) is not None:
+        pieces.append(part)
+    return _joined(pieces, side)
+
+
+def _joined(parts: list[Tensor], side: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=side)

@@ -18,6 +18,7 @@ import upstream
 from kornia.filters import gaussian_blur2d
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -423,6 +424,31 @@ def test_strips_of_wide_pictures_are_as_small_as_those_of_high_ones(
     high, wide = seen
     assert wide == [(width, height) for height, width in high]
     assert len(wide) > 3
+
+
+@torch.no_grad()
+def test_between_stacks_only_what_the_next_strip_needs_is_kept(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deeper stack begins before an earlier one has ended, and what it is given is let go when it has been used."""
+    net = build("tiny-resnet", tiny_folder)
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    order: list[str] = []
+    made: list[StorageWeakRef] = []
+    at_most = 0
+
+    def shallow(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal at_most
+        order.append("shallow")
+        made.append(StorageWeakRef(output.untyped_storage()))
+        at_most = max(at_most, sum(not each.expired() for each in made))
+
+    net.tower.layer2.register_forward_hook(shallow)
+    net.tower.layer3.register_forward_hook(lambda *_: order.append("deep"))
+    net(upstream.pictures(1, 2048, 64))
+    assert order.count("shallow") > 8
+    assert "shallow" in order[order.index("deep") :]
+    assert at_most < order.count("shallow") / 2, (at_most, order)
 
 
 def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
