@@ -140,7 +140,7 @@ class Tops(mini.MiniTower):
         for number, block in enumerate(blocks):
             if block == ("energies",):
                 self.heads[number] = Picking(SHARPEST, hidden, dim)
-            elif len(block) == 1:
+            elif len(block) == 1 and block[0].startswith("stage"):
                 width = widths[int(block[0][-1]) - 1]
                 self.heads[number] = Picking(range(Q * width, (2 + Q) * width), hidden, dim)
 
@@ -178,8 +178,9 @@ def three_pairs(tower: mini.MiniTower, seed: int) -> Tensor:
 
 
 towers_block_anchors = towers.block_anchors
+LEARNED = tuple(("stage1",) if block == ("sharpness",) else block for block in mini.BLOCKS)
 # The pairs that saw one early stage alone see energies, too, alone.
-MORE_ENERGIES = tuple(("energies",) if block in (("stage1",), ("stage2",)) else block for block in mini.BLOCKS)
+MORE_ENERGIES = tuple(("energies",) if block in (("stage1",), ("stage2",)) else block for block in LEARNED)
 ENERGIES_ONLY = (("energies",),) * len(mini.BLOCKS)
 
 
@@ -224,6 +225,7 @@ VARIANTS = {
     "narrower": Variant({"widths": (16, 32, 48, 64)}),
     "timm": Variant({}, ((towers, "MiniTower", FromTimm),)),
     # What heads see
+    "all pairs learned": Variant({}, ((towers, "BLOCKS", LEARNED),)),
     "hidden 16": Variant({"hidden": 16}),
     "dropout": Variant({"dropout": 0.5}),
     "attention": Variant({}, ((towers, "MiniTower", Attentive),)),

@@ -43,7 +43,6 @@ from qualiclip_pyiqa.weights import data_folder
 GROUPS = [group for group in GROUP_ORDER if group != "blur"]
 DATA = {"stacks": 2, "crops": (384,), "candidates": 1, "native": 1.0, "bokeh": 0.4}
 HELD_OUT, BATCH, RATE = 40, 64, 1e-3
-MEDIAN, SHARPEST = mini.UNRANKED + mini.PERCENTILES.index(50), mini.UNRANKED + mini.PERCENTILES.index(98)
 VARIANTS: dict[str, dict[str, Any]] = {
     "anew": {"dropout": 0.0, "severity": {}},
     "dropout 0.5": {"dropout": 0.5, "severity": {}},
@@ -93,9 +92,12 @@ def collect(tower: mini.MiniTower, config: Config, pristine: Path, count: int) -
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, drawn
 
 
-def train(config: Config, data: dict[str, Tensor], steps: int) -> tuple[Heads, towers.Aligned]:
+def train(config: Config, data: dict[str, Tensor], steps: int, fitted: nn.ModuleList) -> tuple[Heads, towers.Aligned]:
     aligned = towers.build(config, seed=0)
     assert isinstance(aligned.tower, mini.MiniTower)
+    for head, finished in zip(aligned.tower.heads, fitted, strict=True):
+        if isinstance(head, mini.RelativeSharpness):
+            head.load_state_dict(finished.state_dict())
     heads = Heads(aligned.tower)
     averaged = copy.deepcopy(heads)
     optimiser = torch.optim.AdamW(heads.tower.heads.parameters(), lr=RATE, weight_decay=config.weight_decay)
@@ -111,8 +113,9 @@ def train(config: Config, data: dict[str, Tensor], steps: int) -> tuple[Heads, t
         with torch.no_grad():
             for old, new in zip(averaged.parameters(), heads.parameters(), strict=True):
                 old.lerp_(new, 1 - min(0.99, step / (step + 10)))
-    for head in averaged.tower.heads:
-        head.standardise.momentum = 1
+    for module in averaged.modules():
+        if isinstance(module, mini.Standardise):
+            module.momentum = 1
     with torch.no_grad():
         averaged(data["pictures"][:-HELD_OUT].flatten(0, 2) / 255)
     return averaged.eval(), aligned
@@ -153,14 +156,14 @@ def main() -> None:
     data, drawn = collect(tower, config, options.pristine, options.stacks)
 
     print(f"{versus.machine()}, torch {torch.__version__}; {len(drawn)} stacks\n\n| | SRCC | in order |\n|---|---|---|")
-    slope = np.polyfit(pristine[:, MEDIAN], pristine[:, SHARPEST], 1)[0]
+    slope = np.polyfit(pristine[:, mini.MEDIAN], pristine[:, mini.TOP], 1)[0]
     for name, factor in (("98th percentile", 0.0), (f"98th percentile less {slope:.2f} of the median", slope)):
-        print(f"| {name} | {spearmanr(found[:, SHARPEST] - factor * found[:, MEDIAN], opinions)[0]:.3f} | |")
+        print(f"| {name} | {spearmanr(found[:, mini.TOP] - factor * found[:, mini.MEDIAN], opinions)[0]:.3f} | |")
     report("as they are", Heads(tower), aligned, data, (found, opinions))
     for name, change in VARIANTS.items():
         variant = dataclasses.replace(config, **change)
         severity = torch.tensor([stack.severity(variant) for stack in drawn])
-        heads, fresh = train(variant, data | {"severity": severity}, options.steps)
+        heads, fresh = train(variant, data | {"severity": severity}, options.steps, tower.heads)
         report(name, heads, fresh, data, (found, opinions))
 
 

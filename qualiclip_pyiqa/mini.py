@@ -27,12 +27,14 @@ PERCENTILES = (10, 50, 90, 98)
 ROUNDING_ENERGY = 20.0 / 12.0 / 255.0**2
 UNRANKED = 3 * SCALES + 6  # of `log_energies`, what comes before the percentiles
 ENERGIES = UNRANKED + len(PERCENTILES) * SCALES
+# The first octave's percentiles that `sharpness` stands for: how much detail there is, how sharp the sharpest parts.
+MEDIAN, TOP = UNRANKED + PERCENTILES.index(50), UNRANKED + PERCENTILES.index(98)
 
 # What the block of each of the seven pairs of the prompt set `qualiclip` sees, in the set's order.
 BLOCKS: tuple[tuple[str, ...], ...] = (
     ("energies", "stage1", "stage2", "stage3", "stage4"),  # Good photo.
     ("energies",),  # Sharp image.
-    ("stage1",),  # Sharp edges.
+    ("sharpness",),  # Sharp edges.
     ("stage2",),  # High-resolution image.
     ("energies", "stage1", "stage2"),  # Noise-free image.
     ("stage3",),  # High-quality image.
@@ -160,6 +162,43 @@ class Head(nn.Module):
         return F.normalize(x, dim=-1)
 
 
+class RelativeSharpness(nn.Module):
+    """How sharp the sharpest parts are for a photograph with so much detail: a block of unit length that knows nothing
+    but undistorted photographs.
+
+    There the TOP energy goes with the MEDIAN one, though all are equally good: a line of least squares says how much. A
+    photograph lies z standard deviations above that line, and its difference of similarities to the anchors
+    (the block's first two unit vectors) is (z + 1) / 8, so (z + 1) before the sigmoid at a scale of 8. What it is
+    fitted with is no parameter, so in the losses of training it is a constant.
+
+    Shape:
+        (N, 2), MEDIAN and TOP of `log_energies` -> (N, dim).
+    """
+
+    FARTHEST = 1.4  # difference; of unit vectors it is at most sqrt(2), where the gradient is infinite
+
+    line: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("line", torch.tensor([0.0, 0.0, 1.0]))  # offset, slope, standard deviation
+
+    def fit(self, seen: Tensor) -> None:
+        """(N, 2) of undistorted photographs, N >= 2."""
+        median, top = seen.double().unbind(1)
+        slope = ((median - median.mean()) * (top - top.mean())).mean() / median.var(correction=0).clamp(min=1e-9)
+        offset = top.mean() - slope * median.mean()
+        self.line.copy_(torch.stack([offset, slope, _std(top - slope * median)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, slope, spread = self.line.to(x.dtype).unbind()
+        z = (x[:, 1] - slope * x[:, 0] - offset) / spread
+        difference = ((z + 1) / 8).clamp(-self.FARTHEST, self.FARTHEST)
+        total = (2 - difference.square()).sqrt()
+        return F.pad(torch.stack([total + difference, total - difference], dim=1) / 2, (0, self.dim - 2))
+
+
 class MiniTower(nn.Module):
     """Image tower of `qualiclip-mini`; all arguments are JSON-serialisable and stand in the weight file.
 
@@ -168,7 +207,7 @@ class MiniTower(nn.Module):
         depths: residual blocks of each stage.
         hidden: width of each head's hidden layer.
         dim: length of one block of the feature.
-        blocks: per block the names of what it sees: `energies`, `stage1`, `stage2`, ...
+        blocks: per block the names of what it sees: `energies`, `stage1`, `stage2`, ...; or `sharpness` alone.
 
     Shape:
         rgb: (N, 3, H, W) in 0..1, H and W at least 32 -> (N, feature_dim), float32 (float64 for a double network);
@@ -201,7 +240,10 @@ class MiniTower(nn.Module):
             self.stages.append(nn.Sequential(*layers))
         sizes = {"energies": ENERGIES}
         sizes |= {f"stage{k}": (2 + len(PERCENTILES)) * width for k, width in enumerate(widths, 1)}
-        self.heads = nn.ModuleList(Head(sum(sizes[name] for name in block), hidden, dim) for block in self.blocks)
+        self.heads = nn.ModuleList(
+            RelativeSharpness(dim) if block == ("sharpness",) else Head(sum(sizes[name] for name in block), hidden, dim)
+            for block in self.blocks
+        )
 
     def forward(self, rgb: Tensor) -> Tensor:
         precise = torch.promote_types(rgb.dtype, torch.float32)
@@ -222,7 +264,8 @@ class MiniTower(nn.Module):
             return self.features(seen)
 
     def features(self, seen: Mapping[str, Tensor]) -> Tensor:
-        """What each name that blocks are made of stands for, (N, C) each -> (N, feature_dim)."""
+        """Energies and what each stage's name stands for, (N, C) each -> (N, feature_dim)."""
+        seen = {**seen, "sharpness": seen["energies"][:, [MEDIAN, TOP]]}
         heads = zip(self.heads, self.blocks, strict=True)
         return torch.cat([head(torch.cat([seen[name] for name in block], dim=1)) for head, block in heads], dim=1)
 

@@ -32,7 +32,19 @@ from synthetic import synthetic_photograph
 
 from qualiclip_pyiqa import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
-from qualiclip_pyiqa.mini import BLOCKS, CELL, PERCENTILES, ROUNDING_ENERGY, UNRANKED, MiniTower, log_energies
+from qualiclip_pyiqa.images import load_image
+from qualiclip_pyiqa.mini import (
+    BLOCKS,
+    CELL,
+    MEDIAN,
+    PERCENTILES,
+    ROUNDING_ENERGY,
+    TOP,
+    UNRANKED,
+    MiniTower,
+    RelativeSharpness,
+    log_energies,
+)
 from qualiclip_pyiqa.prompts import QUALITY_SETS
 from qualiclip_pyiqa.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.training import stacks as stacks_module
@@ -267,9 +279,35 @@ def test_percentiles_of_energies_are_numpys_and_know_a_quiet_background(picture:
     quiet = torch.full((2, 3, 2 * h, 2 * w), 0.5)
     quiet[..., :h, :w] = picture  # the same subject, three quarters of the picture without anything
     energies, alone = log_energies(quiet), log_energies(picture)
-    sharpest, median = UNRANKED + PERCENTILES.index(98), UNRANKED + PERCENTILES.index(50)
-    assert (energies[:, sharpest] - alone[:, sharpest]).abs().max() < 0.5  # a blur by one level takes 1 and more
-    assert (energies[:, median] < alone[:, median] - 0.5).all()
+    assert (energies[:, TOP] - alone[:, TOP]).abs().max() < 0.5  # a blur by one level takes 1 and more
+    assert (energies[:, MEDIAN] < alone[:, MEDIAN] - 0.5).all()
+
+
+def test_relative_sharpness_is_standard_deviations_above_the_line_of_undistorted_photographs() -> None:
+    rng = np.random.default_rng(0)
+    median = rng.normal(-5, 2, 400)
+    top = 0.3 * median - 1 + rng.normal(0, 0.7, 400)
+    head = RelativeSharpness(16)
+    head.fit(torch.from_numpy(np.stack([median, top], axis=1)))
+    slope, offset = np.polyfit(median, top, 1)
+    spread = (top - slope * median - offset).std()
+    assert head.line.numpy() == pytest.approx([offset, slope, spread], rel=1e-4)
+
+    seen = torch.tensor([[-5.0, -2.5], [-5.0, -1.0], [-3.0, -1.0], [-5.0, -40.0], [-5.0, 40.0]])
+    block = head(seen)
+    assert block.shape == (5, 16) and torch.allclose(block.norm(dim=1), torch.ones(5), atol=1e-6)
+    z = (seen[:, 1].double() - slope * seen[:, 0].double() - offset) / spread
+    expected = ((z + 1) / 8).clamp(-1.4, 1.4)
+    assert torch.allclose((block[:, 0] - block[:, 1]).double(), expected, atol=1e-4)
+    assert len(set(expected.tolist())) == 5
+
+
+def test_relative_sharpness_of_alike_photographs_is_finite() -> None:
+    head = RelativeSharpness(4)
+    head.fit(torch.tensor([[-5.0, -2.0], [-5.0, -2.0]]))
+    seen = torch.tensor([[-5.0, -2.0], [-9.0, 0.0]], requires_grad=True)
+    head(seen).square()[:, 0].sum().backward()
+    assert torch.isfinite(head(seen)).all() and torch.isfinite(seen.grad).all()
 
 
 # ---------------------------------------------------------------- stacks
@@ -404,6 +442,16 @@ def test_tensorboard_has_every_part(toy: Path) -> None:
     assert {"loss/loss", "loss/positive", "accuracy/all", "accuracy/jpeg", "waiting", "learning_rate"} <= found.keys()
     assert [step for step, _ in found["loss/loss"]] == [30, 60]
     assert found["loss/loss"][1][1] == pytest.approx(lines_of(toy.parent)[2]["loss"])
+
+
+def test_relative_sharpness_is_fitted_to_the_photographs_that_are_trained_on(toy: Path, folder: Path) -> None:
+    paths = paths_of(folder)
+    random.Random("split 3").shuffle(paths)
+    seen = torch.cat([log_energies(load_image(path)[None]) for path in paths[TOY.validation :]]).double()
+    slope, offset = np.polyfit(seen[:, MEDIAN], seen[:, TOP], 1)
+    spread = (seen[:, TOP] - slope * seen[:, MEDIAN] - offset).numpy().std()
+    line = load_file(toy)[f"visual.heads.{BLOCKS.index(('sharpness',))}.line"]
+    assert line.numpy() == pytest.approx([offset, slope, spread], abs=1e-3)
 
 
 def test_model_file_says_what_it_is_and_is_a_metric(toy: Path) -> None:

@@ -20,7 +20,7 @@ from .. import weights as weight_files
 from ..archs import Source
 from ..errors import SettingsError, WeightsError
 from ..metrics import metric_spec
-from ..mini import BLOCKS, Head, MiniTower
+from ..mini import BLOCKS, Head, MiniTower, RelativeSharpness
 from ..prompts import QUALITY_SETS
 from .config import Config
 
@@ -115,12 +115,15 @@ def block_anchors(tower: MiniTower, seed: int) -> Tensor:
     """Fixed antonym anchors (2P, D), unit length, positive/negative alternating.
 
     Pair p is zero outside block p of the feature, so the P softmaxes judge P different blocks. Within the block its
-    two directions are random and orthogonal: the frozen text encoder's part in QualiCLIP.
+    two directions are random and orthogonal: the frozen text encoder's part in QualiCLIP. Those of
+    `RelativeSharpness` are the first two unit vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     anchors = torch.zeros(2 * len(tower.blocks), tower.feature_dim)
-    for p in range(len(tower.blocks)):
+    for p, head in enumerate(tower.heads):
         directions, _ = torch.linalg.qr(torch.randn(tower.dim, 2, generator=generator))
+        if isinstance(head, RelativeSharpness):
+            directions = torch.eye(tower.dim, 2)
         anchors[2 * p : 2 * p + 2, p * tower.dim : (p + 1) * tower.dim] = directions.T
     return anchors
 

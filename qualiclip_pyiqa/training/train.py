@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from .. import weights as weight_files
 from ..errors import ImageError, SettingsError
-from ..mini import Standardise
+from ..mini import MEDIAN, TOP, RelativeSharpness, Standardise, log_energies
 from ..pixels import MIN_SIDE
 from ..ratings import Ratings
 from .config import Config
@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 MODEL, LOG = "model.safetensors", "log.jsonl"
 # Overflows in a row that fp16 may have: each halves the scale, which begins at 2^16, so by then it is 2^-16.
 OVERFLOWS = 32
+# Photographs that the mini tower's `RelativeSharpness` is fitted to, at most.
+FITTED = 500
 
 
 class DivergedError(RuntimeError):
@@ -262,6 +264,7 @@ class _Run:
             self.journal.truncate(min(self.progress.log_bytes, self.journal.tell()))
             self.journal.seek(0, os.SEEK_END)
         if not resumed:
+            self._fit()
             self._note(
                 seed=seed,
                 photographs=len(self.training),
@@ -292,6 +295,18 @@ class _Run:
         folders = [path.relative_to(pristine).parts[0] for path in kept]
         times = [int(config.repeat.get(folder, 1)) for folder in folders]
         return [path for path, count in zip(kept, times, strict=True) for _ in range(count)], validation
+
+    def _fit(self) -> None:
+        """What a tower knows of undistorted photographs before it learns from degraded ones."""
+        towers = self.accelerator.unwrap_model(self.tower), self.averaged
+        heads = [module for tower in towers for module in tower.modules() if isinstance(module, RelativeSharpness)]
+        if not heads:
+            return
+        paths = list(dict.fromkeys(self.training))[:FITTED]  # in an order drawn at random
+        watched = tqdm(paths, desc="undistorted", file=sys.stderr, leave=False, disable=not self.main)
+        energies = [log_energies(read_photograph(path)[None].float() / 255)[:, [MEDIAN, TOP]] for path in watched]
+        for head in heads:
+            head.fit(torch.cat(energies).to(head.line.device))
 
     def _digest(self, pristine: Path) -> str:
         names = [path.relative_to(pristine).as_posix() for path in self.training]
