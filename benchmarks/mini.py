@@ -46,6 +46,7 @@ from qualiclip_pyiqa.commands import evaluate
 from qualiclip_pyiqa.discover import find_pictures
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.evaluation import LEAST, agreement, compare
+from qualiclip_pyiqa.files import replacing
 from qualiclip_pyiqa.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.weights import file_sha256
 
@@ -74,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(result)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        part = options.output.with_name(options.output.name + ".part")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(options.output)
+        with replacing(options.output) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import SettingsError
+from .files import replacing
 
 try:
     import fcntl
@@ -255,17 +255,8 @@ def write_table(path: str | Path, columns: Sequence[str], records: Iterable[Reco
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file under a name that nobody has, which gets `path` at the end, if all went well."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-    with writing(path):
-        file = part.open("xb")
-        try:
-            with file:
-                yield file
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with writing(path), replacing(path) as part, part.open("xb") as file:
+        yield file
 
 
 def _has_content(path: Path) -> bool:

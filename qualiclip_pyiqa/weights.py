@@ -34,7 +34,6 @@ import logging
 import os
 import pickle
 import re
-import secrets
 import sys
 import time
 import tomllib
@@ -49,6 +48,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from .errors import WeightsError
+from .files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -348,13 +348,12 @@ def _said_by(remembered: Mapping[str, str]) -> str:
 def _remember(record: WeightRecord, path: Path, sha256: str, source: str) -> None:
     entry = {"sha256": sha256, "from": source, "on": time.strftime("%Y-%m-%d")}
     target = _hashes_file()
-    part = _part(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({**_remembered(), f"{record.name}/{path.name}": entry}, indent=1), encoding="utf-8")
-        part.replace(target)
+        with replacing(target) as part:
+            known = {**_remembered(), f"{record.name}/{path.name}": entry}
+            part.write_text(json.dumps(known, indent=1), encoding="utf-8")
     except OSError as error:
-        part.unlink(missing_ok=True)
         logger.warning("the hash of %s cannot be remembered: %s", path, error)
 
 
@@ -438,8 +437,7 @@ def _download_from_url(record: WeightRecord, url: str) -> Path:
     target = cache_folder() / record.file
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(target)
-    part = _part(target)
-    try:
+    with replacing(target) as part:  # of two processes the later one replaces the same bytes
         request = urllib.request.Request(url, headers={"User-Agent": "qualiclip-pyiqa"})
         with urllib.request.urlopen(request, timeout=30) as response, part.open("xb") as file:
             length = int(response.headers.get("Content-Length") or 0)
@@ -450,9 +448,6 @@ def _download_from_url(record: WeightRecord, url: str) -> Path:
         if length and part.stat().st_size != length:
             raise OSError(f"the connection broke after {part.stat().st_size} of {length} bytes")
         _accept(record, part, target, "", url)
-        part.replace(target)  # at once; of two processes the later one replaces the same bytes
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
@@ -481,10 +476,6 @@ def _clear_abandoned(target: Path) -> None:
     for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
         if time.time() - part.stat().st_mtime > 86400:
             part.unlink(missing_ok=True)
-
-
-def _part(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 # Reading

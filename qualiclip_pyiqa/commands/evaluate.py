@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError
+from ..files import replacing
 from ..metrics import lower_is_better
 from ..pixels import source_name
 from . import DEFAULT_METRIC, RATING_OPTIONS, add_metric_option, add_rating_options, rated, refuse
@@ -78,12 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         numbers, draw = _opinions(arguments, metrics)
     if arguments.json is not None:
-        part = arguments.json.with_name(arguments.json.name + ".part")
         try:
-            part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-            part.replace(arguments.json)
+            with replacing(arguments.json) as part:
+                part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise SettingsError(f"{arguments.json} cannot be written ({error.strerror or error})") from error
     if arguments.plot is not None:
         draw(arguments.plot)

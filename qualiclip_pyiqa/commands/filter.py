@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, SettingsError
+from ..files import replacing
 from ..metrics import lower_is_better
 from ..pixels import source_name
 from ..tables import Record, check_suffix, read_table, write_table, writing
@@ -100,14 +99,10 @@ def _copy(kept: Sequence[Record], folder: Path) -> None:
         target = folder / os.path.relpath(parent, common) / path.name
         if target.exists():
             raise SettingsError(f"{source_name(target)} is there already; choose an empty folder")
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, part)
-            part.replace(target)
+            with replacing(target) as part:
+                shutil.copy2(path, part)
         except OSError as error:
             reason = error.strerror or error
             raise ImageError(f"{source_name(path)} cannot be copied to {source_name(folder)} ({reason})") from error
-        finally:
-            with suppress(OSError):
-                part.unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from .. import clip
 from .. import weights as weight_files
 from ..archs import Source
 from ..errors import SettingsError, WeightsError
+from ..files import replacing
 from ..metrics import metric_spec
 from ..mini import BLOCKS, Head, MiniTower, RelativeSharpness
 from ..prompts import QUALITY_SETS
@@ -197,9 +197,5 @@ def save(
         "source": "trained with `qualiclip train`",
         "training": json.dumps(summary),
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(serialise(tensors, metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part:
+        part.write_bytes(serialise(tensors, metadata))

@@ -31,6 +31,7 @@ from .. import archs
 from ..archs import PromptIQA
 from ..errors import ImageError, SettingsError, WeightsError
 from ..evaluation import LEAST
+from ..files import replacing
 from ..images import load_image
 from ..metrics import METRICS, metric_spec
 from ..pixels import MIN_SIDE, source_name
@@ -430,11 +431,8 @@ def _save(net: PromptIQA, target: Path) -> None:
     state["prompt_learner.ctx"] = ctx.expand(len(net.prompt_learner.texts), *ctx.shape[-2:]).contiguous()
     content = io.BytesIO()
     torch.save({"params": state}, content)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content.getbuffer())
-        part.replace(target)
+        with replacing(target) as part:
+            part.write_bytes(content.getbuffer())
     except OSError as error:
         raise SettingsError(f"{target} cannot be written ({error.strerror})") from error
-    finally:
-        part.unlink(missing_ok=True)
