@@ -8,9 +8,9 @@ Several weight files, such as those of several seeds, are reported each and toge
   two halves, every second picture by name from the first ("choice half": what settings may be chosen by) and from the
   second ("other half"). Differences between a model and a baseline are of paired bootstraps.
 - Baselines: log variance of the Laplacian; "sharpest parts", the 98th percentile of its log energy in cells of 16
-  pixels (found on the choice half, which therefore says little of it); natural scene statistics as in NIQE, fitted to
-  at most 1,000 photographs of --pristine; pyiqa's classical metrics as far as they need no download (its `entropy`
-  takes 2 KiB for every pixel).
+  pixels (found on the choice half, which therefore says little of it), and what is left of it when the median is
+  regressed out; natural scene statistics as in NIQE, both fitted to at most 1,000 photographs of --pristine; pyiqa's
+  classical metrics as far as they need no download (its `entropy` takes 2 KiB for every pixel).
 - Types of degradation for which the mean score falls from level to level, on --limit photographs of --pristine that
   are held out: whose `held_out` is 1 in a `manifest.csv` there, which also has a column `file`. Without one, no
   photograph counts as held out and those of all the folder are degraded.
@@ -38,7 +38,7 @@ import pyiqa
 import scipy
 import torch
 import versus
-from mini_baselines import NaturalScenes, SharpestParts, Sharpness, classical
+from mini_baselines import NaturalScenes, SharpestParts, Sharpness, SharpnessForDetail, classical
 from speed import medians
 from torch import nn
 
@@ -51,7 +51,8 @@ from qualiclip_pyiqa.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.weights import file_sha256
 
 EMBEDDED = "qualiclip-mini"
-LAPLACIAN, SHARPEST, SCENES = "log variance of the Laplacian", "sharpest parts", "natural scene statistics"
+LAPLACIAN, SHARPEST, RELATIVE = "log variance of the Laplacian", "sharpest parts", "sharpest parts for the detail"
+SCENES = "natural scene statistics"
 TIMED = (LAPLACIAN, SCENES, "piqe")  # of the baselines
 FITTED = 1000  # photographs, at most
 BATCHES, HEIGHT, WIDTH = (1, 8), 384, 512  # what speed is measured on
@@ -90,7 +91,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     } or {EMBEDDED: pyiqa.create_metric(EMBEDDED, device="cpu")}
     others, missing = classical()
     fitted = spread(training, FITTED)
-    baselines = {LAPLACIAN: Sharpness(), SHARPEST: SharpestParts(), SCENES: NaturalScenes.fit(fitted)} | others
+    baselines: dict[str, nn.Module] = {
+        LAPLACIAN: Sharpness(),
+        SHARPEST: SharpestParts(),
+        RELATIVE: SharpnessForDetail.fit(fitted),
+        SCENES: NaturalScenes.fit(fitted),
+    } | others
 
     scores = evaluate._scored(ratings.paths, models | baselines, "cpu")
     for name, metric in (models | baselines).items():  # from here on, as the opinion scores

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
-from qualiclip_pyiqa.mini import PERCENTILES, UNRANKED, log_energies
+from qualiclip_pyiqa.mini import PERCENTILES, UNRANKED, RelativeSharpness, detail_and_top, log_energies
 from qualiclip_pyiqa.training.stacks import laplacian_log_variance
 
 # pyiqa's no-reference metrics that are no neural network. Most need a file of parameters that pyiqa downloads.
@@ -57,6 +57,30 @@ class SharpestParts(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         return log_energies(rgb)[:, UNRANKED + PERCENTILES.index(98)]
+
+
+class SharpnessForDetail(nn.Module):
+    """The same in two octaves, less what detail explains over photographs of one's own; higher is better.
+
+    It is the one pair of the embedded model that does not learn, by itself.
+    """
+
+    lower_better = False
+
+    def __init__(self, head: RelativeSharpness) -> None:
+        super().__init__()
+        self.head = head
+
+    @classmethod
+    def fit(cls, paths: Iterable[str | Path]) -> SharpnessForDetail:
+        watched = tqdm(list(paths), desc="relative sharpness", unit="picture", file=sys.stderr)
+        head = RelativeSharpness(dim=2)
+        head.fit(detail_and_top(torch.cat([log_energies(load_image(path)[None]) for path in watched])))
+        return cls(head)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        positive, negative = self.head(detail_and_top(log_energies(rgb))).unbind(1)
+        return positive - negative
 
 
 class NaturalScenes(nn.Module):

@@ -40,6 +40,7 @@ from qualiclip_pyiqa.training.train import losses
 from qualiclip_pyiqa.training.validation import differences
 from qualiclip_pyiqa.weights import data_folder
 
+MEDIAN, SHARPEST = mini.UNRANKED + mini.PERCENTILES.index(50), mini.UNRANKED + mini.PERCENTILES.index(98)
 GROUPS = [group for group in GROUP_ORDER if group != "blur"]
 DATA = {"stacks": 2, "crops": (384,), "candidates": 1, "native": 1.0, "bokeh": 0.4}
 HELD_OUT, BATCH, RATE = 40, 64, 1e-3
@@ -156,9 +157,9 @@ def main() -> None:
     data, drawn = collect(tower, config, options.pristine, options.stacks)
 
     print(f"{versus.machine()}, torch {torch.__version__}; {len(drawn)} stacks\n\n| | SRCC | in order |\n|---|---|---|")
-    slope = np.polyfit(pristine[:, mini.MEDIAN], pristine[:, mini.TOP], 1)[0]
+    slope = np.polyfit(pristine[:, MEDIAN], pristine[:, SHARPEST], 1)[0]
     for name, factor in (("98th percentile", 0.0), (f"98th percentile less {slope:.2f} of the median", slope)):
-        print(f"| {name} | {spearmanr(found[:, mini.TOP] - factor * found[:, mini.MEDIAN], opinions)[0]:.3f} | |")
+        print(f"| {name} | {spearmanr(found[:, SHARPEST] - factor * found[:, MEDIAN], opinions)[0]:.3f} | |")
     report("as they are", Heads(tower), aligned, data, (found, opinions))
     for name, change in VARIANTS.items():
         variant = dataclasses.replace(config, **change)

@@ -27,8 +27,6 @@ PERCENTILES = (10, 50, 90, 98)
 ROUNDING_ENERGY = 20.0 / 12.0 / 255.0**2
 UNRANKED = 3 * SCALES + 6  # of `log_energies`, what comes before the percentiles
 ENERGIES = UNRANKED + len(PERCENTILES) * SCALES
-# The first octave's percentiles that `sharpness` stands for: how much detail there is, how sharp the sharpest parts.
-MEDIAN, TOP = UNRANKED + PERCENTILES.index(50), UNRANKED + PERCENTILES.index(98)
 
 # What the block of each of the seven pairs of the prompt set `qualiclip` sees, in the set's order.
 BLOCKS: tuple[tuple[str, ...], ...] = (
@@ -74,6 +72,18 @@ def log_energies(rgb: Tensor) -> Tensor:
     stats += [_std((red - green).flatten(1)).log(), _std((0.5 * (red + green) - blue).flatten(1)).log()]
     stats += [torch.sigmoid((0.08 - flat) * 50).mean(1), torch.sigmoid((flat - 0.92) * 50).mean(1)]
     return torch.cat([torch.stack(stats, dim=1), *ranked], dim=1)
+
+
+def detail_and_top(energies: Tensor) -> Tensor:
+    """How much detail there is and how sharp the sharpest parts are: median and 98th percentile of the log energy of
+    cells, means of the first two octaves (in the first one alone, strong noise is sharper than weak noise).
+
+    Shape:
+        (N, ENERGIES) -> (N, 2).
+    """
+    first, second = energies[:, UNRANKED:].unflatten(1, (SCALES, len(PERCENTILES))).unbind(1)[:2]
+    both = (first + second) / 2
+    return torch.stack([both[:, PERCENTILES.index(50)], both[:, PERCENTILES.index(98)]], dim=1)
 
 
 def _percentiles(cells: Tensor) -> Tensor:
@@ -166,13 +176,13 @@ class RelativeSharpness(nn.Module):
     """How sharp the sharpest parts are for a photograph with so much detail: a block of unit length that knows nothing
     but undistorted photographs.
 
-    There the TOP energy goes with the MEDIAN one, though all are equally good: a line of least squares says how much. A
+    There the sharpest parts go with detail, though all are equally good: a line of least squares says how much. A
     photograph lies z standard deviations above that line, and its difference of similarities to the anchors
     (the block's first two unit vectors) is (z + 1) / 8, so (z + 1) before the sigmoid at a scale of 8. What it is
     fitted with is no parameter, so in the losses of training it is a constant.
 
     Shape:
-        (N, 2), MEDIAN and TOP of `log_energies` -> (N, dim).
+        (N, 2), what `detail_and_top` gives -> (N, dim).
     """
 
     FARTHEST = 1.4  # difference; of unit vectors it is at most sqrt(2), where the gradient is infinite
@@ -186,10 +196,10 @@ class RelativeSharpness(nn.Module):
 
     def fit(self, seen: Tensor) -> None:
         """(N, 2) of undistorted photographs, N >= 2."""
-        median, top = seen.double().unbind(1)
-        slope = ((median - median.mean()) * (top - top.mean())).mean() / median.var(correction=0).clamp(min=1e-9)
-        offset = top.mean() - slope * median.mean()
-        self.line.copy_(torch.stack([offset, slope, _std(top - slope * median)]))
+        detail, top = seen.double().unbind(1)
+        slope = ((detail - detail.mean()) * (top - top.mean())).mean() / detail.var(correction=0).clamp(min=1e-9)
+        offset = top.mean() - slope * detail.mean()
+        self.line.copy_(torch.stack([offset, slope, _std(top - slope * detail)]))
 
     def forward(self, x: Tensor) -> Tensor:
         offset, slope, spread = self.line.to(x.dtype).unbind()
@@ -265,7 +275,7 @@ class MiniTower(nn.Module):
 
     def features(self, seen: Mapping[str, Tensor]) -> Tensor:
         """Energies and what each stage's name stands for, (N, C) each -> (N, feature_dim)."""
-        seen = {**seen, "sharpness": seen["energies"][:, [MEDIAN, TOP]]}
+        seen = {**seen, "sharpness": detail_and_top(seen["energies"])}
         heads = zip(self.heads, self.blocks, strict=True)
         return torch.cat([head(torch.cat([seen[name] for name in block], dim=1)) for head, block in heads], dim=1)
 

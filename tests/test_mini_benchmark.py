@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyiqa
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
 from qualiclip_pyiqa import evaluation
+from qualiclip_pyiqa.mini import BLOCKS
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import mini  # noqa: E402
 import mini_baselines as baselines  # noqa: E402
+import mini_sharpness  # noqa: E402
 
 
 def natural(seed: int, side: int = 192) -> Tensor:
@@ -105,7 +109,7 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert {"date", "command", "machine", "versions"} <= result.keys()
     assert result["rated"] == {"all": 12, "choice_half": 6, "other_half": 6}
     assert result["pristine"] == {"photographs": 4, "held_out": 1, "fitted": 3, "degraded": 1}
-    simple = [mini.LAPLACIAN, mini.SHARPEST, mini.SCENES, "piqe", "entropy"]
+    simple = [mini.LAPLACIAN, mini.SHARPEST, mini.RELATIVE, mini.SCENES, "piqe", "entropy"]
     assert list(result["baselines"]) == simple and result["baselines"]["piqe"]["lower_better"]
     assert "niqe_modelparameters.mat" in result["not_run"]["niqe"]
     one, other = result["models"].values()
@@ -126,6 +130,25 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(value > 0 for row in speeds.values() for value in row.values())
     assert "not run: niqe" in said and f"| {copy} | {one['all']['srcc']:.4f} |" in said
     assert not list(out.parent.glob("*.part"))
+
+
+def test_sharpness_is_put_into_a_finished_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitted to the photographs here; all else is the model's."""
+    photos = sorted((ROOT / "examples" / "photos").glob("*[!0d].jpg"))
+    for number in range(26):  # 24 of them validate
+        with Image.open(photos[number % len(photos)]) as photo:
+            photo.convert("RGB").resize((400, 400)).save(tmp_path / f"{number:02}.png")
+    model, out = ROOT / "weights" / "qualiclip-mini.safetensors", tmp_path / "model.safetensors"
+    options = ["--weights", model, "--pristine", tmp_path, "--out", out]
+    monkeypatch.setattr("sys.argv", ["mini_sharpness.py", *map(str, options)])
+    mini_sharpness.main()
+    before, after = load_file(model), load_file(out)
+    line = f"visual.heads.{BLOCKS.index(('sharpness',))}.line"
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [line]
+    assert torch.isfinite(after[line]).all()
+    score = pyiqa.create_metric("qualiclip", weights=str(out), device="cpu")(str(photos[0]))
+    assert 0 < float(score) < 1
 
 
 def test_nothing_to_measure(tmp_path: Path) -> None:

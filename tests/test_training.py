@@ -36,13 +36,12 @@ from qualiclip_pyiqa.images import load_image
 from qualiclip_pyiqa.mini import (
     BLOCKS,
     CELL,
-    MEDIAN,
     PERCENTILES,
     ROUNDING_ENERGY,
-    TOP,
     UNRANKED,
     MiniTower,
     RelativeSharpness,
+    detail_and_top,
     log_energies,
 )
 from qualiclip_pyiqa.prompts import QUALITY_SETS
@@ -279,8 +278,16 @@ def test_percentiles_of_energies_are_numpys_and_know_a_quiet_background(picture:
     quiet = torch.full((2, 3, 2 * h, 2 * w), 0.5)
     quiet[..., :h, :w] = picture  # the same subject, three quarters of the picture without anything
     energies, alone = log_energies(quiet), log_energies(picture)
-    assert (energies[:, TOP] - alone[:, TOP]).abs().max() < 0.5  # a blur by one level takes 1 and more
-    assert (energies[:, MEDIAN] < alone[:, MEDIAN] - 0.5).all()
+    sharpest, median = UNRANKED + PERCENTILES.index(98), UNRANKED + PERCENTILES.index(50)
+    assert (energies[:, sharpest] - alone[:, sharpest]).abs().max() < 0.5  # a blur by one level takes 1 and more
+    assert (energies[:, median] < alone[:, median] - 0.5).all()
+
+
+def test_detail_and_top_are_means_of_two_octaves(picture: torch.Tensor) -> None:
+    energies = log_energies(picture)
+    ranked = [[UNRANKED + k * len(PERCENTILES) + PERCENTILES.index(q) for k in (0, 1)] for q in (50, 98)]
+    expected = torch.stack([energies[:, columns].mean(1) for columns in ranked], dim=1)
+    assert torch.allclose(detail_and_top(energies), expected)
 
 
 def test_relative_sharpness_is_standard_deviations_above_the_line_of_undistorted_photographs() -> None:
@@ -448,8 +455,9 @@ def test_relative_sharpness_is_fitted_to_the_photographs_that_are_trained_on(toy
     paths = paths_of(folder)
     random.Random("split 3").shuffle(paths)
     seen = torch.cat([log_energies(load_image(path)[None]) for path in paths[TOY.validation :]]).double()
-    slope, offset = np.polyfit(seen[:, MEDIAN], seen[:, TOP], 1)
-    spread = (seen[:, TOP] - slope * seen[:, MEDIAN] - offset).numpy().std()
+    detail, top = detail_and_top(seen).unbind(1)
+    slope, offset = np.polyfit(detail, top, 1)
+    spread = (top - slope * detail - offset).numpy().std()
     line = load_file(toy)[f"visual.heads.{BLOCKS.index(('sharpness',))}.line"]
     assert line.numpy() == pytest.approx([offset, slope, spread], abs=1e-3)
 

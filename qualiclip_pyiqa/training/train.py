@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from .. import weights as weight_files
 from ..errors import ImageError, SettingsError
-from ..mini import MEDIAN, TOP, RelativeSharpness, Standardise, log_energies
+from ..mini import RelativeSharpness, Standardise, detail_and_top, log_energies
 from ..pixels import MIN_SIDE
 from ..ratings import Ratings
 from .config import Config
@@ -304,9 +304,9 @@ class _Run:
             return
         paths = list(dict.fromkeys(self.training))[:FITTED]  # in an order drawn at random
         watched = tqdm(paths, desc="undistorted", file=sys.stderr, leave=False, disable=not self.main)
-        energies = [log_energies(read_photograph(path)[None].float() / 255)[:, [MEDIAN, TOP]] for path in watched]
+        energies = torch.cat([log_energies(read_photograph(path)[None].float() / 255) for path in watched])
         for head in heads:
-            head.fit(torch.cat(energies).to(head.line.device))
+            head.fit(detail_and_top(energies).to(head.line.device))
 
     def _digest(self, pristine: Path) -> str:
         names = [path.relative_to(pristine).as_posix() for path in self.training]
