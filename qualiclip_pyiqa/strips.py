@@ -50,7 +50,7 @@ def in_strips(x: Tensor, *stacks: Stack) -> Tensor:
         step = max(math.ceil(length / strips / stack.stride) * stack.stride, 2 * reach)
         parts = _through(parts, stack, side, step, reach)
         length, pixels = math.ceil(length / stack.stride), math.ceil(pixels / stack.stride**2)
-    return _joined(list(parts), side)
+    return _whole(parts, side, length)
 
 
 def _through(parts: Iterator[Tensor], stack: Stack, side: int, step: int, reach: int) -> Iterator[Tensor]:
@@ -75,6 +75,21 @@ def _filled(held: Tensor, parts: Iterator[Tensor], side: int, rows: int) -> Tens
     while sum(piece.shape[side] for piece in pieces) < rows and (part := next(parts, None)) is not None:
         pieces.append(part)
     return _joined(pieces, side)
+
+
+def _whole(parts: Iterator[Tensor], side: int, longest: int) -> Tensor:
+    """All parts, put into their places as they come: a list of them would need their memory twice."""
+    first, second = next(parts), next(parts, None)
+    if second is None:
+        return first
+    shape = list(first.shape)
+    shape[side] = longest
+    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
+    end = 0
+    for part in itertools.chain((first, second), parts):
+        out.narrow(side, end, part.shape[side]).copy_(part)
+        end += part.shape[side]
+    return out.narrow(side, 0, end)
 
 
 def _joined(parts: list[Tensor], side: int) -> Tensor:
