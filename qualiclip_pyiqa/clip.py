@@ -205,23 +205,25 @@ class ResNetTower(_Tower):
     attnpool: Any  # open_clip's AttentionPool2d, of which only the weights are used
 
     def forward(self, rgb: Tensor) -> Tensor:
-        # Rows beyond a strip that its values depend on, in rows of each part's input (each block has one 3x3).
-        reach = 5 + 4 * len(self.layer1) + 8 * len(self.layer2)
+        # Each block has one 3x3 convolution, after which the first of a layer halves the size; what a layer makes of the
+        # picture takes half the memory that the one before it takes.
         x = in_strips(
             rgb,
-            Stack(self._shallow, stride=8, reach=reach),
+            Stack(self._stem, stride=4, reach=5),
+            Stack(self.layer1, stride=1, reach=len(self.layer1), density=16),
+            Stack(self.layer2, stride=2, reach=2 * len(self.layer2), density=8),
             Stack(self.layer3, stride=2, reach=2 * len(self.layer3), density=16),
-            Stack(self.layer4, stride=2, reach=2 * len(self.layer4), density=64),
+            Stack(self.layer4, stride=2, reach=2 * len(self.layer4), density=32),
         )
         return self._pool(x)
 
-    def _shallow(self, rgb: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, H/8, W/8): where nearly all the memory is needed."""
+    def _stem(self, rgb: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C, H/4, W/4)."""
         x = self.normalise(rgb)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
-        return self.layer2(self.layer1(self.avgpool(x)))
+        return self.avgpool(x)
 
     def _pool(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, D). Exact, and linear in h*w: with one query q the key projection can be moved to the

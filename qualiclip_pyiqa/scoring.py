@@ -29,7 +29,7 @@ from .archs import PromptIQA
 from .decoding import Decoder, decode
 from .errors import ImageError, SettingsError
 from .images import Source, from_pixels, load_image
-from .strips import STRIP_PIXELS
+from .strips import LARGE_PIXELS
 from .tables import Record
 
 logger = logging.getLogger(__name__)
@@ -311,7 +311,7 @@ class Network:
         rows: list[dict[str, float]] = [{} for _ in pixels]
         errors: list[list[str]] = [[] for _ in pixels]
         # Strips, which keep a large picture's memory low, are not compiled.
-        large = rgb.shape[2] * rgb.shape[3] > STRIP_PIXELS
+        large = rgb.shape[2] * rgb.shape[3] > LARGE_PIXELS
         with _tf32(self.precision == "tf32"):
             features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
             for columns, net, index in self.heads:

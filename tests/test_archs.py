@@ -403,7 +403,8 @@ def test_large_pictures_in_strips_score_as_in_one_piece(
     calls = []
     deep = net.tower.stages[-1] if kind == "qualiclip-mini" else net.tower.layer4
     deep.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
     assert (net.features(x) - whole).abs().max() < 1e-10
     assert len(calls) > 3
 
@@ -413,7 +414,8 @@ def test_strips_of_wide_pictures_are_as_small_as_those_of_high_ones(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = build("tiny-resnet", tiny_folder)
-    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
     sizes: list[tuple[int, int]] = []
     net.tower.conv1.register_forward_hook(lambda _, inputs, output: sizes.append(tuple(inputs[0].shape[2:])))
     seen = []
@@ -432,7 +434,8 @@ def test_between_stacks_only_what_the_next_strip_needs_is_kept(
 ) -> None:
     """A deeper stack begins before an earlier one has ended, and what it is given is let go when it has been used."""
     net = build("tiny-resnet", tiny_folder)
-    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
     order: list[str] = []
     made: list[StorageWeakRef] = []
     at_most = 0
@@ -459,7 +462,8 @@ def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch
     expected = x.grad
     assert expected is not None and expected.is_contiguous()
     x.grad = None
-    monkeypatch.setattr(strips, "STRIP_PIXELS", 2000)
+    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
     net(x).sum().backward()
     assert torch.equal(x.grad, expected)
 
