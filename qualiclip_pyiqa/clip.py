@@ -205,8 +205,8 @@ class ResNetTower(_Tower):
     attnpool: Any  # open_clip's AttentionPool2d, of which only the weights are used
 
     def forward(self, rgb: Tensor) -> Tensor:
-        # Each block has one 3x3 convolution, after which the first of a layer halves the size; what a layer makes of the
-        # picture takes half the memory that the one before it takes.
+        # Each block has one 3x3 convolution, after which the first of a layer halves the size; what a layer makes of
+        # the picture takes half the memory that the one before it takes.
         x = in_strips(
             rgb,
             Stack(self._stem, stride=4, reach=5),

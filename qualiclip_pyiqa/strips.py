@@ -12,8 +12,8 @@ from torch import Tensor
 
 # Pictures of more pixels go through a network in strips of about this many.
 LARGE_PIXELS = 2**21
-# On a CPU in strips of this many: 64 bytes a pixel, the most that a ResNet50 makes of one at once, are then less than the
-# 32 MiB from which on glibc gives every block back to the system, whose fresh pages would take half of the time.
+# On a CPU in strips of this many: 64 bytes a pixel, the most that a ResNet50 makes of one at once, are then less than
+# the 32 MiB from which on glibc gives every block back to the system, whose fresh pages would take half of the time.
 CPU_STRIP_PIXELS = 400_000
 
 
