@@ -40,18 +40,21 @@ def in_strips(x: Tensor, *stacks: Stack) -> Tensor:
     nothing but rounding differs. A stack begins as soon as those before it have made its next strip: of what is passed
     on, no more than that exists at a time. Where a gradient is wanted or a graph is compiled nothing is cut.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    height, width = x.shape[2:]
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or height * width * stacks[0].density <= LARGE_PIXELS
+    ):
         for stack in stacks:
             x = stack.run(x)
         return x
-    height, width = x.shape[2:]
     side, length, pixels = (2, height, height * width) if height >= width else (3, width, height * width)
-    small = pixels * stacks[0].density <= LARGE_PIXELS
     at_once = CPU_STRIP_PIXELS if x.device.type == "cpu" else LARGE_PIXELS
     parts = iter([x])
     for stack in stacks:
         reach = math.ceil(stack.reach / stack.stride) * stack.stride
-        strips = 1 if small else math.ceil(pixels * stack.density / at_once)
+        strips = math.ceil(pixels * stack.density / at_once)
         step = max(math.ceil(length / strips / stack.stride) * stack.stride, 2 * reach)
         parts = _through(parts, stack, side, step, reach)
         length, pixels = math.ceil(length / stack.stride), math.ceil(pixels / stack.stride**2)
@@ -79,7 +82,7 @@ def _filled(held: Tensor, parts: Iterator[Tensor], side: int, rows: int) -> Tens
     pieces = [held]
     while sum(piece.shape[side] for piece in pieces) < rows and (part := next(parts, None)) is not None:
         pieces.append(part)
-    return _joined(pieces, side)
+    return held if len(pieces) == 1 else torch.cat(pieces, dim=side)
 
 
 def _whole(parts: Iterator[Tensor], side: int, longest: int) -> Tensor:
@@ -95,7 +98,3 @@ def _whole(parts: Iterator[Tensor], side: int, longest: int) -> Tensor:
         out.narrow(side, end, part.shape[side]).copy_(part)
         end += part.shape[side]
     return out.narrow(side, 0, end)
-
-
-def _joined(parts: list[Tensor], side: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=side)

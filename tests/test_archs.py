@@ -390,6 +390,11 @@ def test_qualiclip_file_serves_both_scales_and_other_prompts(upstream_weights: P
     assert scores_of(two, x).shape == (2, 6)
 
 
+def cut_small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
+
+
 # In float64 rounding is out of the way, so that a wrong row or column, or a missing one, would show.
 @pytest.mark.parametrize("kind", ["tiny-resnet", "tiny-resnet-pos", "qualiclip-mini"])
 @pytest.mark.parametrize("size", [(611, 70), (512, 64), (1031, 47), (70, 611), (64, 512), (33, 1000)])
@@ -403,8 +408,7 @@ def test_large_pictures_in_strips_score_as_in_one_piece(
     calls = []
     deep = net.tower.stages[-1] if kind == "qualiclip-mini" else net.tower.layer4
     deep.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
-    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
+    cut_small_pictures(monkeypatch)
     assert (net.features(x) - whole).abs().max() < 1e-10
     assert len(calls) > 3
 
@@ -414,8 +418,7 @@ def test_strips_of_wide_pictures_are_as_small_as_those_of_high_ones(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = build("tiny-resnet", tiny_folder)
-    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
-    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
+    cut_small_pictures(monkeypatch)
     sizes: list[tuple[int, int]] = []
     net.tower.conv1.register_forward_hook(lambda _, inputs, output: sizes.append(tuple(inputs[0].shape[2:])))
     seen = []
@@ -434,8 +437,7 @@ def test_between_stacks_only_what_the_next_strip_needs_is_kept(
 ) -> None:
     """A deeper stack begins before an earlier one has ended, and what it is given is let go when it has been used."""
     net = build("tiny-resnet", tiny_folder)
-    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
-    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
+    cut_small_pictures(monkeypatch)
     order: list[str] = []
     made: list[StorageWeakRef] = []
     at_most = 0
@@ -462,8 +464,7 @@ def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch
     expected = x.grad
     assert expected is not None and expected.is_contiguous()
     x.grad = None
-    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
-    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1000)
+    cut_small_pictures(monkeypatch)
     net(x).sum().backward()
     assert torch.equal(x.grad, expected)
 
