@@ -20,14 +20,11 @@ Several weight files, such as those of several seeds, are reported each and toge
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import io
 import json
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,12 +39,14 @@ from mini_baselines import NaturalScenes, SharpestParts, Sharpness, SharpnessFor
 from speed import medians
 from torch import nn
 
-from qualiclip_pyiqa.commands import evaluate
+from qualiclip_pyiqa.commands.evaluate import scored
 from qualiclip_pyiqa.discover import find_pictures
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.evaluation import LEAST, agreement, compare
 from qualiclip_pyiqa.files import replacing
 from qualiclip_pyiqa.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.training.degradations import DEGRADATIONS
+from qualiclip_pyiqa.training.ladders import score_degraded
 from qualiclip_pyiqa.weights import file_sha256
 
 EMBEDDED = "qualiclip-mini"
@@ -98,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         SCENES: NaturalScenes.fit(fitted),
     } | others
 
-    scores = evaluate._scored(ratings.paths, models | baselines, "cpu")
+    scores = scored(ratings.paths, models | baselines, "cpu")
     for name, metric in (models | baselines).items():  # from here on, as the opinion scores
         if bool(metric.lower_better) != ratings.lower_better:
             scores[name] = [-score for score in scores[name]]
@@ -190,25 +189,16 @@ def agreements(
 
 def degradations(paths: Sequence[str], models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """What `qualiclip evaluate --degradations` finds on these photographs, and the types by whether they fall."""
-    commands = argparse.ArgumentParser().add_subparsers()
-    evaluate.add_parser(commands)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        for number, path in enumerate(paths):
-            Path(folder, f"{number:04d} {Path(path).name}").symlink_to(Path(path).resolve())
-        options = ["--degradations", folder, "--device", "cpu", "--seed", "0"]
-        arguments = commands.choices["evaluate"].parse_args(options)
-        found, _ = evaluate._degradations(arguments, models)
     out = {}
-    for name, each in found.items():
-        types = each["types"]
-        monotone = [kind for kind, row in types.items() if row["monotone_by_design"]]
+    for name, types in score_degraded(paths, models, "cpu").items():
+        monotone = [each for kind, each in types.items() if DEGRADATIONS[kind].monotone]
         out[name] = {
-            "types_falling": each["types_falling"],
+            "types_falling": sum(each.falls for each in types.values()),
             "types": len(types),
-            "monotone_types_falling": sum(types[kind]["falls"] for kind in monotone),
+            "monotone_types_falling": sum(each.falls for each in monotone),
             "monotone_types": len(monotone),
-            "not_falling": [kind for kind, row in types.items() if not row["falls"]],
-            "means": {kind: row["means"] for kind, row in types.items()},
+            "not_falling": [kind for kind, each in types.items() if not each.falls],
+            "means": {kind: each.means for kind, each in types.items()},
         }
     return out
 

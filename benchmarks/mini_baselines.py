@@ -26,7 +26,7 @@ from tqdm import tqdm
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
 from qualiclip_pyiqa.mini import PERCENTILES, UNRANKED, RelativeSharpness, detail_and_top, log_energies
-from qualiclip_pyiqa.training.stacks import laplacian_log_variance
+from qualiclip_pyiqa.training.stacks import laplacian_log_variance, read_energies
 
 # pyiqa's no-reference metrics that are no neural network. Most need a file of parameters that pyiqa downloads.
 CLASSICAL = ("piqe", "entropy", "niqe", "niqe_matlab", "ilniqe", "brisque", "brisque_matlab", "nrqm", "pi")
@@ -73,9 +73,8 @@ class SharpnessForDetail(nn.Module):
 
     @classmethod
     def fit(cls, paths: Iterable[str | Path]) -> SharpnessForDetail:
-        watched = tqdm(list(paths), desc="relative sharpness", unit="picture", file=sys.stderr)
         head = RelativeSharpness(dim=2)
-        head.fit(detail_and_top(torch.cat([log_energies(load_image(path)[None]) for path in watched])))
+        head.fit(detail_and_top(read_energies([Path(path) for path in paths])))
         return cls(head)
 
     def forward(self, rgb: Tensor) -> Tensor:

@@ -7,10 +7,6 @@ go through the model's stages once. Then each variant trains fresh heads on the 
 `qualiclip train`, 64 stacks a step. Reported are the SRCC with opinion scores on every second rated picture by name
 (the "choice half" of benchmarks/mini.py) and the share of ordered pairs of levels that are in order, on 40 stacks that
 were not trained on.
-
-Before that, without any training, the SRCC of two measures: the 98th percentile of the Laplacian's log energy in cells
-of 16 pixels, and what remains of it once the median is regressed out over undistorted photographs: how sharp the
-sharpest parts are for a photograph with so much detail.
 """
 
 from __future__ import annotations
@@ -22,7 +18,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import versus
 from mini import halves
@@ -40,7 +35,6 @@ from qualiclip_pyiqa.training.train import losses
 from qualiclip_pyiqa.training.validation import differences
 from qualiclip_pyiqa.weights import data_folder
 
-MEDIAN, SHARPEST = mini.UNRANKED + mini.PERCENTILES.index(50), mini.UNRANKED + mini.PERCENTILES.index(98)
 GROUPS = [group for group in GROUP_ORDER if group != "blur"]
 DATA = {"stacks": 2, "crops": (384,), "candidates": 1, "native": 1.0, "bokeh": 0.4}
 HELD_OUT, BATCH, RATE = 40, 64, 1e-3
@@ -150,16 +144,9 @@ def main() -> None:
     chosen = halves(ratings)["choice_half"]
     opinions = [ratings.opinions[k] for k in chosen]
     found = torch.cat([statistics(tower, load_image(ratings.paths[k])[None]) for k in tqdm(chosen, desc="rated")])
-    photographs = list_photographs(options.pristine)
-    sample = photographs[:: max(1, len(photographs) // 500)][:500]
-    with torch.no_grad():
-        pristine = torch.cat([mini.log_energies(load_image(path)[None]) for path in tqdm(sample, desc="pristine")])
     data, drawn = collect(tower, config, options.pristine, options.stacks)
 
     print(f"{versus.machine()}, torch {torch.__version__}; {len(drawn)} stacks\n\n| | SRCC | in order |\n|---|---|---|")
-    slope = np.polyfit(pristine[:, MEDIAN], pristine[:, SHARPEST], 1)[0]
-    for name, factor in (("98th percentile", 0.0), (f"98th percentile less {slope:.2f} of the median", slope)):
-        print(f"| {name} | {spearmanr(found[:, SHARPEST] - factor * found[:, MEDIAN], opinions)[0]:.3f} | |")
     report("as they are", Heads(tower), aligned, data, (found, opinions))
     for name, change in VARIANTS.items():
         variant = dataclasses.replace(config, **change)

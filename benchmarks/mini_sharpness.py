@@ -14,14 +14,11 @@ import random
 import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from qualiclip_pyiqa import weights
-from qualiclip_pyiqa.mini import RelativeSharpness, detail_and_top, log_energies
+from qualiclip_pyiqa.mini import RelativeSharpness, detail_and_top
 from qualiclip_pyiqa.training import towers
 from qualiclip_pyiqa.training.config import load_config
-from qualiclip_pyiqa.training.stacks import list_photographs, read_photograph, shorter_side
+from qualiclip_pyiqa.training.stacks import list_photographs, read_energies, shorter_side
 from qualiclip_pyiqa.training.train import FITTED
 
 
@@ -44,8 +41,7 @@ def main() -> None:
 
     paths = [path for path in list_photographs(options.pristine) if shorter_side(path) >= config.smallest_photograph]
     random.Random(f"split {training['seed']}").shuffle(paths)
-    chosen = tqdm(paths[config.validation :][:FITTED], desc="undistorted")
-    energies = torch.cat([log_energies(read_photograph(path)[None].float() / 255) for path in chosen])
+    energies = read_energies(paths[config.validation :][:FITTED])
     aligned.tower.heads[number].fit(detail_and_top(energies))
     pair = slice(2 * number, 2 * number + 2)
     anchors = state["prompts_features"].clone()

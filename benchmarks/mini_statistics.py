@@ -12,10 +12,8 @@ more photographs of --pristine do to that score: types that fall, and the share 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyiqa
@@ -31,14 +29,13 @@ from tqdm import tqdm
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.mini import BLOCKS, PERCENTILES, SCALES, UNRANKED, log_energies
 from qualiclip_pyiqa.ratings import read_ratings
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS, LEVELS, degrade
+from qualiclip_pyiqa.training.ladders import STEPS, behaviours, ladder
+from qualiclip_pyiqa.training.stacks import read_energies
 from qualiclip_pyiqa.training.train import FITTED
 
 PLACE = BLOCKS.index(("sharpness",))
 LUMA_SPREAD = 3 * SCALES + 1  # of `log_energies`
-STEPS = 1 + LEVELS * len(DEGRADATIONS)
 TAKEN = "first two octaves"
-T = TypeVar("T")
 
 
 def ranked(energies: np.ndarray, percent: int, octaves: int) -> np.ndarray:
@@ -74,11 +71,10 @@ def main() -> None:
     net = pyiqa.create_metric(EMBEDDED, device="cpu", **({"weights": options.weights} if options.weights else {})).net
 
     with torch.no_grad():
-        undistorted = np.concatenate(
-            [log_energies(load_image(path)[None]).double().numpy() for path in watched(fitted)]
-        )
-        rated = [seen(net, load_image(ratings.paths[k])[None]) for k in watched(half)]
-        ladders = [seen(net, rgb) for rgb in watched(ladder(degraded), STEPS * len(degraded))]
+        undistorted = read_energies([Path(path) for path in fitted]).double().numpy()
+        rated = [seen(net, load_image(ratings.paths[k])) for k in tqdm(half, unit="picture")]
+        pictures = (rgb for number, path in enumerate(degraded) for rgb in ladder(load_image(path), number))
+        ladders = [seen(net, rgb) for rgb in tqdm(pictures, total=STEPS * len(degraded), unit="picture")]
     energies, pairs = (np.concatenate(each) for each in zip(*rated, strict=True))
     worse_energies, worse_pairs = (np.concatenate(each) for each in zip(*ladders, strict=True))
 
@@ -112,22 +108,9 @@ def main() -> None:
         print(f"{scale} z + {offset} | {srcc(score):.3f} | {worse}")
 
 
-def watched(things: Iterable[T], total: int | None = None) -> Iterable[T]:
-    return tqdm(things, total=total, unit="picture")
-
-
-def ladder(paths: list[str]) -> Iterator[Tensor]:
-    """Each photograph, then all types at all levels, as a file would hold them."""
-    for number, path in enumerate(paths):
-        rgb = load_image(path)[None]
-        yield rgb
-        for name in DEGRADATIONS:
-            for level in range(1, LEVELS + 1):
-                yield (degrade(rgb, name, level, seed=number) * 255).round() / 255
-
-
-def seen(net: torch.nn.Module, rgb: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def seen(net: torch.nn.Module, picture: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Log energies (1, ENERGIES), and what each pair scores (1, P)."""
+    rgb = picture[None]
     image, text = (F.normalize(each, dim=-1) for each in (net.features(rgb), net.prompt_features))
     logits = (image @ text.T * (net.logit_scale / net.temperature)).unflatten(1, (-1, 2))
     return log_energies(rgb).double().numpy(), logits.softmax(-1)[..., 0].double().numpy()
@@ -153,15 +136,8 @@ def replaced(pairs: np.ndarray, place: int, logit: np.ndarray) -> np.ndarray:
 
 
 def behaviour(scores: np.ndarray) -> str:
-    """As `qualiclip evaluate --degradations` counts: types whose mean falls; pairs of levels in order."""
-    table = scores.reshape(-1, STEPS)
-    falling, in_order = 0, []
-    for index, degradation in enumerate(DEGRADATIONS.values()):
-        levels = np.concatenate([table[:, :1], table[:, 1 + index * LEVELS : 1 + (index + 1) * LEVELS]], axis=1)
-        means = levels.mean(0)
-        falling += all(a > b for a, b in pairwise(means[1:]))
-        in_order.append(np.mean([levels[:, i] > levels[:, j] for i, j in degradation.pairs]))
-    return f"{falling} of {len(DEGRADATIONS)} | {np.mean(in_order):.3f}"
+    found = behaviours(scores).values()
+    return f"{sum(each.falls for each in found)} of {len(found)} | {np.mean([each.in_order for each in found]):.3f}"
 
 
 if __name__ == "__main__":

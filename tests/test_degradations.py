@@ -32,6 +32,7 @@ from qualiclip_pyiqa.training.degradations import (
     draw_types,
     strength,
 )
+from qualiclip_pyiqa.training.ladders import STEPS, behaviour, behaviours, ladder
 
 Array = NDArray[np.float64]
 
@@ -534,3 +535,41 @@ def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("sys.argv", ["degradations", str(tmp_path / "none.png"), "-o", str(sheet)])
     assert degradations.main() == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_ladder_is_the_photograph_and_every_level_as_files_hold_them() -> None:
+    rgb = synthetic_photograph(0, 64, 48)
+    pictures = list(ladder(rgb, seed=3))
+    assert len(pictures) == STEPS == 1 + 5 * 24 and torch.equal(pictures[0], rgb)
+    for number, name in enumerate(DEGRADATIONS):
+        for level in range(1, LEVELS + 1):
+            found = pictures[LEVELS * number + level]
+            assert torch.equal(found, (degrade(rgb[None], name, level, seed=3)[0] * 255).round() / 255), (name, level)
+
+
+def test_behaviour_counts_what_is_known_to_be_worse() -> None:
+    # Two photographs: what is worse everywhere, for a metric of either direction.
+    worse = np.tile([0, *range(1, LEVELS + 1)], (2, 1))
+    for name, degradation in DEGRADATIONS.items():
+        for scores, lower_better in ((-worse, False), (worse, True)):
+            found = behaviour(name, scores, lower_better)
+            assert found.falls and found.in_order == 1 and found.means == scores[0].tolist()
+            assert behaviour(name, scores, not lower_better).in_order == 0
+        # Nothing is known of a pair of levels that no chain has in common; alike is not in order.
+        assert behaviour(name, np.zeros((1, LEVELS + 1))).in_order == 0
+        swapped = -worse[:1].copy()
+        swapped[0, [2, 3]] = swapped[0, [3, 2]]
+        found = behaviour(name, swapped)
+        assert not found.falls and found.in_order == 1 - degradation.ordered(2, 3) / len(degradation.pairs)
+
+    # A mean may fall though one photograph's scores do not; level 1 may be better than the photograph itself.
+    found = behaviour("jpeg", [[1, 9, 5, 4, 3, 2], [1, 2, 3, 2, 1, 0]])
+    assert found.falls and found.in_order == pytest.approx((10 + 9) / (15 * 2))
+
+
+def test_behaviours_are_by_type_in_the_banks_order() -> None:
+    table = np.arange(2 * STEPS, dtype=float).reshape(2, STEPS)
+    found = behaviours(table.flatten(), lower_better=True)
+    assert list(found) == list(DEGRADATIONS) and all(each.falls and each.in_order == 1 for each in found.values())
+    assert found["gaussian_blur"].means == [STEPS / 2 + k for k in (0, 1, 2, 3, 4, 5)]
+    assert found["lens_blur"].means == [STEPS / 2 + k for k in (0, 6, 7, 8, 9, 10)]

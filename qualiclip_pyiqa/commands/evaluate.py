@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from . import DEFAULT_METRIC, RATING_OPTIONS, add_metric_option, add_rating_opti
 if TYPE_CHECKING:
     from ..evaluation import Agreement
     from ..ratings import Ratings
-    from ..tables import Record
 
 # Options that would do nothing, by what is evaluated.
 USELESS: dict[str, tuple[str, ...]] = {
@@ -89,13 +88,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scored(paths: Sequence[Path], metrics: list[str], device: str | None) -> dict[str, list[float]]:
+def scored(paths: Sequence[Path], metrics: Any, device: str | None) -> dict[str, list[float]]:
     """Score of every picture by column; the first one that cannot be scored is an error."""
+    from tqdm import tqdm
+
     from ..scoring import Scorer
 
     scorer = Scorer(metrics, device=device)
     columns: dict[str, list[float]] = {column: [] for column in scorer.columns}
-    for record in _watched(scorer.score(paths), len(paths)):
+    for record in tqdm(scorer.score(paths), total=len(paths), unit="picture", file=sys.stderr):
         if record.error is not None:
             raise ImageError(record.error)
         for column, score in record.scores.items():
@@ -103,17 +104,11 @@ def _scored(paths: Sequence[Path], metrics: list[str], device: str | None) -> di
     return columns
 
 
-def _watched(records: Iterable[Record], total: int) -> Iterator[Record]:
-    from tqdm import tqdm
-
-    return iter(tqdm(records, total=total, unit="picture", file=sys.stderr))
-
-
 def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
     from ..evaluation import agreement, compare
 
     ratings = _ratings(arguments)
-    scores = _scored(ratings.paths, metrics, arguments.device)
+    scores = scored(ratings.paths, metrics, arguments.device)
     print(f"{ratings}\n")
     opposite = {name: lower_is_better(name) != ratings.lower_better for name in scores}
     found = {
@@ -189,12 +184,9 @@ def _number(value: float | None) -> str:
 
 def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
     """Mean score by level for every type, as QualiCLIP's first figure shows it."""
-    import torch
-
     from ..discover import find_pictures
-    from ..images import load_image
-    from ..scoring import Scorer
-    from ..training.degradations import DEGRADATIONS, LEVELS, degrade
+    from ..training.degradations import DEGRADATIONS
+    from ..training.ladders import score_degraded
 
     paths = find_pictures([str(arguments.degradations)]).paths
     if arguments.limit is not None:
@@ -202,52 +194,19 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[di
     if not paths:
         raise SettingsError(f"no pictures in {arguments.degradations}")
 
-    def ladder() -> Iterator[Any]:
-        for number, path in enumerate(paths):
-            rgb = load_image(path)[None]
-            yield rgb[0]
-            for name in DEGRADATIONS:
-                for level in range(1, LEVELS + 1):
-                    # As a file would hold them: 8 bits.
-                    degraded = degrade(rgb, name, level, seed=arguments.seed + number)[0]
-                    yield (degraded * 255).round().to(torch.uint8)
-
-    scorer = Scorer(metrics, device=arguments.device, workers=0)
-    steps = 1 + LEVELS * len(DEGRADATIONS)
-    scores: dict[str, list[list[float]]] = {column: [[] for _ in range(steps)] for column in scorer.columns}
-    for number, record in enumerate(_watched(scorer.score(ladder()), steps * len(paths))):
-        if record.error is not None:
-            raise ImageError(f"{source_name(paths[number // steps])}: {record.error}")
-        for column, score in record.scores.items():
-            scores[column][number % steps].append(score)
-
     numbers: dict[str, Any] = {}
-    for column, found in scores.items():
-        sign = -1 if lower_is_better(column) else 1
-        types: dict[str, dict[str, Any]] = {}
-        for index, (name, degradation) in enumerate(DEGRADATIONS.items()):
-            by_level = [found[0], *found[1 + index * LEVELS : 1 + (index + 1) * LEVELS]]
-            means = [sum(each) / len(paths) for each in by_level]
-            falls = all(sign * a > sign * b for a, b in pairwise(means[1:]))
-            in_order = [
-                sign * better > sign * worse
-                for i, j in degradation.pairs
-                for better, worse in zip(by_level[i], by_level[j], strict=True)
-            ]
-            types[name] = {
-                "means": means,
-                "falls": falls,
-                "in_order": sum(in_order) / len(in_order),
-                "monotone_by_design": degradation.monotone,
-            }
-        falling = sum(each["falls"] for each in types.values())
+    for column, found in score_degraded(paths, metrics, arguments.device, arguments.seed).items():
+        types = {
+            name: asdict(each) | {"monotone_by_design": DEGRADATIONS[name].monotone} for name, each in found.items()
+        }
+        falling = sum(each.falls for each in found.values())
         numbers[column] = {"photographs": len(paths), "types_falling": falling, "types": types}
         print(f"\n{column}, {len(paths)} photographs: worse at every level for {falling} of {len(types)} types")
         print("in order: pairs of levels of one photograph, pristine included, as far as one is known to be worse")
         print("\n| type | pristine | 1 | 2 | 3 | 4 | 5 | falls | in order |\n|---|---|---|---|---|---|---|---|---|")
-        for name, each in types.items():
-            cells = " | ".join(f"{mean:.3f}" for mean in each["means"])
-            print(f"| {name} | {cells} | {'yes' if each['falls'] else 'no'} | {each['in_order']:.3f} |")
+        for name, each in found.items():
+            cells = " | ".join(f"{mean:.3f}" for mean in each.means)
+            print(f"| {name} | {cells} | {'yes' if each.falls else 'no'} | {each.in_order:.3f} |")
 
     def draw(path: Path) -> None:
         from .. import plots
@@ -262,13 +221,11 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[di
 
 
 def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -> tuple[dict[str, Any], Draw]:
-    from dataclasses import asdict
-
     from ..discover import find_pictures
     from ..evaluation import gmad
 
     paths = [Path(path) for path in find_pictures([folder]).paths]
-    scores = _scored(paths, [first, second], arguments.device)
+    scores = scored(paths, [first, second], arguments.device)
     found = gmad(scores, {name: lower_is_better(name) for name in scores}, arguments.levels or 4)
     print("| defender | at | attacker | finds better | and worse | attacker's gap | defender's gap |")
     print("|---|---|---|---|---|---|---|")

@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 import random
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ..errors import ImageError, SettingsError
 from ..images import load_image
+from ..mini import log_energies
 from .config import Config
 from .degradations import DEGRADATIONS, LEVELS, blur, degrade_all, draw_types, jpeg
 
@@ -83,6 +86,12 @@ def read_photograph(path: Path) -> Tensor:
         return (load_image(path) * 255).round().to(torch.uint8)
     except ImageError as error:
         raise ImageError(f"{error}; leave it out (--exclude)") from None
+
+
+def read_energies(paths: Sequence[Path], silent: bool = False) -> Tensor:
+    """`log_energies` of photographs as they are -> (N, ENERGIES)."""
+    watched = tqdm(paths, desc="undistorted", unit="picture", file=sys.stderr, leave=False, disable=silent)
+    return torch.cat([log_energies(read_photograph(path)[None].float() / 255) for path in watched])
 
 
 def laplacian_log_variance(pictures: Tensor) -> Tensor:

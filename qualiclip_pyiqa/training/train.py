@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from .. import weights as weight_files
 from ..errors import ImageError, SettingsError
-from ..mini import RelativeSharpness, Standardise, detail_and_top, log_energies
+from ..mini import RelativeSharpness, Standardise, detail_and_top
 from ..pixels import MIN_SIDE
 from ..ratings import Ratings
 from .config import Config
 from .losses import across_loss, centre_loss, consistency_loss, ranking_loss
-from .stacks import Degraded, Stacks, batch_of, list_photographs, read_photograph, shorter_side
+from .stacks import Degraded, Stacks, batch_of, list_photographs, read_energies, read_photograph, shorter_side
 from .towers import Aligned, build, save, similarities
 from .validation import Validation, rated_srcc
 
@@ -303,8 +303,7 @@ class _Run:
         if not heads:
             return
         paths = list(dict.fromkeys(self.training))[:FITTED]  # in an order drawn at random
-        watched = tqdm(paths, desc="undistorted", file=sys.stderr, leave=False, disable=not self.main)
-        energies = torch.cat([log_energies(read_photograph(path)[None].float() / 255) for path in watched])
+        energies = read_energies(paths, silent=not self.main)
         for head in heads:
             head.fit(detail_and_top(energies).to(head.line.device))
 

@@ -15,6 +15,7 @@ from ..images import load_image
 from ..ratings import Ratings
 from .config import Config
 from .degradations import DEGRADATIONS, LEVELS, degrade
+from .ladders import behaviour
 from .towers import Aligned, similarities
 
 
@@ -57,20 +58,16 @@ class Validation:
         )
 
     def look(self, tower: nn.Module, aligned: Aligned) -> tuple[dict[str, float], float]:
-        """Ranking accuracy per type; the part of types whose mean falls strictly from level 1 to 5.
-
-        The accuracy is the part of pairs i < j of levels of one photograph, pristine included and known to be ordered,
-        that are in order.
-        """
+        """Ranking accuracy per type (`Behaviour.in_order`); the part of types that fall (`Behaviour.falls`)."""
         tower.eval()
         pristine = differences(tower, aligned, self.pristine).mean(1)
         accuracy, falling = {}, 0
         for name, pictures in zip(self.names, self.degraded, strict=True):
             q = differences(tower, aligned, pictures.flatten(0, 1)).mean(1).unflatten(0, pictures.shape[:2])
             ladder = torch.cat([pristine[:, None], q], dim=1)
-            right = ladder[:, :, None] > ladder[:, None, :]
-            accuracy[name] = float(torch.stack([right[:, i, j].float() for i, j in DEGRADATIONS[name].pairs]).mean())
-            falling += int((q.mean(0).diff() < 0).all())
+            found = behaviour(name, ladder)
+            accuracy[name] = found.in_order
+            falling += found.falls
         return accuracy, falling / len(self.names)
 
 
