@@ -1,73 +1,90 @@
 """How far scores and features are from exact ones: this package's and pyiqa's, in float32, on the same weights.
 
-    python benchmarks/rounding.py [--pictures 24] [--weights DIR]
+    python benchmarks/rounding.py [--draws 6] [--pictures 8]
 
-Exact is a network of ours in double precision whose BatchNorm is not folded into the convolutions. Pictures are
-224x224, random, every second one smoothed; without --weights the files' content is random, too.
+Exact is a network of ours in double precision, its prompts too, whose BatchNorm is not folded into the convolutions.
+Weights are random, as many times as there are draws, and so are the pictures, 224x224, every second one smoothed.
+What rounds in one direction for one set of weights does so for all pictures, so that a single set says little:
+reported are means over draws with their standard errors, and in how many draws each is the nearer one on average.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from unittest.mock import patch
 
 import pyiqa
 import torch
 import torch.nn.functional as F
 import versus
+from torch import Tensor, nn
 
 from qualiclip_pyiqa import clip
+
+OURS, FOLDED, THEIRS = "this package", "its folded weights, else exact", "pyiqa"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--draws", type=int, default=6, help="sets of random weights, at least 2")
+    parser.add_argument("--pictures", type=int, default=8)
     options = parser.parse_args()
-    print("| metric | what | score: mean distance | largest | feature: mean relative distance |\n|---|---|---|---|---|")
-    with versus.weights(options.weights) as folder, torch.no_grad():
-        for name in ("qualiclip", "clipiqa"):
-            theirs = versus.oracle(name, folder)
-            ours = pyiqa.create_metric(name, device="cpu").net
-            with patch.object(clip, "_fold_batchnorm", lambda tower: None):
-                exact = pyiqa.create_metric(name, device="cpu").net.double()
-            networks = {
-                "this package": ours,
-                "its folded weights, else exact": copy.deepcopy(ours).double(),
-                "its softmax, else exact": None,
-                "pyiqa": theirs,
-            }
-            scores: dict[str, list[float]] = {what: [] for what in networks}
-            features: dict[str, list[float]] = {what: [] for what in networks}
-            for seed in range(options.pictures):
-                x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
-                x = F.avg_pool2d(x, 5, 1, 2) if seed % 2 else x
-                truth = exact.features(x.double())
-                score = exact.score(truth)
-                for what, network in networks.items():
-                    if network is None:
-                        found = ours.score(truth.float())
-                    elif network is theirs:
-                        found = theirs(x)
-                        normalised = (x - ours.tower.mean) / ours.tower.std
-                        features[what].append(
-                            relative(theirs.clip_model[0].encode_image(normalised, pos_embedding=False), truth)
-                        )
-                    else:
-                        feature = network.features(x.to(network.prompt_features.dtype))
-                        found = network.score(feature)
-                        features[what].append(relative(feature, truth))
-                    scores[what].append(float((found.double() - score).abs().max()))
-            for what in networks:
-                far = f"{mean(features[what]):.1e}" if features[what] else "-"
-                print(f"| {name} | {what} | {mean(scores[what]):.1e} | {max(scores[what]):.1e} | {far} |", flush=True)
+    print("| metric | what | score: mean distance | nearer | feature: mean relative distance | nearer |")
+    print("|---|---|---|---|---|---|")
+    for name in ("qualiclip", "clipiqa"):
+        draws = [distances(name, draw, options.pictures) for draw in range(options.draws)]
+        for what in (OURS, FOLDED, THEIRS):
+            cells = []
+            for k in range(2):  # score, feature
+                found = [each[what][k] for each in draws]
+                nearer = sum(each[what][k] < each[THEIRS if what == OURS else OURS][k] for each in draws)
+                count = "-" if what == FOLDED else f"{nearer} of {len(draws)}"
+                cells.append(f"{mean(found):.2e} ± {stdev(found) / len(found) ** 0.5:.0e} | {count}")
+            print(f"| {name} | {what} | {' | '.join(cells)} |", flush=True)
     print(f"\n{versus.machine()}, torch {torch.__version__}, pyiqa {pyiqa.__version__}")
 
 
-def relative(feature: torch.Tensor, truth: torch.Tensor) -> float:
+@torch.no_grad()
+def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, float]]:
+    """Mean distances of scores and of features for one set of weights."""
+    with versus.weights(None, draw) as folder:
+        theirs = versus.oracle(name, folder)
+        ours = pyiqa.create_metric(name, device="cpu").net
+        exact = exactly(name)
+    folded = copy.deepcopy(ours).double()
+    folded.prompt_features = exact.prompt_features
+    scores: dict[str, list[float]] = {what: [] for what in (OURS, FOLDED, THEIRS)}
+    features: dict[str, list[float]] = {what: [] for what in scores}
+    for seed in range(pictures):
+        x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1000 * draw + seed))
+        x = F.avg_pool2d(x, 5, 1, 2) if seed % 2 else x
+        truth = exact.features(x.double())
+        normalised = (x - ours.tower.mean) / ours.tower.std
+        found = {
+            OURS: (ours(x), ours.features(x)),
+            FOLDED: (folded(x.double()), folded.features(x.double())),
+            THEIRS: (theirs(x), theirs.clip_model[0].encode_image(normalised, pos_embedding=False)),
+        }
+        for what, (score, feature) in found.items():
+            scores[what].append(float((score.double() - exact.score(truth)).abs().max()))
+            features[what].append(relative(feature, truth))
+    return {what: (mean(scores[what]), mean(features[what])) for what in scores}
+
+
+def exactly(name: str) -> nn.Module:
+    with patch.object(clip, "_fold_batchnorm", lambda tower: None):
+        exact = pyiqa.create_metric(name, device="cpu").net.double()
+    state, stored = exact.source.read()
+    texts = exact.prompts.texts
+    if not all(text in stored for text in texts):  # else the prompts' features are the file's
+        text = exact.source.text_tower(state).eval().double()
+        exact.prompt_features = F.normalize(text.encode(clip.tokenize(texts, text.context_length)), dim=-1)
+    return exact
+
+
+def relative(feature: Tensor, truth: Tensor) -> float:
     return float((feature.double() - truth).norm() / truth.norm())
 
 

@@ -26,15 +26,16 @@ pictures = upstream.pictures
 
 
 @contextmanager
-def weights(folder: Path | None) -> Iterator[Path]:
-    """A folder with RN50.pt and QualiCLIP.pth in the look-up path: the given one, or files with random content."""
+def weights(folder: Path | None, draw: int = 0) -> Iterator[Path]:
+    """A folder with RN50.pt and QualiCLIP.pth in the look-up path: the given one, or files with random content, another
+    for each draw."""
     with tempfile.TemporaryDirectory() as made:
         if folder is None:
             os.environ["QUALICLIP_PYIQA_VERIFY"] = "0"  # nothing random has the published hash
             logging.getLogger("qualiclip_pyiqa").setLevel(logging.ERROR)
             config = open_clip.get_model_config("RN50-quickgelu")
-            torch.save(upstream.random_clip(config, seed=0), Path(made, "RN50.pt"))
-            upstream.write_qualiclip(Path(made, "QualiCLIP.pth"), upstream.random_clip(config, seed=1))
+            torch.save(upstream.random_clip(config, seed=2 * draw), Path(made, "RN50.pt"))
+            upstream.write_qualiclip(Path(made, "QualiCLIP.pth"), upstream.random_clip(config, seed=2 * draw + 1))
         os.environ["QUALICLIP_PYIQA_WEIGHTS"] = str(folder or made)
         yield folder or Path(made)
 
