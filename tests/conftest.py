@@ -14,6 +14,9 @@ for _name in ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME"):
     os.environ[_name] = str(Path(_CACHES.name, _name.lower()))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("QUALICLIP_PYIQA_WEIGHTS", None)
+# Workers of pytest-xdist share the cores.
+if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
 import torch  # noqa: E402
 import upstream  # noqa: E402

@@ -248,15 +248,6 @@ def test_half_precision(tower: MiniTower, dtype: torch.dtype, least: float) -> N
         assert torch.cosine_similarity(features.float(), expected).min() > least
 
 
-def test_compiles_whole_for_any_size(tower: MiniTower) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(tower, fullgraph=True, dynamic=True, backend="eager")
-    with torch.no_grad():
-        for size in [(64, 64), (49, 80), (33, 101)]:
-            x = torch.rand(2, 3, *size)
-            assert torch.allclose(compiled(x), tower(x), atol=1e-5)
-
-
 def test_log_energies_know_blur_noise_and_darkness(picture: torch.Tensor) -> None:
     clean = log_energies(picture)
     assert (log_energies(degrade(picture, "gaussian_blur", 4, 0))[:, 0] < clean[:, 0]).all()
