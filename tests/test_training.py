@@ -666,6 +666,33 @@ def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, tiny_fo
     assert not without and len(still) == {"mini": 0, "tiny-resnet": 2, "tiny-vit": 1}[backbone]
 
 
+@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit"])
+def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    """The same model in less memory."""
+    values = dataclasses.asdict(short()) | {"crops": [96]}
+    if backbone != "mini":
+        values = {k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")}
+        values |= {"backbone": backbone, "weights": str(tiny_folder / f"{backbone}.pt"), "learning_rate": 1e-4}
+        values |= {"statistics": backbone == "tiny-resnet", "recalibrate": 0}
+    models, kept = [], []
+    for recompute in (False, True):
+        config = make_config(values | {"recompute": recompute})
+        models.append(trainer.train(config, folder, tmp_path / str(recompute)))
+        aligned = build(config, seed=0)
+        batch = batch_of(Stacks(paths_of(folder), config, seed=0)[0], config)
+        storages: dict[int, int] = {}
+
+        def keep(x: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            trainer.losses(aligned.tower.train(), aligned, batch, config)
+        kept.append(sum(storages.values()))
+    assert same_tensors(*models)
+    assert kept[1] < 0.7 * kept[0]
+
+
 def open_clip_scores(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Scores by open_clip's own layers: 32 features of a tower without a positional table, temperature 2."""
     import open_clip

@@ -67,6 +67,7 @@ class Config:
     clip: float  # largest norm of the gradient; 0: not clipped
     average: float  # decay of the averaged weights that are kept; 0: the last ones are kept
     precision: str  # `fp32`, `bf16` or `fp16`
+    recompute: bool  # whether activations are computed again for the gradient and not kept: less memory, more time
     statistics: bool  # whether normalisation statistics are learned too; false: they stay those of the loaded weights
     # Data, looks and checkpoints
     validation: int  # photographs of the training set kept for validation

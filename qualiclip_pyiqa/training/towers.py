@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import clip
 from .. import weights as weight_files
@@ -72,9 +74,10 @@ def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
     Raises:
         SettingsError, WeightsError: weights that cannot be found or are another tower's.
     """
-    if config.backbone == "mini":
-        return _mini(config, seed, start)
-    return _clip(config, start)
+    aligned = _mini(config, seed, start) if config.backbone == "mini" else _clip(config, start)
+    if config.recompute:
+        _recompute(aligned.tower)
+    return aligned
 
 
 def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
@@ -109,6 +112,43 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
         metadata={"backbone": "mini", "tower": json.dumps(keywords), "temperature": "1"},
         source="" if start is None else weight_files.file_sha256(start),
     )
+
+
+class Recomputed(nn.Sequential):
+    """Layers whose activations are not kept for the gradient but computed again (activation checkpointing)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        passes = (nullcontext(), self._counted())  # around the first one and the one for the gradient
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: passes)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Normalisation statistics have seen this batch: its second pass leaves them as they are."""
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        counters = [norm.get_buffer("num_batches_tracked") for norm in norms]
+        before = [(norm.momentum, counter.clone()) for norm, counter in zip(norms, counters, strict=True)]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, counter, (momentum, count) in zip(norms, counters, before, strict=True):
+                norm.momentum = momentum
+                counter.copy_(count)
+
+
+def _recompute(tower: nn.Module) -> None:
+    if isinstance(tower, clip.ViTTower):
+        tower.transformer.grad_checkpointing = True  # type: ignore[assignment]
+        return
+    if isinstance(tower, MiniTower):
+        layers = list(tower.stages)
+    else:
+        layers = [tower.get_submodule(f"layer{k}") for k in (1, 2, 3, 4)]
+    for layer in layers:
+        layer.__class__ = Recomputed  # the names in its state dict stay
 
 
 def block_anchors(tower: MiniTower, seed: int) -> Tensor:
