@@ -644,6 +644,10 @@ def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: 
     assert torch.allclose(metric(x), reference, atol=1e-5)
     own = pyiqa.create_metric("qualiclip", weights=str(path), prompts=[["Nice photo.", "Ugly photo."]])
     assert not torch.allclose(own(x), metric(x))  # the text tower is in the file
+    # BatchNorm counts in whole numbers, also where its statistics are averaged.
+    learned = load_file(trainer.train(dataclasses.replace(config, statistics=True), folder, tmp_path / "learned"))
+    counters = [key for key in before if key.endswith("num_batches_tracked")]
+    assert counters and all(learned[key].dtype == before[key].dtype for key in counters)
     # ... and the run may be gone on with from the file.
     again = trainer.train(config, folder, tmp_path / "again", start=path)
     assert again.is_file()

@@ -180,7 +180,10 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     if scale is None:
         raise WeightsError(f"{source.path} has no 'logit_scale'; expected a whole CLIP or a trained model")
     # The file is memory-mapped; what is trained needs memory of its own.
-    state = {key: value.float().clone() if key.startswith("visual.") else value for key, value in state.items()}
+    state = {
+        key: (value.float() if value.is_floating_point() else value).clone() if key.startswith("visual.") else value
+        for key, value in state.items()
+    }
     tower = source.image_tower(state, pos_embedding=False)
     for name, parameter in tower.named_parameters():
         # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
