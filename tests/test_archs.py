@@ -91,9 +91,10 @@ def test_half_precision(net: PromptIQA, dtype: torch.dtype, tolerance: float) ->
 def test_compiles_whole_and_for_any_size(net: PromptIQA) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
-    for number, size in enumerate(((2, 64, 96), (3, 101, 79))):
+    for number, size in enumerate(((2, 64, 96), (3, 101, 79), (2, 33, 101))):
         x = upstream.pictures(*size)
-        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+        # 33 rows are one in the end, for which a graph of its own is right.
+        with torch._dynamo.config.patch(error_on_recompile=number == 1):
             assert (compiled(x) - net(x)).abs().max() < 1e-5
 
 
