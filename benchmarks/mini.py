@@ -197,6 +197,7 @@ def degradations(paths: Sequence[str], models: Mapping[str, nn.Module]) -> dict[
             "types": len(types),
             "monotone_types_falling": sum(each.falls for each in monotone),
             "monotone_types": len(monotone),
+            "in_order": statistics.mean(each.in_order for each in types.values()),
             "not_falling": [kind for kind, each in types.items() if not each.falls],
             "means": {kind: each.means for kind, each in types.items()},
         }
@@ -263,12 +264,12 @@ def show(result: Mapping[str, Any]) -> None:
     pristine = result["pristine"]
     kind = "held-out" if pristine["held_out"] else "not held out"
     print(f"\n\nTypes of degradation that fall from level 1 to 5, {pristine['degraded']} photographs ({kind})\n")
-    print("| model | all | monotone ones | not falling |\n|---|---|---|---|")
+    print("| model | all | monotone ones | not falling | pairs of levels in order |\n|---|---|---|---|---|")
     for name, each in models.items():
         row = each["degradations"]
         print(
             f"| {name} | {row['types_falling']} of {row['types']} | {row['monotone_types_falling']} of "
-            f"{row['monotone_types']} | {', '.join(row['not_falling']) or 'none'} |"
+            f"{row['monotone_types']} | {', '.join(row['not_falling']) or 'none'} | {row['in_order']:.3f} |"
         )
     speed = result["pictures_per_second"]
     sizes = list(next(iter(speed.values())))

@@ -61,14 +61,16 @@ def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, flo
         x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1000 * draw + seed))
         x = F.avg_pool2d(x, 5, 1, 2) if seed % 2 else x
         truth = exact.features(x.double())
+        exact_score = exact.score(truth)
         normalised = (x - ours.tower.mean) / ours.tower.std
+        feature, folded_feature = ours.features(x), folded.features(x.double())
         found = {
-            OURS: (ours(x), ours.features(x)),
-            FOLDED: (folded(x.double()), folded.features(x.double())),
+            OURS: (ours.score(feature), feature),
+            FOLDED: (folded.score(folded_feature), folded_feature),
             THEIRS: (theirs(x), theirs.clip_model[0].encode_image(normalised, pos_embedding=False)),
         }
         for what, (score, feature) in found.items():
-            scores[what].append(float((score.double() - exact.score(truth)).abs().max()))
+            scores[what].append(float((score.double() - exact_score).abs().max()))
             features[what].append(relative(feature, truth))
     return {what: (mean(scores[what]), mean(features[what])) for what in scores}
 

@@ -127,16 +127,14 @@ class Recomputed(nn.Sequential):
     def _counted(self) -> Iterator[None]:
         """Normalisation statistics have seen this batch: its second pass leaves them as they are."""
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        counters = [norm.get_buffer("num_batches_tracked") for norm in norms]
-        before = [(norm.momentum, counter.clone()) for norm, counter in zip(norms, counters, strict=True)]
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 0.0
         try:
             yield
         finally:
-            for norm, counter, (momentum, count) in zip(norms, counters, before, strict=True):
+            for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-                counter.copy_(count)
 
 
 def _recompute(tower: nn.Module) -> None:
@@ -180,10 +178,7 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     if scale is None:
         raise WeightsError(f"{source.path} has no 'logit_scale'; expected a whole CLIP or a trained model")
     # The file is memory-mapped; what is trained needs memory of its own.
-    state = {
-        key: (value.float() if value.is_floating_point() else value).clone() if key.startswith("visual.") else value
-        for key, value in state.items()
-    }
+    state = {key: value.clone() if key.startswith("visual.") else value for key, value in state.items()}
     tower = source.image_tower(state, pos_embedding=False)
     for name, parameter in tower.named_parameters():
         # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
