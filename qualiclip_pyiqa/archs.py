@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import clip
+from . import backbones, clip
 from . import weights as weight_files
 from .errors import ImageError, PromptError, SettingsError, WeightsError
 from .metrics import METRICS, MetricSpec, metric_spec
@@ -35,8 +35,8 @@ class PromptIQA(nn.Module):
 
     Args:
         model_type: a name of `METRICS`; it decides the defaults of everything below.
-        backbone: image tower; an OpenAI name as pyiqa spells it or any open_clip name with OpenAI-style towers. A file
-            trained with this package says itself which tower it holds.
+        backbone: image tower; an OpenAI name as pyiqa spells it or any of `open_clip.list_models()`. A file trained
+            with this package says itself which tower it holds.
         pretrained: for metrics with a learned context: True for the published one, False for a fresh one to be
             trained, or the name of a weight record or a file. Metrics with fixed prompts have no context to choose.
         pos_embedding: whether the tower adds its positional table, resized to the picture.
@@ -220,15 +220,13 @@ class PromptIQA(nn.Module):
     def _fixed_features(self, prompts: Prompts, state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Tensor:
         if all(text in stored for text in prompts.texts):
             return torch.stack([stored[text] for text in prompts.texts])
-        if not self.source.has_text_tower(state):
+        if not backbones.has_text_tower(state):
             strange = next(text for text in prompts.texts if text not in stored)
             raise PromptError(
                 f"{self.source.path.name} has no text tower and no feature for {strange!r}; "
                 f"expected some of {', '.join(map(repr, stored))}"
             )
-        text = self.source.text_tower(state).eval()
-        with torch.no_grad():
-            return text.encode(clip.tokenize(prompts.texts, text.context_length))
+        return self.source.encode(prompts.texts, state)
 
     def _set_features(self, prompts: Prompts, features: Tensor) -> None:
         """Keep (2P, D) features, and which pair counts for which attribute: a matrix (P, A) of 0 and 1."""
@@ -351,7 +349,7 @@ class Source:
                 raise SettingsError(
                     f"{spec.name} is a {spec.backbone}; for backbone {backbone!r} pass weights=FILE of a trained model"
                 )
-            record = weight_files.openai_record(clip.OPENAI_BACKBONES.get(backbone, backbone))
+            record = weight_files.openai_record(backbones.plain_name(backbone))
         self.openai = not weight_files.is_user_file(record)
         self.path = weight_files.find(record)
         self.backbone = backbone
@@ -384,21 +382,19 @@ class Source:
 
             if pos_embedding:
                 raise SettingsError("the mini tower has no positional table; expected pos_embedding=False")
-            tower: nn.Module = MiniTower(**self.tower_options)
-        else:
-            tower = clip.build_image_tower(self._config(), pos_embedding)
-        clip.load_into(tower, visual, str(self.path))
-        return tower
-
-    def has_text_tower(self, state: Mapping[str, Tensor]) -> bool:
-        return "token_embedding.weight" in state
+            tower = MiniTower(**self.tower_options)
+            clip.load_into(tower, visual, str(self.path))
+            return tower
+        return backbones.image_tower(self._backbone(), visual, pos_embedding, str(self.path))
 
     def text_tower(self, state: Mapping[str, Tensor]) -> clip.TextTower:
-        text = clip.build_text_tower(self._config())
-        clip.load_into(text, state, str(self.path))
-        return text
+        return backbones.text_tower(self._backbone(), state, str(self.path))
 
-    def _config(self) -> dict[str, Any]:
-        config = clip.clip_config(self.backbone, self.openai)
-        self.activation = "QuickGELU" if config.get("quick_gelu") else "GELU"
-        return config
+    def encode(self, texts: Sequence[str], state: Mapping[str, Tensor]) -> Tensor:
+        """Features (P, D) of P texts, not of unit length."""
+        return backbones.encode_texts(self._backbone(), state, texts, str(self.path))
+
+    def _backbone(self) -> backbones.Backbone:
+        found = backbones.find_backbone(self.backbone, self.openai)
+        self.activation = found.activation
+        return found

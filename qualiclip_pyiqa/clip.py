@@ -1,13 +1,11 @@
-"""CLIP towers for quality, over open_clip's modules: any picture size, positional table optional, linear memory.
+"""CLIP towers for quality, over open_clip's and timm's modules: any picture size, positional table optional.
 
-Nothing here knows of files, prompts or pyiqa. A tower is built without memory of its own (on PyTorch's meta device) and
-takes over the tensors of a state dict, so that a memory-mapped file is not copied.
+Nothing here knows of names, files, prompts or pyiqa; `backbones` builds these towers.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,79 +13,13 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .errors import SettingsError, WeightsError
+from .errors import WeightsError
 from .strips import Stack, in_strips
 
-# Mean and std of RGB in 0..1 that CLIP was trained with (openai/CLIP, clip.py).
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-# OpenAI's names as pyiqa spells them. These models have QuickGELU; open_clip's configs of the same name do not.
-OPENAI_BACKBONES = {
-    "RN50": "RN50",
-    "RN101": "RN101",
-    "RN50x4": "RN50x4",
-    "RN50x16": "RN50x16",
-    "RN50x64": "RN50x64",
-    "ViT-B/32": "ViT-B-32",
-    "ViT-B/16": "ViT-B-16",
-    "ViT-L/14": "ViT-L-14",
-    "ViT-L/14@336px": "ViT-L-14-336",
-}
-_VISION_KEYS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _COUNTER = "num_batches_tracked"
-_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
-
-
-def clip_config(backbone: str, openai_weights: bool = False) -> dict[str, Any]:
-    """The open_clip configuration of a backbone, with the activation that its weights were trained with.
-
-    Args:
-        backbone: an OpenAI name as pyiqa spells it (`RN50`, `ViT-L/14`) or any open_clip name whose towers are
-            OpenAI-style (ModifiedResNet or VisionTransformer with a class token, and a plain causal text transformer).
-        openai_weights: whether the weights are OpenAI's, which need QuickGELU whatever the configuration says.
-
-    Returns:
-        Keyword arguments of `open_clip.CLIP`.
-
-    Raises:
-        SettingsError: an unknown name (the nearest is offered), or a model that is not OpenAI-style.
-    """
-    name = OPENAI_BACKBONES.get(backbone, backbone)
-    config = open_clip.get_model_config(name)
-    if config is None:
-        known = [*OPENAI_BACKBONES, *open_clip.list_models()]
-        near = difflib.get_close_matches(backbone, known, n=1, cutoff=0.0)[0]
-        raise SettingsError(f"unknown backbone {backbone!r}; did you mean {near!r}? open_clip.list_models() has all")
-    foreign = (
-        (set(config) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"})
-        | (set(config["vision_cfg"]) - _VISION_KEYS)
-        | (set(config["text_cfg"]) - _TEXT_KEYS)
-    )
-    if foreign:
-        raise SettingsError(
-            f"backbone {backbone!r} is not OpenAI-style (its configuration has {', '.join(sorted(foreign))}); "
-            "expected a model such as 'RN50', 'ViT-B-32' or 'ViT-L-14-quickgelu'"
-        )
-    if backbone in OPENAI_BACKBONES or openai_weights:
-        config["quick_gelu"] = True
-    return config
-
-
-def build_image_tower(config: Mapping[str, Any], pos_embedding: bool) -> ResNetTower | ViTTower:
-    """An image tower without values (on the meta device), to be filled by `load_into`."""
-    with torch.device("meta"):
-        visual = open_clip.CLIP(**config).visual
-        is_resnet = isinstance(config["vision_cfg"]["layers"], list | tuple)
-        return (ResNetTower if is_resnet else ViTTower)(visual, pos_embedding)
-
-
-def build_text_tower(config: Mapping[str, Any]) -> TextTower:
-    """A text tower without values (on the meta device), to be filled by `load_into`."""
-    with torch.device("meta"):
-        return TextTower(open_clip.CLIP(**config))
 
 
 def load_into(tower: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -122,7 +54,8 @@ def freeze(tower: nn.Module) -> nn.Module:
     optimise and stay out of state dicts, so that a metric inside a model does not put CLIP into its checkpoints.
     """
     tower.eval()
-    _fold_batchnorm(tower)
+    if not isinstance(tower, TimmTower):  # whose modules have names and orders of their own
+        _fold_batchnorm(tower)
     for module in tower.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -151,7 +84,12 @@ def _fold_batchnorm(tower: nn.Module) -> None:
 
 
 class _Tower(nn.Module):
-    """Pixel normalisation and the parts that both kinds of image tower share.
+    """Pixel normalisation and the parts that all kinds of image tower share.
+
+    Args:
+        visual: open_clip's module, whose parts are taken over under the same names.
+        pos_embedding: whether the positional table is added; where it is not, it stays in the state dict.
+        mean, std: of RGB in 0..1, that the weights were trained with.
 
     Shape:
         rgb: (N, 3, H, W), RGB in 0..1, H and W at least 32 -> features (N, D), not of unit length.
@@ -160,17 +98,16 @@ class _Tower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, visual: nn.Module, pos_embedding: bool) -> None:
+    def __init__(self, visual: nn.Module, pos_embedding: bool, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         for name, child in visual.named_children():
             self.add_module(name, child)
         for name, parameter in visual.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.feature_dim: int = visual.output_dim  # type: ignore[assignment]
         self.pos_embedding = pos_embedding
         # Values made here are real also when the rest is built on the meta device.
-        self.register_buffer("mean", torch.tensor(MEAN, device="cpu").view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD, device="cpu").view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, rgb: Tensor) -> Tensor:
         return ((rgb - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -245,9 +182,14 @@ class ResNetTower(_Tower):
 
 
 class ViTTower(_Tower):
-    """OpenAI's VisionTransformer; its patch convolution leaves out the rows and columns that do not fill a patch."""
+    """open_clip's VisionTransformer; its patch convolution leaves out the rows and columns that do not fill a patch.
+
+    OpenAI's take the class token of normalised tokens; CLIPA's the mean of the others, normalised afterwards; CoCa's
+    the first of the queries that attend to all tokens.
+    """
 
     conv1: nn.Module
+    patch_dropout: nn.Module
     ln_pre: nn.Module
     ln_post: nn.Module
     transformer: nn.Module
@@ -255,18 +197,47 @@ class ViTTower(_Tower):
     positional_embedding: Tensor
     proj: Tensor
 
+    def __init__(self, visual: open_clip.VisionTransformer, *args: Any) -> None:
+        super().__init__(visual, *args)
+        self.attn_pool: nn.Module | None = visual.attn_pool
+        self.averages = visual.pool_type == "avg"
+        # One token's norm is the same before and after it is picked; a mean's is not.
+        self.norm_first = self.averages and not (visual.final_ln_after_pool and visual.attn_pool is None)
+
     def forward(self, rgb: Tensor) -> Tensor:
         x = self.conv1(self.normalise(rgb)).flatten(2).transpose(1, 2)  # (N, L, C)
         start = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([start, x], dim=1)
         if self.pos_embedding:
             x = x + _flat_resize(self.positional_embedding, x.shape[1]).to(x.dtype)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = self.transformer(self.ln_pre(self.patch_dropout(x)))
+        if self.attn_pool is not None:
+            x = self.attn_pool(x)
+        if self.norm_first:
+            x = self.ln_post(x)
+        x = x[:, 1:].mean(dim=1) if self.averages else x[:, 0]
+        return (x if self.norm_first else self.ln_post(x)) @ self.proj
+
+
+class TimmTower(_Tower):
+    """A tower of timm's with open_clip's projection: ConvNeXt, FastViT, ViTamin, SigLIP's, EVA's, ...
+
+    A positional table is resized on its grid, as timm does it; a rotary embedding is there with and without a table.
+    """
+
+    trunk: nn.Module
+    head: nn.Module
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        x = (rgb - self.mean) / self.std
+        table = getattr(self.trunk, "pos_embed", None)
+        if table is None or self.pos_embedding:
+            return self.head(self.trunk(x))
+        return self.head(functional_call(self.trunk, {"pos_embed": torch.zeros_like(table)}, (x,)))
 
 
 class TextTower(nn.Module):
-    """CLIP's causal text transformer, from token embeddings to features, so that learned contexts can enter.
+    """CLIP's plain causal text transformer, from token embeddings to features, so that learned contexts can enter.
 
     A token sees only those before it, so what comes after a row's end-of-text token may be left out: T need not be
     CLIP's 77, and is a third of that for usual prompts, as is the time.

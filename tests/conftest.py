@@ -76,3 +76,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(upstream.random_clip(upstream.TINY_RESNET, seed=0), folder / "tiny-resnet.pt")
     torch.save(upstream.random_clip(upstream.TINY_VIT, seed=0), folder / "tiny-vit.pt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def families_folder(tiny_folder: Path) -> Path:
+    """Weight files `NAME.pt` of all `upstream.families`, which open_clip knows too."""
+    upstream.write_words(tiny_folder / "words")
+    for name in upstream.families(tiny_folder / "words"):
+        torch.save(upstream.random_model(name).state_dict(), tiny_folder / f"{name}.pt")
+    return tiny_folder

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from qualiclip_pyiqa import clip, load_image, strips, weights
 from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
+from qualiclip_pyiqa.backbones import MEAN, STD
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +144,7 @@ def test_attributes(tiny_folder: Path) -> None:
 
 def test_score_is_the_formula(tiny_folder: Path) -> None:
     """Against the formula of CLIP-IQA written out with open_clip's own model (224 x 224, positional table on)."""
-    from qualiclip_pyiqa.clip import MEAN, STD, tokenize
+    from qualiclip_pyiqa.clip import tokenize
 
     model = open_clip.CLIP(**upstream.TINY_RESNET).eval()
     model.load_state_dict(torch.load(tiny_folder / "tiny-resnet.pt"))
@@ -250,7 +251,7 @@ def _settings(folder: Path) -> list[tuple[dict, type[Exception], str]]:
         ({"model_type": "clipiq"}, SettingsError, "did you mean 'clipiqa'"),
         ({"model_type": "qualiclip-mini"}, SettingsError, "belongs to OpenQualiCLIP"),
         ({"backbone": "RN5", "weights": folder / "tiny-resnet.pt"}, SettingsError, "did you mean 'RN50'"),
-        ({"backbone": "coca_ViT-B-32", "weights": folder / "tiny-resnet.pt"}, SettingsError, "not OpenAI-style"),
+        ({"backbone": "coca_ViT-B-32", "weights": folder / "tiny-resnet.pt"}, WeightsError, "lacks|another model"),
         ({"backbone": "tiny-vit", "weights": folder / "tiny-resnet.pt"}, WeightsError, "lacks|another model"),
         ({**tiny, "temperature": 0}, SettingsError, "positive"),
         ({**tiny, "pretrained": "some.pth"}, SettingsError, "fixed prompts"),
@@ -491,10 +492,12 @@ def test_folding_does_not_change_gradients(tiny_folder: Path) -> None:
     model.load_state_dict(torch.load(tiny_folder / "tiny-resnet.pt"))
     net = build("tiny-resnet-pos", tiny_folder).double()
     x = upstream.pictures(2, 224, 224).double().requires_grad_()
-    direction = torch.randn(net.tower.feature_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(
+        net.prompt_features.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     (net.tower(x) @ direction).sum().backward()
     ours, x.grad = x.grad, None
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (clip.MEAN, clip.STD))
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
     (model.encode_image((x - mean) / std) @ direction).sum().backward()
     # Folded weights are float32: what remains is their rounding.
     assert (ours - x.grad).abs().max() < 1e-5 * x.grad.abs().max()

@@ -52,7 +52,7 @@ from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_c
 from qualiclip_pyiqa.training.degradations import DEGRADATIONS, degrade
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photographs
-from qualiclip_pyiqa.training.towers import Aligned, build
+from qualiclip_pyiqa.training.towers import Aligned, build, similarities
 
 TOY = load_config("toy")
 NOISE = {name: float(each.group == "noise") for name, each in DEGRADATIONS.items()}
@@ -617,15 +617,8 @@ def test_without_a_correlation_the_log_is_still_json(folder: Path, tmp_path: Pat
 
 
 def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
-    values = dataclasses.asdict(short()) | {
-        "backbone": "tiny-resnet",
-        "weights": str(tiny_folder / "tiny-resnet.pt"),
-        "statistics": False,
-        "learning_rate": 1e-4,
-        "recalibrate": 0,
-        "crops": [96],  # with one place left in the last layer, attention would have nothing to choose from
-    }
-    config = make_config({k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")})
+    # With one place left in the last layer, as for smaller crops, attention would have nothing to choose from.
+    config = of_backbone("tiny-resnet", tiny_folder)
     before = torch.load(tiny_folder / "tiny-resnet.pt", weights_only=True)
     path = trainer.train(config, folder, tmp_path / "run")
     after = load_file(path)
@@ -653,31 +646,59 @@ def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: 
     assert again.is_file()
 
 
-@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit"])
-def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, tiny_folder: Path) -> None:
+def of_backbone(name: str, folder: Path, **more: object) -> Config:
+    """The short configuration with a CLIP tower of `folder` in the mini tower's place."""
+    values = {k: v for k, v in dataclasses.asdict(short()).items() if k not in ("widths", "depths", "hidden", "dim")}
+    values |= {"backbone": name, "weights": str(folder / f"{name}.pt"), "statistics": False, "recalibrate": 0}
+    return make_config(values | {"crops": [96], "learning_rate": 1e-4} | more)
+
+
+# ... which take no part: the positional table, and the key's bias of an attention pool.
+UNUSED = {"mini": 0, "tiny-resnet": 2, "tiny-convnext": 0, "tiny-mlp": 0, "tiny-fastvit": 0}
+
+
+@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit", *upstream.families(Path())])
+def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, families_folder: Path) -> None:
     """Otherwise several processes would wait for one another."""
-    values = dataclasses.asdict(short())
+    config = make_config(dataclasses.asdict(short()) | {"crops": [96]})
     if backbone != "mini":
-        values = {k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")}
-        values |= {"backbone": backbone, "weights": str(tiny_folder / f"{backbone}.pt")}
-        values |= {"statistics": False, "recalibrate": 0}
-    config = make_config(values | {"crops": [96]})
+        config = of_backbone(backbone, families_folder)
     aligned = build(config, seed=0)
     batch = batch_of(Stacks(paths_of(folder), config, seed=0)[0], config)
     trainer.losses(aligned.tower, aligned, batch, config)["loss"].backward()
     without = [name for name, p in aligned.tower.named_parameters() if p.requires_grad and p.grad is None]
     still = [name for name, p in aligned.tower.named_parameters() if not p.requires_grad]
-    assert not without and len(still) == {"mini": 0, "tiny-resnet": 2, "tiny-vit": 1}[backbone]
+    assert not without and len(still) == UNUSED.get(backbone, 1)
 
 
-@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit"])
-def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("backbone", ["tiny-convnext", "tiny-eva", "tiny-siglip", "tiny-coca", "tiny-bert"])
+def test_any_tower_of_open_clip_is_trained_and_is_a_metric(
+    backbone: str, folder: Path, tmp_path: Path, families_folder: Path
+) -> None:
+    config = of_backbone(backbone, families_folder)
+    path = trainer.train(config, folder, tmp_path / "run")
+    before, after = torch.load(families_folder / f"{backbone}.pt"), load_file(path)
+    assert set(after) == set(before) | {"prompts_features"}
+    for key, value in before.items():
+        moved = key.startswith("visual.") and not key.endswith(("pos_embed", "positional_embedding"))
+        assert torch.equal(after[key], value) != moved, key
+    x = torch.stack([synthetic_photograph(n) for n in range(3)])
+    metric = pyiqa.create_metric("qualiclip", weights=str(path))
+    aligned = build(config, seed=0, start=path)
+    with torch.no_grad():
+        c = similarities(aligned.tower.eval()(x), aligned.anchors, aligned.unit)
+        expected = (c * math.exp(aligned.logit_scale) / 2).softmax(-1)[..., 0].mean(1, keepdim=True)
+    assert torch.allclose(metric(x), expected, atol=1e-5)
+    own = pyiqa.create_metric("qualiclip", weights=str(path), prompts=[["Good photo.", "Bad edges."]])
+    assert not torch.allclose(own(x), metric(x))  # the text side is in the file
+
+
+@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit", "tiny-convnext", "tiny-eva"])
+def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path: Path, families_folder: Path) -> None:
     """The same model in less memory."""
     values = dataclasses.asdict(short()) | {"crops": [96]}
     if backbone != "mini":
-        values = {k: v for k, v in values.items() if k not in ("widths", "depths", "hidden", "dim")}
-        values |= {"backbone": backbone, "weights": str(tiny_folder / f"{backbone}.pt"), "learning_rate": 1e-4}
-        values |= {"statistics": backbone == "tiny-resnet", "recalibrate": 0}
+        values = dataclasses.asdict(of_backbone(backbone, families_folder, statistics=backbone == "tiny-resnet"))
     models, kept = [], []
     for recompute in (False, True):
         config = make_config(values | {"recompute": recompute})
@@ -695,6 +716,11 @@ def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path
         kept.append(sum(storages.values()))
     assert same_tensors(*models)
     assert kept[1] < 0.7 * kept[0]
+
+
+def test_recomputing_would_let_statistics_learn_twice(families_folder: Path) -> None:
+    with pytest.raises(SettingsError, match="expected statistics = false"):
+        build(of_backbone("tiny-fastvit", families_folder, statistics=True, recompute=True), seed=0)
 
 
 def open_clip_scores(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,93 @@ TINY_VIT = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 
+_WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad sharp blurry photo image edges high low quality".split()  # noqa: SIM905
+_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+_WORD_TEXT = _TEXT | {"vocab_size": len(_WORDS), "no_causal_mask": True, "pool_type": "last"}
+
+
+def families(words: Path) -> dict[str, dict[str, Any]]:
+    """One small model for each other kind of tower and text side of open_clip; `words` is `write_words`' folder."""
+
+    def timm(name: str, pool: str, proj: str | None) -> dict[str, Any]:
+        return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": 224}
+
+    vit = TINY_VIT["vision_cfg"] | {"patch_size": 16}  # type: ignore[operator]
+    coca = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    clipa = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+    decoder = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1, "attn_pooler_heads": 1}
+    own = {"embed_dim": 32, "custom_text": True}
+    return {
+        "tiny-convnext": {"embed_dim": 32, "vision_cfg": timm("test_convnext", "", "linear"), "text_cfg": _TEXT},
+        "tiny-mlp": {"embed_dim": 32, "vision_cfg": timm("test_convnext", "", "mlp"), "text_cfg": _TEXT},
+        "tiny-eva": own | {"vision_cfg": timm("eva02_tiny_patch14_224", "token", None), "text_cfg": _TEXT},
+        "tiny-fastvit": own
+        | {"vision_cfg": timm("fastvit_t8", "avg", None), "text_cfg": _TEXT | {"no_causal_mask": True}},
+        "tiny-vitamin": own | {"vision_cfg": timm("vitamin_small_224", "", "linear"), "text_cfg": _TEXT},
+        "tiny-siglip": {
+            "embed_dim": 64,
+            "custom_text": True,
+            "init_logit_bias": -10,
+            "vision_cfg": timm("test_vit", "map", "none"),
+            "text_cfg": _WORD_TEXT
+            | {
+                "hf_tokenizer_name": str(words),
+                "tokenizer_kwargs": {"clean": "canonicalize"},
+                "proj_bias": True,
+                "norm_kwargs": {"eps": 1e-6},
+                "act_kwargs": {"approximate": "tanh"},
+            },
+        },
+        "tiny-clipa": {
+            "embed_dim": 32,
+            "vision_cfg": vit | clipa,
+            "text_cfg": _WORD_TEXT | {"hf_tokenizer_name": str(words), "tokenizer_kwargs": {"strip_sep_token": True}},
+        },
+        "tiny-coca": own
+        | {
+            "vision_cfg": vit | coca,
+            "text_cfg": _TEXT | {"embed_cls": True, "output_tokens": True},
+            "multimodal_cfg": decoder,
+        },
+        "tiny-bert": {
+            "embed_dim": 32,
+            "vision_cfg": vit | {"ls_init_value": 0.5},
+            "text_cfg": {"hf_model_name": str(words), "hf_tokenizer_name": str(words), "hf_proj_type": "mlp"},
+        },
+    }
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer of a few words and the configuration of a small text encoder, as Hugging Face lays them out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(_WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(vocab_size=len(_WORDS), **small).save_pretrained(folder)
+
+
+def random_model(name: str, seed: int = 0) -> nn.Module:
+    """open_clip's own model of a name, in eval mode, every part of which has its say in the feature."""
+    torch.manual_seed(seed)
+    model = open_clip.create_model(name, pretrained_hf=False)
+    for parameter in model.parameters():
+        if parameter.dim() and parameter.std() < 0.05:  # zeros, ones and layer scales near nothing
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    norms = [module for module in model.visual.modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms:
+        for norm in norms:
+            norm.momentum = None
+        with torch.no_grad():
+            model.train().visual(pictures(8, 224, 224, seed) * 4 - 2)
+    return model.eval()
+
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     """(N, 3, H, W) in 0..1: coloured noise whose coarseness, contrast and brightness differ from picture to picture."""
@@ -96,8 +183,8 @@ def write_context(
 
 
 def add_tiny_backbones(folder: Path) -> None:
-    """Teach open_clip the names `tiny-resnet` and `tiny-vit`."""
-    for name, config in (("tiny-resnet", TINY_RESNET), ("tiny-vit", TINY_VIT)):
+    """Teach open_clip the names `tiny-resnet` and `tiny-vit` and those of `families`."""
+    for name, config in {"tiny-resnet": TINY_RESNET, "tiny-vit": TINY_VIT, **families(folder / "words")}.items():
         if not (folder / f"{name}.json").exists():  # several processes may share the folder
             (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import clip
 from .. import weights as weight_files
 from ..archs import Source
+from ..backbones import OPENAI_BACKBONES, has_text_tower, plain_name
 from ..errors import SettingsError, WeightsError
 from ..files import replacing
 from ..metrics import metric_spec
@@ -76,7 +77,7 @@ def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
     """
     aligned = _mini(config, seed, start) if config.backbone == "mini" else _clip(config, start)
     if config.recompute:
-        _recompute(aligned.tower)
+        _recompute(aligned.tower, config)
     return aligned
 
 
@@ -137,9 +138,16 @@ class Recomputed(nn.Sequential):
                 norm.momentum = momentum
 
 
-def _recompute(tower: nn.Module) -> None:
+def _recompute(tower: nn.Module, config: Config) -> None:
     if isinstance(tower, clip.ViTTower):
         tower.transformer.grad_checkpointing = True  # type: ignore[assignment]
+        return
+    if isinstance(tower, clip.TimmTower):
+        if config.statistics and any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+            raise SettingsError(
+                f"recompute lets {config.backbone}'s normalisation see every batch twice; expected statistics = false"
+            )
+        tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
         return
     if isinstance(tower, MiniTower):
         layers = list(tower.stages)
@@ -170,7 +178,7 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     wanted: str | Path | None = start or (None if config.weights == "openai" else config.weights)
     source = Source(metric_spec("clipiqa"), config.backbone, wanted)
     state, stored = source.read()
-    if _plain(source.backbone) != _plain(config.backbone):
+    if plain_name(source.backbone) != plain_name(config.backbone):
         raise SettingsError(
             f"{source.path} holds a {source.backbone} tower; the configuration asks for {config.backbone}"
         )
@@ -182,19 +190,19 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     tower = source.image_tower(state, pos_embedding=False)
     for name, parameter in tower.named_parameters():
         # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
-        parameter.requires_grad_(not name.endswith(("positional_embedding", "k_proj.bias")))
-    if source.has_text_tower(state):
-        text = source.text_tower(state).eval()
-        with torch.no_grad():
-            anchors = F.normalize(text.encode(clip.tokenize(TEXTS, text.context_length)), dim=-1)
+        parameter.requires_grad_(not name.endswith(("positional_embedding", "pos_embed", "k_proj.bias")))
+    if has_text_tower(state):
+        anchors = F.normalize(source.encode(TEXTS, state), dim=-1)
     elif all(name in stored for name in TEXTS):
         anchors = F.normalize(torch.stack([stored[name] for name in TEXTS]).float(), dim=-1)
     else:
         raise WeightsError(f"{source.path} has no text tower; expected a whole CLIP or a trained model")
     # OpenAI's spelling says that the activation is QuickGELU, which open_clip's does not.
-    spelled = {name: spelling for spelling, name in clip.OPENAI_BACKBONES.items()} if source.openai else {}
+    spelled = {name: spelling for spelling, name in OPENAI_BACKBONES.items()} if source.openai else {}
+    if not isinstance(tower, clip.TimmTower):  # oneDNN crashes in the gradient of FastViT's first layer (torch 2.15)
+        tower = tower.to(memory_format=torch.channels_last)
     return Aligned(
-        tower=tower.to(memory_format=torch.channels_last),
+        tower=tower,
         anchors=anchors,
         unit=1.0,
         logit_scale=float(scale.float()),
@@ -207,11 +215,6 @@ def _clip(config: Config, start: Path | None) -> Aligned:
         rest={key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"},
         source=weight_files.file_sha256(source.path),
     )
-
-
-def _plain(backbone: str) -> str:
-    """open_clip's spelling of a name that OpenAI's may have been given for."""
-    return clip.OPENAI_BACKBONES.get(backbone, backbone)
 
 
 def save(
