@@ -43,11 +43,12 @@ def weights(folder: Path | None, draw: int = 0) -> Iterator[Path]:
 def machine(device: str = "cpu") -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"{name}, {torch.get_num_threads()} threads"
+    # Processors of one name and very different speed differ by family and model.
+    pairs = (line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().splitlines())
+    said = {key.strip(): value.strip() for key, value in pairs}
+    name = said.get("model name", platform.processor())
+    kind = f" (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else ""
+    return f"{name}{kind}, {torch.get_num_threads()} threads"
 
 
 def report(file: Path | None, device: str, weights: Path | None, rows: list[dict[str, Any]]) -> None:

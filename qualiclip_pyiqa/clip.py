@@ -79,7 +79,8 @@ def _fold_batchnorm(tower: nn.Module) -> None:
         for first, second in followers:
             conv, norm = children.get(first), children.get(second)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                # In double precision, so that a weight is rounded once.
+                setattr(module, first, fuse_conv_bn_eval(conv.double(), norm.double()).float())
                 setattr(module, second, nn.Identity())
 
 
