@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -200,6 +201,8 @@ class PromptIQA(nn.Module):
             "architecture": type(self).__name__,
             "backbone": self.source.backbone,
             "activation": self.source.activation,
+            "pixel_mean": self._pixels("mean"),
+            "pixel_std": self._pixels("std"),
             "prompts": self.prompts.as_dict(),
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
@@ -216,6 +219,11 @@ class PromptIQA(nn.Module):
             "paper": self.paper,
             "version": version("qualiclip-pyiqa"),
         }
+
+    def _pixels(self, name: str) -> list[float] | None:
+        """Statistics by which the tower normalises RGB in 0..1; None for one that takes it as it is."""
+        values = getattr(self.tower, name, None)
+        return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
 
     def _fixed_features(self, prompts: Prompts, state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Tensor:
         if all(text in stored for text in prompts.texts):
@@ -385,16 +393,20 @@ class Source:
             tower = MiniTower(**self.tower_options)
             clip.load_into(tower, visual, str(self.path))
             return tower
-        return backbones.image_tower(self._backbone(), visual, pos_embedding, str(self.path))
+        return backbones.image_tower(self.backbone_with_weights(), visual, pos_embedding, str(self.path))
 
     def text_tower(self, state: Mapping[str, Tensor]) -> clip.TextTower:
-        return backbones.text_tower(self._backbone(), state, str(self.path))
+        return backbones.text_tower(self.backbone_with_weights(), state, str(self.path))
 
     def encode(self, texts: Sequence[str], state: Mapping[str, Tensor]) -> Tensor:
         """Features (P, D) of P texts, not of unit length."""
-        return backbones.encode_texts(self._backbone(), state, texts, str(self.path))
+        return backbones.encode_texts(self.backbone_with_weights(), state, texts, str(self.path))
 
-    def _backbone(self) -> backbones.Backbone:
-        found = backbones.find_backbone(self.backbone, self.openai)
+    def backbone_with_weights(self) -> backbones.Backbone:
+        """The backbone as the weights need it, which a file that was trained with this package says itself."""
+        try:
+            found = replace(backbones.find_backbone(self.backbone, self.openai), **self.tower_options)
+        except TypeError as error:
+            raise WeightsError(f"{self.path}: unknown setting of a tower ({error}); update qualiclip-pyiqa") from error
         self.activation = found.activation
         return found

@@ -36,6 +36,8 @@ OPENAI_BACKBONES = {
     "ViT-L/14@336px": "ViT-L-14-336",
 }
 _PLAIN_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
+# What else a tower returns, and what training CLIP left out at random.
+_LEFT_OUT = {"output_tokens", "patch_dropout", "timm_drop", "timm_drop_path"}
 # In the place of the tower that is not wanted: open_clip builds both.
 _NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
 _NO_TEXT = {"context_length": 2, "vocab_size": 2, "layers": 1, "width": 64, "heads": 1}
@@ -49,8 +51,8 @@ class Backbone:
         name: open_clip's.
         embed_dim: D, of the features of both towers.
         vision, text: keywords of open_clip's towers.
-        quick_gelu: the activation that the weights were trained with.
-        mean, std: of RGB in 0..1, likewise.
+        quick_gelu: whether transformer blocks have QuickGELU; as with open_clip, the name says so (`...-quickgelu`).
+        mean, std: of RGB in 0..1, that the weights were trained with.
     """
 
     name: str
@@ -68,7 +70,9 @@ class Backbone:
 
     @property
     def activation(self) -> str:
-        """Of the transformer blocks; those of timm and of Hugging Face have their own."""
+        """Of the image tower's blocks, or for towers of timm's, which have their own, whose they are."""
+        if "timm_model_name" in self.vision:
+            return f"that of timm's {self.vision['timm_model_name']}"
         return "QuickGELU" if self.quick_gelu else "GELU"
 
     def open_clip_model(self, **instead: Any) -> open_clip.CLIP:
@@ -93,17 +97,17 @@ def find_backbone(name: str, openai_weights: bool = False) -> Backbone:
         SettingsError: an unknown name (the nearest is offered).
     """
     plain = plain_name(name)
-    config = open_clip.get_model_config(plain)
+    known = [*OPENAI_BACKBONES, *open_clip.list_models()]
+    config = open_clip.get_model_config(plain) if plain in known else None  # which would fetch `hf-hub:...`
     if config is None:
-        known = [*OPENAI_BACKBONES, *open_clip.list_models()]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise SettingsError(f"unknown backbone {name!r}; did you mean {near!r}? open_clip.list_models() has all")
     mean, std = _pixel_statistics(plain)
     return Backbone(
         name=plain,
         embed_dim=config["embed_dim"],
-        vision={key: value for key, value in config["vision_cfg"].items() if key != "output_tokens"},
-        text={key: value for key, value in config["text_cfg"].items() if key != "output_tokens"},
+        vision={key: value for key, value in config["vision_cfg"].items() if key not in _LEFT_OUT},
+        text={key: value for key, value in config["text_cfg"].items() if key not in _LEFT_OUT},
         quick_gelu=config.get("quick_gelu", False) or openai_weights or name in OPENAI_BACKBONES,
         mean=mean,
         std=std,
@@ -134,6 +138,9 @@ def image_tower(backbone: Backbone, state: Mapping[str, Tensor], pos_embedding: 
     """
     tower = empty_image_tower(backbone, pos_embedding)
     load_into(tower, state, what)
+    more = [key for key, value in state.items() if key not in tower.state_dict() and value.is_floating_point()]
+    if more:
+        raise WeightsError(f"{what} holds another model: this backbone has no {more[0]!r}")
     return tower
 
 
@@ -145,11 +152,14 @@ def empty_image_tower(backbone: Backbone, pos_embedding: bool) -> nn.Module:
     """
     vision = backbone.vision
     with torch.device("meta"):
-        visual = backbone.open_clip_model(text_cfg=_NO_TEXT).visual
+        try:
+            visual = backbone.open_clip_model(text_cfg=_NO_TEXT).visual
+        except RuntimeError as error:  # such as a model that this timm does not know
+            raise SettingsError(f"backbone {backbone.name!r} cannot be built ({error}); update timm") from error
         if "timm_model_name" in vision:
             _take_any_size(backbone, visual)
             kind: type[ResNetTower | TimmTower | ViTTower] = TimmTower
-        elif isinstance(vision["layers"], list | tuple):
+        elif isinstance(vision.get("layers"), list | tuple):
             kind = ResNetTower
         elif isinstance(vision.get("attentional_pool"), str) or vision.get("pool_type") == "none":
             raise SettingsError(f"backbone {backbone.name!r} has a pooling that is not known here; choose another")
@@ -162,7 +172,7 @@ def empty_image_tower(backbone: Backbone, pos_embedding: bool) -> nn.Module:
 
 
 def _take_any_size(backbone: Backbone, visual: nn.Module) -> None:
-    """Make a transformer of timm's for one size one for all, as open_clip has no way to ask for; on the meta device."""
+    """Let a transformer of timm's that was built for one size take any; open_clip has no way to ask for one."""
     trunk: Any = visual.trunk
     if hasattr(trunk, "dynamic_img_size"):
         flexible = _any_size_trunk(backbone, trunk)
@@ -249,7 +259,7 @@ def encode_texts(backbone: Backbone, state: Mapping[str, Tensor], texts: Sequenc
                 backbone.embed_dim, _NO_VISION, config, quick_gelu=backbone.quick_gelu
             ).text
         tokens = open_clip.get_tokenizer(backbone.name)(list(texts))
-    except OSError as error:
+    except (OSError, ImportError, ValueError) as error:  # whatever Hugging Face's libraries raise
         raise WeightsError(
             f"the text side of {backbone.name!r} needs files from Hugging Face that are not here: "
             f"{' '.join(str(error).split())[:200]}"

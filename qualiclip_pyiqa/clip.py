@@ -48,13 +48,15 @@ def load_into(tower: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 
 def freeze(tower: nn.Module) -> nn.Module:
-    """Make a tower part of a metric: eval mode, BatchNorm folded into convolutions, every tensor a plain buffer.
+    """Make a tower part of a metric: eval mode, BatchNorm folded where the order is ours, every tensor a plain buffer.
 
     Buffers that are not persistent follow `.to()`, `deepcopy`, pickle and DataParallel, but are no parameters to
     optimise and stay out of state dicts, so that a metric inside a model does not put CLIP into its checkpoints.
     """
     tower.eval()
-    if not isinstance(tower, TimmTower):  # whose modules have names and orders of their own
+    if isinstance(tower, TimmTower):  # whose modules have names and orders of their own
+        tower.drop_table()
+    else:
         _fold_batchnorm(tower)
     for module in tower.modules():
         for name, parameter in list(module._parameters.items()):
@@ -190,7 +192,6 @@ class ViTTower(_Tower):
     """
 
     conv1: nn.Module
-    patch_dropout: nn.Module
     ln_pre: nn.Module
     ln_post: nn.Module
     transformer: nn.Module
@@ -211,7 +212,7 @@ class ViTTower(_Tower):
         x = torch.cat([start, x], dim=1)
         if self.pos_embedding:
             x = x + _flat_resize(self.positional_embedding, x.shape[1]).to(x.dtype)
-        x = self.transformer(self.ln_pre(self.patch_dropout(x)))
+        x = self.transformer(self.ln_pre(x))
         if self.attn_pool is not None:
             x = self.attn_pool(x)
         if self.norm_first:
@@ -234,7 +235,15 @@ class TimmTower(_Tower):
         table = getattr(self.trunk, "pos_embed", None)
         if table is None or self.pos_embedding:
             return self.head(self.trunk(x))
+        # In training, where the table stays in the state dict. Not for several threads: the trunk is changed meanwhile.
         return self.head(functional_call(self.trunk, {"pos_embed": torch.zeros_like(table)}, (x,)))
+
+    def drop_table(self) -> None:
+        """Let the trunk add zeros, if the table is not to be added: for a tower that is only used from now on."""
+        table = getattr(self.trunk, "pos_embed", None)
+        if table is not None and not self.pos_embedding:
+            self.trunk.pos_embed = nn.Parameter(torch.zeros_like(table))
+            self.pos_embedding = True
 
 
 class TextTower(nn.Module):

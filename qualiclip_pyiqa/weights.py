@@ -515,14 +515,16 @@ def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
 
     if isinstance(loaded, torch.Tensor):
         return {"prompt_learner.ctx": loaded}
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("params"), Mapping):
-        loaded = loaded["params"]
+    for name in ("params", "state_dict"):  # of pyiqa's trainer, of open_clip's
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}; expected tensors by name")
     for key, value in loaded.items():
         if not isinstance(value, torch.Tensor):
             raise WeightsError(f"{path} holds {key!r} of type {type(value).__name__}; expected tensors by name")
-    return {str(key): value for key, value in loaded.items() if key not in _ARCHIVE_NUMBERS}
+    # DistributedDataParallel, under which a model may have been saved, puts `module.` before every name.
+    return {str(key).removeprefix("module."): value for key, value in loaded.items() if key not in _ARCHIVE_NUMBERS}
 
 
 def _check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], layout: str | None) -> None:

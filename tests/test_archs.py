@@ -174,10 +174,12 @@ def test_pyiqa_metric_and_loss(tiny_folder: Path) -> None:
 def test_describe_says_what_decides_a_score(tiny_folder: Path) -> None:
     said = build("tiny-resnet", tiny_folder, prompts="look", temperature=1.5).describe()
     assert said["prompts"]["sharpness"] == [["Sharp photo.", "Blurry photo."]]
-    assert (said["temperature"] == 1.5 and said["activation"] == "GELU") or said["activation"] == "QuickGELU"
+    assert said["temperature"] == 1.5 and said["activation"] == "QuickGELU"
+    assert said["pixel_mean"] == pytest.approx(MEAN, abs=1e-6) and said["pixel_std"] == pytest.approx(STD, abs=1e-6)
     assert said["direction"] == "higher is better" and said["resize"].startswith("none")
     mini = OpenQualiCLIP("qualiclip-mini").describe()
     assert len(mini["weights"]["sha256"]) == 64 and mini["weights"]["licence"] == "CC-BY-SA-4.0"
+    assert mini["pixel_mean"] is None
     json.dumps([said, mini])
 
 

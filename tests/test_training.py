@@ -27,7 +27,7 @@ import torch
 import upstream
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic import synthetic_photograph
 
 from qualiclip_pyiqa import cli
@@ -689,6 +689,14 @@ def test_any_tower_of_open_clip_is_trained_and_is_a_metric(
         c = similarities(aligned.tower.eval()(x), aligned.anchors, aligned.unit)
         expected = (c * math.exp(aligned.logit_scale) / 2).softmax(-1)[..., 0].mean(1, keepdim=True)
     assert torch.allclose(metric(x), expected, atol=1e-5)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    said = json.loads(metadata["tower"])
+    assert said == {"mean": list(MEAN), "std": list(STD), "quick_gelu": False}
+    # What the file says holds, whatever the name's own are by then.
+    save_file(after, tmp_path / "other.safetensors", metadata | {"tower": json.dumps(said | {"mean": [0.5, 0.5, 0.5]})})
+    other = pyiqa.create_metric("qualiclip", weights=str(tmp_path / "other.safetensors"))
+    assert other.net.describe()["pixel_mean"] == [0.5] * 3 and not torch.allclose(other(x), metric(x))
     own = pyiqa.create_metric("qualiclip", weights=str(path), prompts=[["Good photo.", "Bad edges."]])
     assert not torch.allclose(own(x), metric(x))  # the text side is in the file
 
@@ -716,6 +724,18 @@ def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path
         kept.append(sum(storages.values()))
     assert same_tensors(*models)
     assert kept[1] < 0.7 * kept[0]
+
+
+def test_text_side_with_one_tensor_under_two_names_is_written(
+    folder: Path, tmp_path: Path, families_folder: Path
+) -> None:
+    """As Hugging Face's T5 and M2M100 have it, of mt5-base-ViT-B-32 and nllb-clip."""
+    state = torch.load(families_folder / "tiny-bert.pt")
+    name = next(key for key in state if "word_embeddings" in key)
+    torch.save(state | {"text.shared": state[name]}, tmp_path / "tied.pt")
+    config = of_backbone("tiny-bert", families_folder, weights=str(tmp_path / "tied.pt"), steps=1)
+    after = load_file(trainer.train(config, folder, tmp_path / "run"))
+    assert torch.equal(after["text.shared"], after[name])
 
 
 def test_recomputing_would_let_statistics_learn_twice(families_folder: Path) -> None:

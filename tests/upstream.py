@@ -48,6 +48,7 @@ def families(words: Path) -> dict[str, dict[str, Any]]:
         "tiny-convnext": {"embed_dim": 32, "vision_cfg": timm("test_convnext", "", "linear"), "text_cfg": _TEXT},
         "tiny-mlp": {"embed_dim": 32, "vision_cfg": timm("test_convnext", "", "mlp"), "text_cfg": _TEXT},
         "tiny-eva": own | {"vision_cfg": timm("eva02_tiny_patch14_224", "token", None), "text_cfg": _TEXT},
+        "tiny-pe": own | {"vision_cfg": timm("vit_pe_core_tiny_patch16_384", "map", None), "text_cfg": _TEXT},
         "tiny-fastvit": own
         | {"vision_cfg": timm("fastvit_t8", "avg", None), "text_cfg": _TEXT | {"no_causal_mask": True}},
         "tiny-vitamin": own | {"vision_cfg": timm("vitamin_small_224", "", "linear"), "text_cfg": _TEXT},

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import clip
 from .. import weights as weight_files
 from ..archs import Source
-from ..backbones import OPENAI_BACKBONES, has_text_tower, plain_name
+from ..backbones import has_text_tower, plain_name
 from ..errors import SettingsError, WeightsError
 from ..files import replacing
 from ..metrics import metric_spec
@@ -190,15 +190,14 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     tower = source.image_tower(state, pos_embedding=False)
     for name, parameter in tower.named_parameters():
         # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
-        parameter.requires_grad_(not name.endswith(("positional_embedding", "pos_embed", "k_proj.bias")))
-    if has_text_tower(state):
-        anchors = F.normalize(source.encode(TEXTS, state), dim=-1)
-    elif all(name in stored for name in TEXTS):
+        parameter.requires_grad_(not name.endswith(("positional_embedding", "pos_embed", "attnpool.k_proj.bias")))
+    if all(name in stored for name in TEXTS):
         anchors = F.normalize(torch.stack([stored[name] for name in TEXTS]).float(), dim=-1)
+    elif has_text_tower(state):
+        anchors = F.normalize(source.encode(TEXTS, state), dim=-1)
     else:
         raise WeightsError(f"{source.path} has no text tower; expected a whole CLIP or a trained model")
-    # OpenAI's spelling says that the activation is QuickGELU, which open_clip's does not.
-    spelled = {name: spelling for spelling, name in OPENAI_BACKBONES.items()} if source.openai else {}
+    backbone = source.backbone_with_weights()
     if not isinstance(tower, clip.TimmTower):  # oneDNN crashes in the gradient of FastViT's first layer (torch 2.15)
         tower = tower.to(memory_format=torch.channels_last)
     return Aligned(
@@ -208,8 +207,8 @@ def _clip(config: Config, start: Path | None) -> Aligned:
         logit_scale=float(scale.float()),
         # Temperature 2 is what pyiqa scores QualiCLIP with.
         metadata={
-            "backbone": spelled.get(config.backbone, config.backbone),
-            "tower": "{}",
+            "backbone": config.backbone,
+            "tower": json.dumps({key: getattr(backbone, key) for key in ("mean", "std", "quick_gelu")}),
             "temperature": "2",
         },
         rest={key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"},
@@ -226,7 +225,8 @@ def save(
 ) -> None:
     """Write a model in the package's own layout, whole or not at all."""
     tensors = {f"visual.{key}": value.cpu().contiguous() for key, value in tower_state.items()}
-    tensors |= {key: value.cpu().contiguous() for key, value in aligned.rest.items()}
+    # Text encoders may hold one tensor under two names, which safetensors does not write.
+    tensors |= {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in aligned.rest.items()}
     tensors |= {
         "prompts_features": aligned.anchors.cpu().contiguous(),
         "logit_scale": torch.tensor(aligned.logit_scale),
