@@ -671,7 +671,7 @@ def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, familie
     assert not without and len(still) == UNUSED.get(backbone, 1)
 
 
-@pytest.mark.parametrize("backbone", ["tiny-convnext", "tiny-eva", "tiny-siglip", "tiny-coca", "tiny-bert"])
+@pytest.mark.parametrize("backbone", ["tiny-convnext", "tiny-siglip", "tiny-coca", "tiny-bert"])
 def test_any_tower_of_open_clip_is_trained_and_is_a_metric(
     backbone: str, folder: Path, tmp_path: Path, families_folder: Path
 ) -> None:
@@ -701,7 +701,7 @@ def test_any_tower_of_open_clip_is_trained_and_is_a_metric(
     assert not torch.allclose(own(x), metric(x))  # the text side is in the file
 
 
-@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit", "tiny-convnext", "tiny-eva"])
+@pytest.mark.parametrize("backbone", ["mini", "tiny-resnet", "tiny-vit", "tiny-convnext"])
 def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path: Path, families_folder: Path) -> None:
     """The same model in less memory."""
     values = dataclasses.asdict(short()) | {"crops": [96]}
