@@ -138,7 +138,8 @@ def image_tower(backbone: Backbone, state: Mapping[str, Tensor], pos_embedding: 
     """
     tower = empty_image_tower(backbone, pos_embedding)
     load_into(tower, state, what)
-    more = [key for key, value in state.items() if key not in tower.state_dict() and value.is_floating_point()]
+    known = tower.state_dict()
+    more = [key for key, value in state.items() if key not in known and value.is_floating_point()]
     if more:
         raise WeightsError(f"{what} holds another model: this backbone has no {more[0]!r}")
     return tower
