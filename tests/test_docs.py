@@ -36,7 +36,7 @@ def save(path: Path, rgb) -> None:
 
 def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):  # a gMAD competition needs 18
-        save(tmp_path / "photographs" / f"{number}.png", synthetic_photograph(number, 96, 96))
+        save(tmp_path / "photographs" / f"{number}.png", synthetic_photograph(number, 64, 64))
     rows = [["image", "mos"]]
     for level in range(6):
         picture = degrade(synthetic_photograph(20, 96, 96)[None], "gaussian_blur", level, 0)[0]

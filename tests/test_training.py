@@ -785,12 +785,12 @@ def steps_kept(run: Path) -> int:
 
 
 def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(TOY, steps=90, validate_every=15, checkpoint_every=5)
+    config = dataclasses.replace(TOY, steps=60, validate_every=15, checkpoint_every=5)
     expected = trainer.train(config, folder, tmp_path / "whole", seed=5)
     file, run = write_config(config, tmp_path / "config.toml"), tmp_path / "killed"
     arguments = [sys.executable, *command(file, folder, run, "--seed", "5", "--resume")]
     # As long as the next look, the next checkpoint and the end of the run may be what is hit.
-    for least, later in ((5, 0.0), (50, 0.11)):
+    for least, later in ((5, 0.0), (35, 0.11)):
         process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
         while steps_kept(run) < least and process.poll() is None:
             time.sleep(0.005)
