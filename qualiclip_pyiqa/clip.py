@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import WeightsError
+from .fused import FusedBottleneck, FusedConv, FusedLayer, at_hand
 from .strips import Stack, in_strips
 
 _COUNTER = "num_batches_tracked"
@@ -58,6 +59,8 @@ def freeze(tower: nn.Module) -> nn.Module:
         tower.drop_table()
     else:
         _fold_batchnorm(tower)
+    if isinstance(tower, ResNetTower):
+        tower.fuse()
     for module in tower.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -143,6 +146,7 @@ class ResNetTower(_Tower):
     layer3: nn.Sequential
     layer4: nn.Sequential
     attnpool: Any  # open_clip's AttentionPool2d, of which only the weights are used
+    fused = False
 
     def forward(self, rgb: Tensor) -> Tensor:
         # Each block has one 3x3 convolution, after which the first of a layer halves the size; what a layer makes of
@@ -155,11 +159,24 @@ class ResNetTower(_Tower):
             Stack(self.layer3, stride=2, reach=2 * len(self.layer3), density=16),
             Stack(self.layer4, stride=2, reach=2 * len(self.layer4), density=32),
         )
-        return self._pool(x)
+        x = self._pool(x)
+        if self.fused and at_hand(rgb, self.attnpool.q_proj.weight):
+            x = x + 0 * rgb.sum(dim=(1, 2, 3))[:, None]  # a pixel that is not a number makes a score that is none
+        return x
+
+    def fuse(self) -> None:
+        """Compute each convolution, whose BatchNorm is folded, together with what follows it."""
+        for name in ("conv1", "conv2", "conv3"):
+            setattr(self, name, FusedConv(getattr(self, name)))
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, FusedLayer(*map(FusedBottleneck, getattr(self, name))))
+        self.fused = True
 
     def _stem(self, rgb: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H/4, W/4)."""
         x = self.normalise(rgb)
+        if self.fused:
+            return self.avgpool(self.conv3(self.conv2(self.conv1(x))))
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
