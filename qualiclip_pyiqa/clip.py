@@ -161,7 +161,10 @@ class ResNetTower(_Tower):
         )
         x = self._pool(x)
         if self.fused and at_hand(rgb, self.attnpool.q_proj.weight):
-            x = x + 0 * rgb.sum(dim=(1, 2, 3))[:, None]  # a pixel that is not a number makes a score that is none
+            # A pixel that is not a number makes a score that is none, and so does a weight.
+            x = x + 0 * rgb.sum(dim=(1, 2, 3))[:, None]
+            if any(isinstance(module, FusedConv) and module.broken for module in self.modules()):
+                x = x * torch.nan
         return x
 
     def fuse(self) -> None:

@@ -19,19 +19,31 @@ class _Packed:
     """A weight in oneDNN's order. It can be made again at any time: copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self.made: tuple[Tensor, int, torch.Size, Tensor] | None = None
+        self.made: tuple[Tensor, tuple[int, int], torch.Size, Tensor | None] | None = None
 
     def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
         return type(self), ()
 
-    def of(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """The weight of `conv`, whatever happened to it since the last time, for inputs of the size of `x`."""
+    def of(self, conv: nn.Conv2d, x: Tensor) -> Tensor | None:
+        """The weight of `conv`, whatever happened to it since the last time, for inputs of the size of `x`.
+
+        None if it holds what is no number, of which oneDNN's ReLU would make zeros.
+        """
         weight = conv.weight
+        assert conv.bias is not None  # of the folded BatchNorm
+        version = (weight._version, conv.bias._version)
         made = self.made  # read once: several threads may score with one tower
         # Another size may have another order, without which its kernel is slower.
-        if made is None or made[0] is not weight or made[1:3] != (weight._version, x.shape):
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), list(x.shape))
-            made = self.made = (weight, weight._version, x.shape, packed)
+        if made is None or made[0] is not weight or made[1:3] != (version, x.shape):
+            known = made is not None and made[0] is weight and made[1] == version
+            fine = (
+                made[3] is not None
+                if made is not None and known
+                else bool(weight.isfinite().all() and conv.bias.isfinite().all())
+            )
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            packed = reorder(weight, *_geometry(conv), list(x.shape)) if fine else None
+            made = self.made = (weight, version, x.shape, packed)
         return made[3]
 
 
@@ -43,20 +55,25 @@ class FusedConv(nn.Module):
         self.conv = conv
         self._packed = _Packed()
 
+    @property
+    def broken(self) -> bool:
+        """Whether the weight was last seen to hold what is no number."""
+        return self._packed.made is not None and self._packed.made[3] is None
+
     def forward(self, x: Tensor, relu: bool = True) -> Tensor:
         """(N, C, H, W) -> the convolution's result, clipped at zero unless `relu` is false."""
-        if not at_hand(x, self.conv.weight):
+        packed = self._packed.of(self.conv, x) if at_hand(x, self.conv.weight) else None
+        if packed is None:
             x = self.conv(x)
             return x.relu_() if relu else x
-        packed = self._packed.of(self.conv, x)
         after = "relu" if relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(x, packed, self.conv.bias, *_geometry(self.conv), after, [], "")
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
         """The convolution's result plus `other`, which may be overwritten, clipped at zero."""
-        if not at_hand(x, self.conv.weight):
+        packed = self._packed.of(self.conv, x) if at_hand(x, self.conv.weight) else None
+        if packed is None:
             return (self.conv(x) + other).relu_()
-        packed = self._packed.of(self.conv, x)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             other, x, packed, self.conv.bias, *_geometry(self.conv), "add", None, "relu", [], None
         )

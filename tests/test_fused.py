@@ -77,6 +77,19 @@ def test_a_pixel_that_is_no_number_makes_a_feature_that_is_none(value: float, to
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_weight_that_is_no_number_makes_features_that_are_none(which: str, tower: ResNetTower) -> None:
+    x = upstream.pictures(2, 64, 64)
+    for conv in (tower.conv1.conv, tower.layer2[0].shortcut.conv):
+        values = getattr(conv, which)
+        kept = values.clone()
+        values[0] = torch.nan
+        assert tower(x).isnan().all()
+        values.copy_(kept)
+        assert tower(x).isfinite().all()
+
+
+@torch.no_grad()
 def test_weights_may_change(plain: ResNetTower, tower: ResNetTower, monkeypatch: pytest.MonkeyPatch) -> None:
     x = upstream.pictures(2, 64, 64)
     first = tower(x)

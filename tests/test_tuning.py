@@ -287,7 +287,7 @@ def test_no_number_any_more(tiny_folder: Path, ratings: Ratings, tmp_path: Path)
     assert log_of(tmp_path / "last")[-1]["validation_srcc"] is None  # JSON has no NaN
     assert "NaN" not in (tmp_path / "last" / "log.jsonl").read_text()
     net = tiny(tiny_folder, QUICK["pyiqa"])
-    net.tower.conv1.weight.fill_(math.nan)
+    net.tower.conv1.conv.weight.fill_(math.nan)
     with pytest.raises(WeightsError, match=r"step 1 .*tiny-resnet.pt gives image features that are no numbers"):
         tune(net, ratings, tmp_path / "broken", QUICK["pyiqa"])
     assert not list(tmp_path.glob("*/params*"))
