@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import WeightsError
-from .fused import FusedBottleneck, FusedConv, FusedLayer, at_hand
-from .strips import Stack, in_strips
+from .fused import FusedBottleneck, FusedConv, FusedLayer, LayerInStrips, at_hand
+from .strips import Step, Window, each, in_strips
 
 _COUNTER = "num_batches_tracked"
 
@@ -141,26 +141,21 @@ class ResNetTower(_Tower):
     act2: nn.Module
     act3: nn.Module
     avgpool: nn.Module
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
+    layer1: Any  # a Sequential, then a FusedLayer
+    layer2: Any
+    layer3: Any
+    layer4: Any
     attnpool: Any  # open_clip's AttentionPool2d, of which only the weights are used
-    fused = False
+
+    @property
+    def fused(self) -> bool:
+        return isinstance(self.layer1, FusedLayer)
 
     def forward(self, rgb: Tensor) -> Tensor:
-        # Each block has one 3x3 convolution, after which the first of a layer halves the size; what a layer makes of
-        # the picture takes half the memory that the one before it takes.
-        x = in_strips(
-            rgb,
-            Stack(self._stem, stride=4, reach=5),
-            Stack(self.layer1, stride=1, reach=len(self.layer1), density=16),
-            Stack(self.layer2, stride=2, reach=2 * len(self.layer2), density=8),
-            Stack(self.layer3, stride=2, reach=2 * len(self.layer3), density=16),
-            Stack(self.layer4, stride=2, reach=2 * len(self.layer4), density=32),
-        )
-        x = self._pool(x)
-        if self.fused and at_hand(rgb, self.attnpool.q_proj.weight):
+        if not self.fused:
+            return self._pool(self._whole(rgb))
+        x = self._pool(in_strips(self, rgb, self._whole, self._steps, stride=32))
+        if at_hand(rgb, self.attnpool.q_proj.weight):
             # A pixel that is not a number makes a score that is none, and so does a weight.
             x = x + 0 * rgb.sum(dim=(1, 2, 3))[:, None]
             if any(isinstance(module, FusedConv) and module.broken for module in self.modules()):
@@ -171,19 +166,28 @@ class ResNetTower(_Tower):
         """Compute each convolution, whose BatchNorm is folded, together with what follows it."""
         for name in ("conv1", "conv2", "conv3"):
             setattr(self, name, FusedConv(getattr(self, name)))
+        for name in ("bn1", "bn2", "bn3", "act1", "act2", "act3"):
+            setattr(self, name, nn.Identity())
         for name in ("layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, FusedLayer(*map(FusedBottleneck, getattr(self, name))))
-        self.fused = True
 
-    def _stem(self, rgb: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, H/4, W/4)."""
+    def _whole(self, rgb: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C, H/32, W/32)."""
         x = self.normalise(rgb)
-        if self.fused:
-            return self.avgpool(self.conv3(self.conv2(self.conv1(x))))
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
-        return self.avgpool(x)
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
+
+    def _steps(self) -> list[Step]:
+        """`_whole` over strips."""
+        return [
+            each(self.normalise),
+            Window(lambda x: self.conv1(x, inner=True), kernel=3, stride=2),
+            Window(lambda x: self.conv2(x, inner=True), kernel=3),
+            Window(lambda x: self.avgpool(self.conv3(x, inner=True)), kernel=3, group=2),
+            *(LayerInStrips(layer) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)),
+        ]
 
     def _pool(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, D). Exact, and linear in h*w: with one query q the key projection can be moved to the

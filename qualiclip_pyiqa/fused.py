@@ -14,36 +14,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .strips import Window, joined, rest, valid
+
 
 class _Packed:
     """A weight in oneDNN's order. It can be made again at any time: copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self.made: tuple[Tensor, tuple[int, int], torch.Size, Tensor | None] | None = None
+        self.made: tuple[Any, ...] | None = None
+        self.finite = True  # as the weight was last seen
 
     def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
         return type(self), ()
 
-    def of(self, conv: nn.Conv2d, x: Tensor) -> Tensor | None:
-        """The weight of `conv`, whatever happened to it since the last time, for inputs of the size of `x`.
-
-        None if it holds what is no number, of which oneDNN's ReLU would make zeros.
-        """
-        weight = conv.weight
-        assert conv.bias is not None  # of the folded BatchNorm
-        version = (weight._version, conv.bias._version)
-        made = self.made  # read once: several threads may score with one tower
+    def of(self, conv: nn.Conv2d, x: Tensor, padding: list[int]) -> Tensor:
+        """The weight of `conv`, whatever happened to it since the last time, for inputs of the size of `x`."""
+        weight, bias = conv.weight, conv.bias
+        assert bias is not None  # of the folded BatchNorm
+        content = (weight._version, bias._version)
         # Another size may have another order, without which its kernel is slower.
-        if made is None or made[0] is not weight or made[1:3] != (version, x.shape):
-            known = made is not None and made[0] is weight and made[1] == version
-            fine = (
-                made[3] is not None
-                if made is not None and known
-                else bool(weight.isfinite().all() and conv.bias.isfinite().all())
-            )
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            packed = reorder(weight, *_geometry(conv), list(x.shape)) if fine else None
-            made = self.made = (weight, version, x.shape, packed)
+        size = (x.shape, padding)
+        made = self.made  # read once: several threads may score with one tower
+        if made is None or made[0] is not weight or made[1:3] != (content, size):
+            if made is None or made[0] is not weight or made[1] != content:
+                self.finite = bool(weight.isfinite().all() and bias.isfinite().all())
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, *_geometry(conv), list(x.shape))
+            made = self.made = (weight, content, size, packed)
         return made[3]
 
 
@@ -58,24 +54,33 @@ class FusedConv(nn.Module):
     @property
     def broken(self) -> bool:
         """Whether the weight was last seen to hold what is no number."""
-        return self._packed.made is not None and self._packed.made[3] is None
+        return not self._packed.finite
 
-    def forward(self, x: Tensor, relu: bool = True) -> Tensor:
-        """(N, C, H, W) -> the convolution's result, clipped at zero unless `relu` is false."""
-        packed = self._packed.of(self.conv, x) if at_hand(x, self.conv.weight) else None
-        if packed is None:
-            x = self.conv(x)
+    def forward(self, x: Tensor, relu: bool = True, inner: bool = False) -> Tensor:
+        """(N, C, H, W) -> the convolution's result, clipped at zero unless `relu` is false.
+
+        With `inner` only those of its rows that depend on no padding above and below.
+        """
+        conv = self.conv
+        if not at_hand(x, conv.weight):
+            x = valid(conv, x) if inner else conv(x)
             return x.relu_() if relu else x
+        padding = _padding(conv, inner)
+        packed = self._packed.of(conv, x, padding)
         after = "relu" if relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, self.conv.bias, *_geometry(self.conv), after, [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, padding, *_geometry(conv), after, [], "")
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """The convolution's result plus `other`, which may be overwritten, clipped at zero."""
-        packed = self._packed.of(self.conv, x) if at_hand(x, self.conv.weight) else None
-        if packed is None:
-            return (self.conv(x) + other).relu_()
+        """The convolution's result plus `other`, clipped at zero; unless a gradient is wanted it overwrites `other`."""
+        conv = self.conv
+        if not at_hand(x, conv.weight):
+            x = conv(x)
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            return (other + x if wanted else other.add_(x)).relu_()
+        padding = _padding(conv)
+        packed = self._packed.of(conv, x, padding)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            other, x, packed, self.conv.bias, *_geometry(self.conv), "add", None, "relu", [], None
+            other, x, packed, conv.bias, padding, *_geometry(conv), "add", None, "relu", [], None
         )
 
 
@@ -90,19 +95,30 @@ class FusedBottleneck(nn.Module):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = map(FusedConv, (block.conv1, block.conv2, block.conv3))
         self.avgpool = block.avgpool
+        self.stride = 1
         self.shortcut: FusedConv | None = None
         if block.downsample is not None:
             pool, conv, _ = block.downsample
+            self.stride = pool.kernel_size
             # A pool of one pixel would only copy.
-            self.shortcut_pool = nn.Identity() if pool.kernel_size == 1 else pool
+            self.shortcut_pool = nn.Identity() if self.stride == 1 else pool
             self.shortcut = FusedConv(conv)
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W'); with `overwrite` the result may stand where `x` stood."""
         y = self.avgpool(self.conv2(self.conv1(x)))
         if self.shortcut is not None:
-            return self.conv3.add(y, self.shortcut(self.shortcut_pool(x), relu=False))
+            return self.conv3.add(y, self.widened(x))
         return self.conv3.add(y, x if overwrite else x.clone())
+
+    def widened(self, x: Tensor) -> Tensor:
+        """What a layer's first block adds to: the shortcut's result."""
+        assert self.shortcut is not None
+        return self.shortcut(self.shortcut_pool(x), relu=False)
+
+    def window(self) -> Window:
+        """What lies between the 1x1 convolutions, over strips."""
+        return Window(lambda x: self.avgpool(self.conv2(x, inner=True)), kernel=3, group=self.stride)
 
 
 class FusedLayer(nn.Sequential):
@@ -116,9 +132,46 @@ class FusedLayer(nn.Sequential):
         return x
 
 
-def _geometry(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+class LayerInStrips:
+    """A `FusedLayer` as a step over one picture's strips.
+
+    What all blocks add to is one block of memory, each of them as far down as it has got: a row less than the one
+    before it.
+    """
+
+    def __init__(self, layer: FusedLayer) -> None:
+        self.blocks: list[Any] = list(layer)
+        first = self.blocks[0]
+        self.widened = Window(first.widened, kernel=1, group=first.stride)
+        self.windows = [block.window() for block in self.blocks]
+        self.sums: Tensor | None = None
+        self.done = [0] * len(self.blocks)  # rows of `sums` that each block has added to
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        sums = joined(self.sums, self.widened(rows, last))
+        for k, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            y = window(None if rows is None else block.conv1(rows), last)
+            rows = None
+            if y is not None and sums is not None:
+                rows = sums[:, :, self.done[k] : self.done[k] + y.shape[2]]
+                block.conv3.add(y, rows)
+                self.done[k] += y.shape[2]
+        through = self.done[-1]
+        if sums is None or not through:
+            self.sums = sums
+            return None
+        self.sums = rest(sums, through)
+        self.done = [done - through for done in self.done]
+        return sums[:, :, :through]
+
+
+def _padding(conv: nn.Conv2d, inner: bool = False) -> list[int]:
     assert not isinstance(conv.padding, str)
-    return list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+    return [0 if inner else conv.padding[0], conv.padding[1]]
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[list[int], list[int], int]:
+    return list(conv.stride), list(conv.dilation), conv.groups
 
 
 def at_hand(x: Tensor, weight: Tensor) -> bool:

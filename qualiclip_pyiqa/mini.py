@@ -12,12 +12,14 @@ prompt pair is zero outside the p-th block, so that the mean over pairs is the m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .strips import Stack, in_strips
+from .strips import Step, Window, in_strips, joined, rest, valid
 
 SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
 FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged
@@ -149,9 +151,31 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        if self.widen is not None:
-            x = self.widen(F.avg_pool2d(x, 2, ceil_mode=True) if self.stride > 1 else x)
-        return F.relu(x + y)
+        return F.relu(self.widened(x) + y)
+
+    def widened(self, x: Tensor) -> Tensor:
+        if self.widen is None:
+            return x
+        return self.widen(F.avg_pool2d(x, 2, ceil_mode=True) if self.stride > 1 else x)
+
+
+class ResidualInStrips:
+    """A `Residual` as a step over strips."""
+
+    def __init__(self, block: Residual) -> None:
+        self.first = Window(lambda x: F.relu(block.norm1(valid(block.conv1, x))), kernel=3, stride=block.stride)
+        self.second = Window(lambda x: block.norm2(valid(block.conv2, x)), kernel=3)
+        self.widened = Window(block.widened, kernel=1, group=block.stride, ceil=True)
+        self.waiting: Tensor | None = None  # rows of the shortcut that are still to be added to
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        waiting = joined(self.waiting, self.widened(rows, last))
+        y = self.second(self.first(rows, last), last)
+        if waiting is None or y is None:
+            self.waiting = waiting
+            return None
+        self.waiting = rest(waiting, y.shape[2])
+        return F.relu(waiting[:, :, : y.shape[2]] + y)
 
 
 class Head(nn.Module):
@@ -260,14 +284,10 @@ class MiniTower(nn.Module):
         with torch.autocast(rgb.device.type, enabled=False):
             seen = {"energies": log_energies(rgb.to(precise))}
         x = rgb
-        for number, (stage, depth) in enumerate(zip(self.stages, self.depths, strict=True), 1):
-            blocks = 4 * depth  # two 3x3 convolutions each, at half the size of what comes in
-            if self.training:  # normalisation statistics are those of the whole batch
-                x = stage(x) if number > 1 else self._first(x)
-            elif number == 1:
-                x = in_strips(x, Stack(self._first, stride=2, reach=3 + blocks))
-            else:
-                x = in_strips(x, Stack(stage, stride=2, reach=blocks, density=4 ** (number - 1)))
+        for number, stage in enumerate(self.stages, 1):
+            whole, steps = (stage, partial(_steps, stage)) if number > 1 else (self._first, self._first_steps)
+            # In training normalisation statistics are those of the whole batch.
+            x = whole(x) if self.training else in_strips(self, x, whole, steps, stride=2, scale=4 ** (number - 1))
             with torch.autocast(rgb.device.type, enabled=False):
                 seen[f"stage{number}"] = _pooled(x.to(precise), CELL >> number)
         with torch.autocast(rgb.device.type, enabled=False):
@@ -280,6 +300,24 @@ class MiniTower(nn.Module):
         return torch.cat([head(torch.cat([seen[name] for name in block], dim=1)) for head, block in heads], dim=1)
 
     def _first(self, rgb: Tensor) -> Tensor:
-        high = rgb - F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        x = torch.cat([rgb - 0.45, 8 * high], dim=1).contiguous(memory_format=torch.channels_last)
-        return self.stages[0](self.stem(x))
+        return self.stages[0](self.stem(_with_high_pass(F.pad(rgb, (0, 0, 1, 1), mode="replicate"))))
+
+    def _first_steps(self) -> list[Step]:
+        conv, norm, relu = self.stem
+        assert isinstance(conv, nn.Conv2d)
+        return [
+            Window(_with_high_pass, kernel=3, replicate=True),
+            Window(lambda x: relu(norm(valid(conv, x))), kernel=5, stride=2),
+            *_steps(self.stages[0]),
+        ]
+
+
+def _steps(stage: Any) -> list[Step]:
+    return [ResidualInStrips(block) for block in stage]
+
+
+def _with_high_pass(rgb: Tensor) -> Tensor:
+    """(N, 3, H + 2, W), with a row above and below -> (N, 6, H, W): colours, and what differs from the local mean."""
+    inner = rgb[:, :, 1:-1]
+    high = inner - F.avg_pool2d(F.pad(rgb, (1, 1, 0, 0), mode="replicate"), 3, stride=1)
+    return torch.cat([inner - 0.45, 8 * high], dim=1).contiguous(memory_format=torch.channels_last)

@@ -1,100 +1,153 @@
-"""Large pictures in little memory: stacks of convolutions strip by strip, with the values of the whole."""
+"""Large pictures in little memory: a network over strips of rows, with the values of the whole.
+
+Its steps take a picture's rows from top to bottom, a strip at a time, give those rows of their result that nothing
+below can change, and keep what the next ones depend on. Nothing is computed twice.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # Pictures of more pixels go through a network in strips of about this many.
 LARGE_PIXELS = 2**21
 # On a CPU in strips of this many: 64 bytes a pixel, the most that a ResNet50 makes of one at once, are then less than
 # the 32 MiB from which on glibc gives every block back to the system, whose fresh pages would take half of the time.
 CPU_STRIP_PIXELS = 400_000
+# A strip has a multiple of these rows, so that after five halvings all but the first and the last are still of one
+# size: oneDNN orders weights for a size.
+MULTIPLE = 32
+
+# The next rows (N, C, h, W), None if there are none yet, and whether they are the last ones -> rows of the result, or
+# None. What goes in from the first call to the last is the whole, and so is what comes out. No tensor has zero rows.
+Step: TypeAlias = Callable[[Tensor | None, bool], Tensor | None]
 
 
-class Stack(NamedTuple):
-    """A stack of convolutions.
+def in_strips(
+    network: nn.Module,
+    x: Tensor,
+    whole: Callable[[Tensor], Tensor],
+    steps: Callable[[], Sequence[Step]],
+    stride: int,
+    scale: int = 1,
+) -> Tensor:
+    """A network's result, strip by strip where the picture is large: the same values but for rounding, in less memory.
+
+    Where a gradient is wanted, a graph is compiled or a hook looks on nothing is cut.
 
     Args:
-        run: (N, C, H, W) -> (N, C', about H / stride, about W / stride), with zero padding at the borders.
-        stride: how many rows or columns of the input make one of the result.
-        reach: how many rows or columns of the input beyond a strip its values depend on, at most; at least 1.
-        density: how much memory a pixel of the input leads to, in what a pixel of the picture leads to at most.
-    """
-
-    run: Callable[[Tensor], Tensor]
-    stride: int
-    reach: int
-    density: int = 1
-
-
-def in_strips(x: Tensor, *stacks: Stack) -> Tensor:
-    """The stacks one after the other, strip by strip where the picture is large: the same values in less memory.
-
-    The longer side is cut. A strip is computed with the rows or columns around it that its values depend on, so that
-    nothing but rounding differs. A stack begins as soon as those before it have made its next strip: of what is passed
-    on, no more than that exists at a time. Where a gradient is wanted or a graph is compiled nothing is cut.
+        network: whose parts work here, and may have hooks.
+        x: (N, C, H, W).
+        whole: the network, (N, C, H, W) -> (N, C', H', W') with H' at most ceil(H / stride).
+        steps: makes the steps that do the same to one picture's rows.
+        stride: by how much its result is smaller.
+        scale: how many pixels of the picture a pixel of `x` stands for.
     """
     height, width = x.shape[2:]
     if (
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and x.requires_grad)
-        or height * width * stacks[0].density <= LARGE_PIXELS
+        or height * width * scale <= LARGE_PIXELS
+        or any(_watched(module) for module in network.modules() if module is not network)
     ):
-        for stack in stacks:
-            x = stack.run(x)
-        return x
-    side, length, pixels = (2, height, height * width) if height >= width else (3, width, height * width)
+        return whole(x)
     at_once = CPU_STRIP_PIXELS if x.device.type == "cpu" else LARGE_PIXELS
-    parts = iter([x])
-    for stack in stacks:
-        reach = math.ceil(stack.reach / stack.stride) * stack.stride
-        strips = math.ceil(pixels * stack.density / at_once)
-        step = max(math.ceil(length / strips / stack.stride) * stack.stride, 2 * reach)
-        parts = _through(parts, stack, side, step, reach)
-        length, pixels = math.ceil(length / stack.stride), math.ceil(pixels / stack.stride**2)
-    return _whole(parts, side, length)
+    rows = max(MULTIPLE, at_once // (width * scale) // MULTIPLE * MULTIPLE)
+    # One picture at a time: of several, rows are no block of memory.
+    made = [_whole(_through(steps(), picture, rows), -(-height // stride)) for picture in x.split(1)]
+    return torch.cat(made) if len(made) > 1 else made[0]
 
 
-def _through(parts: Iterator[Tensor], stack: Stack, side: int, step: int, reach: int) -> Iterator[Tensor]:
-    """Consecutive parts of a stack's input -> consecutive parts of its result, each of `step` rows of the input."""
-    held, begin = next(parts), 0  # the rows at hand, and the first one's number
-    for first in itertools.count(0, step):
-        start, stop = max(0, first - reach), first + step + reach
-        held = _filled(held.narrow(side, start - begin, held.shape[side] - (start - begin)), parts, side, stop - start)
-        begin, count = start, min(held.shape[side], stop - start)
-        out = stack.run(held.narrow(side, 0, count))
-        before = (first - start) // stack.stride
-        if start + count <= first + step:  # nothing comes any more
-            del held  # the next stack may be at work before this function goes on
-            yield out.narrow(side, before, out.shape[side] - before)
-            return
-        yield out.narrow(side, before, step // stack.stride)
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _filled(held: Tensor, parts: Iterator[Tensor], side: int, rows: int) -> Tensor:
-    """`held` and what follows it, until there are `rows` or nothing follows."""
-    pieces = [held]
-    while sum(piece.shape[side] for piece in pieces) < rows and (part := next(parts, None)) is not None:
-        pieces.append(part)
-    return held if len(pieces) == 1 else torch.cat(pieces, dim=side)
+def each(run: Callable[[Tensor], Tensor]) -> Step:
+    """A step of what looks at every row by itself."""
+    return lambda rows, last: None if rows is None else run(rows)
 
 
-def _whole(parts: Iterator[Tensor], side: int, longest: int) -> Tensor:
+class Window:
+    """A step of what looks at some rows around each, such as a convolution.
+
+    Args:
+        run: (N, C, h, W) -> (N, C', h', W') with no padding above and below: h' is (h - kernel) // stride + 1, or that
+            divided by `group` if rows of the result are pooled.
+        kernel: rows that one of the result depends on; kernel // 2 are padded above and below.
+        group: `run` is to make a multiple of these rows. What is over at the end is left out,
+        ceil: unless this is true: as in a pool's `ceil_mode`.
+        replicate: padding repeats the outermost row and is not zero.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        kernel: int,
+        stride: int = 1,
+        group: int = 1,
+        ceil: bool = False,
+        replicate: bool = False,
+    ) -> None:
+        self.run, self.kernel, self.stride, self.group = run, kernel, stride, group
+        self.ceil, self.replicate = ceil, replicate
+        self.kept: Tensor | None = None
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        pieces = [piece for piece in (self.kept, rows) if piece is not None]
+        if not pieces:
+            return None
+        above = [] if self.kept is not None else self._padding(pieces[0][:, :, :1])
+        below = self._padding(pieces[-1][:, :, -1:]) if last else []
+        held = joined(*above, *pieces, *below)
+        assert held is not None
+        count = max(0, (held.shape[2] - self.kernel) // self.stride + 1)
+        if not (last and self.ceil):
+            count -= count % self.group
+        self.kept = rest(held, count * self.stride)
+        return self.run(held[:, :, : (count - 1) * self.stride + self.kernel]) if count else None
+
+    def _padding(self, row: Tensor) -> list[Tensor]:
+        return [row if self.replicate else torch.zeros_like(row)] * (self.kernel // 2)
+
+
+def valid(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution with no padding above and below."""
+    assert not isinstance(conv.padding, str)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, conv.padding[1]), conv.dilation, conv.groups)
+
+
+def joined(*pieces: Tensor | None) -> Tensor | None:
+    """The rows of what there is of them."""
+    given = [piece for piece in pieces if piece is not None]
+    return torch.cat(given, dim=2) if len(given) > 1 else given[0] if given else None
+
+
+def rest(x: Tensor, start: int) -> Tensor | None:
+    """Rows from `start` on, if there are any, in memory of their own, so that the others may go."""
+    return x[:, :, start:].clone() if start < x.shape[2] else None
+
+
+def _through(steps: Sequence[Step], picture: Tensor, rows: int) -> Iterator[Tensor]:
+    height = picture.shape[2]
+    for start in range(0, height, rows):
+        x: Tensor | None = picture[:, :, start : start + rows]
+        for step in steps:
+            x = step(x, start + rows >= height)
+        if x is not None:
+            yield x
+
+
+def _whole(parts: Iterator[Tensor], most: int) -> Tensor:
     """All parts, put into their places as they come: a list of them would need their memory twice."""
-    first, second = next(parts), next(parts, None)
-    if second is None:
-        return first
-    shape = list(first.shape)
-    shape[side] = longest
-    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
     end = 0
-    for part in itertools.chain((first, second), parts):
-        out.narrow(side, end, part.shape[side]).copy_(part)
-        end += part.shape[side]
-    return out.narrow(side, 0, end)
+    for part in parts:
+        if not end:
+            shape = (*part.shape[:2], most, part.shape[3])
+            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+        out[:, :, end : end + part.shape[2]] = part
+        end += part.shape[2]
+    return out[:, :, :end]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..clip import freeze
 from ..images import load_image
 from ..ratings import Ratings
 from .config import Config
@@ -76,7 +78,7 @@ def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float:
     """SRCC of the scores of whole pictures with their opinion scores; positive is agreement, NaN if one is constant."""
     from scipy.stats import spearmanr
 
-    tower.eval()
+    tower = freeze(copy.deepcopy(tower))  # which takes large pictures in little memory
     device = aligned.anchors.device
     scale = math.exp(aligned.logit_scale) / aligned.unit / float(aligned.metadata["temperature"])
     scores = []
