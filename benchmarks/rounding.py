@@ -76,7 +76,7 @@ def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, flo
 
 
 def exactly(name: str) -> nn.Module:
-    with patch.object(clip, "_fold_batchnorm", lambda tower: None):
+    with patch.object(clip, "_fold_batchnorm", lambda tower: None), patch.object(clip.ResNetTower, "fuse"):
         exact = pyiqa.create_metric(name, device="cpu").net.double()
     state, stored = exact.source.read()
     texts = exact.prompts.texts
