@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .strips import Window, joined, rest, valid
+from .strips import Window, joined, rest, valid, watched
 
 
 class _Packed:
@@ -122,13 +122,14 @@ class FusedBottleneck(nn.Module):
 
 
 class FusedLayer(nn.Sequential):
-    """Bottlenecks, each of which writes over what the one before it made, unless a hook has seen that."""
+    """Bottlenecks, each of which writes over what the one before it made, unless a hook may have seen that."""
 
     def forward(self, x: Tensor) -> Tensor:
-        overwrite = False
+        seen = True
         for block in self:
-            x = block(x, overwrite)
-            overwrite = not block._forward_hooks
+            seen = seen or any(map(watched, block.modules()))
+            x = block(x, overwrite=not seen)
+            seen = bool(block._forward_hooks)
         return x
 
 

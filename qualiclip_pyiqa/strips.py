@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 # Pictures of more pixels go through a network in strips of about this many.
 LARGE_PIXELS = 2**21
-# On a CPU in strips of this many: 64 bytes a pixel, the most that a ResNet50 makes of one at once, are then less than
-# the 32 MiB from which on glibc gives every block back to the system, whose fresh pages would take half of the time.
+# On a CPU in strips of this many, unless they are wider than 12,500: 64 bytes a pixel, the most that a ResNet50 makes
+# of one at once, are then less than the 32 MiB from which on glibc gives every block back to the system, whose fresh
+# pages would take half of the time.
 CPU_STRIP_PIXELS = 400_000
 # A strip has a multiple of these rows, so that after five halvings all but the first and the last are still of one
 # size: oneDNN orders weights for a size.
@@ -37,7 +38,8 @@ def in_strips(
 ) -> Tensor:
     """A network's result, strip by strip where the picture is large: the same values but for rounding, in less memory.
 
-    Where a gradient is wanted, a graph is compiled or a hook looks on nothing is cut.
+    Where a gradient in `x` is wanted, a graph is compiled or a part of the network has a hook nothing is cut. Memory
+    grows with the width: a strip has at least MULTIPLE rows, and what is kept are whole ones.
 
     Args:
         network: whose parts work here, and may have hooks.
@@ -52,17 +54,26 @@ def in_strips(
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and x.requires_grad)
         or height * width * scale <= LARGE_PIXELS
-        or any(_watched(module) for module in network.modules() if module is not network)
+        or any(watched(module) for module in network.modules() if module is not network)
     ):
         return whole(x)
     at_once = CPU_STRIP_PIXELS if x.device.type == "cpu" else LARGE_PIXELS
     rows = max(MULTIPLE, at_once // (width * scale) // MULTIPLE * MULTIPLE)
-    # One picture at a time: of several, rows are no block of memory.
-    made = [_whole(_through(steps(), picture, rows), -(-height // stride)) for picture in x.split(1)]
-    return torch.cat(made) if len(made) > 1 else made[0]
+    out, end = None, 0
+    for n, picture in enumerate(x.split(1)):  # of several, rows are no block of memory
+        end = 0
+        for part in _through(steps(), picture, rows):
+            if out is None:
+                shape = (len(x), part.shape[1], -(-height // stride), part.shape[3])
+                out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+            out[n : n + 1, :, end : end + part.shape[2]] = part
+            end += part.shape[2]
+    assert out is not None  # a picture has at least `stride` rows
+    return out[:, :, :end]
 
 
-def _watched(module: nn.Module) -> bool:
+def watched(module: nn.Module) -> bool:
+    """Whether the module has a hook of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -139,15 +150,3 @@ def _through(steps: Sequence[Step], picture: Tensor, rows: int) -> Iterator[Tens
             x = step(x, start + rows >= height)
         if x is not None:
             yield x
-
-
-def _whole(parts: Iterator[Tensor], most: int) -> Tensor:
-    """All parts, put into their places as they come: a list of them would need their memory twice."""
-    end = 0
-    for part in parts:
-        if not end:
-            shape = (*part.shape[:2], most, part.shape[3])
-            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
-        out[:, :, end : end + part.shape[2]] = part
-        end += part.shape[2]
-    return out[:, :, :end]

@@ -403,7 +403,8 @@ def cut_small_pictures(monkeypatch: pytest.MonkeyPatch, rows: int = 32) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that the tensors which are made meanwhile hold at once."""
+    """The most bytes that the tensors which are made meanwhile hold at once; with PyTorch's public operators, since
+    `fused.at_hand` steps aside for what watches them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -441,7 +442,7 @@ def test_large_pictures_in_strips_score_as_in_one_piece(
     assert in_strips.bytes < at_once.bytes
 
 
-@pytest.mark.parametrize(("size", "share"), [((2048, 64), 0.1), ((256, 512), 0.35)])  # of 64 and 8 strips
+@pytest.mark.parametrize(("size", "share"), [((2048, 64), 0.08), ((256, 512), 0.35)])  # of 64 and 8 strips
 @torch.no_grad()
 def test_only_what_the_next_strip_needs_is_kept(
     size: tuple[int, int], share: float, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -141,6 +141,24 @@ def test_hooks_see_what_stays(plain: ResNetTower, tower: ResNetTower) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("where", ["layer1.1", "layer1.1.conv1", "layer1.2"])
+def test_what_a_hook_is_given_is_not_written_over(
+    where: str, known: bool, tower: ResNetTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.setattr(fused, "_known", lambda: False)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    module = tower.get_submodule(where)
+    module.register_forward_pre_hook(lambda _, inputs: pairs.append((inputs[0], inputs[0].clone())))
+    module.register_forward_hook(lambda _, __, out: pairs.append((out, out.clone())))
+    tower(upstream.pictures(2, 64, 64))
+    assert len(pairs) == 2
+    for given, copied in pairs:
+        assert torch.equal(given, copied)
+
+
+@torch.no_grad()
 def test_copies_and_pickles_hold_each_weight_once(tower: ResNetTower) -> None:
     size = len(pickle.dumps(tower))
     x = upstream.pictures(2, 64, 64)
