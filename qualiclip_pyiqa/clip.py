@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import WeightsError
 from .fused import FusedBottleneck, FusedConv, FusedLayer, LayerInStrips, at_hand
-from .strips import Step, Window, each, in_strips
+from .strips import Step, Window, in_strips
 
 _COUNTER = "num_batches_tracked"
 
@@ -182,7 +182,7 @@ class ResNetTower(_Tower):
     def _steps(self) -> list[Step]:
         """`_whole` over strips."""
         return [
-            each(self.normalise),
+            Window(self.normalise, kernel=1),
             Window(lambda x: self.conv1(x, inner=True), kernel=3, stride=2),
             Window(lambda x: self.conv2(x, inner=True), kernel=3),
             Window(lambda x: self.avgpool(self.conv3(x, inner=True)), kernel=3, group=2),

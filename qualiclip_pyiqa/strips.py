@@ -77,11 +77,6 @@ def watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def each(run: Callable[[Tensor], Tensor]) -> Step:
-    """A step of what looks at every row by itself."""
-    return lambda rows, last: None if rows is None else run(rows)
-
-
 class Window:
     """A step of what looks at some rows around each, such as a convolution.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def families_folder(tiny_folder: Path) -> Path:
     for name in upstream.families(tiny_folder / "words"):
         torch.save(upstream.random_model(name).state_dict(), tiny_folder / f"{name}.pt")
     return tiny_folder
+
+
+@pytest.fixture
+def cut_small_pictures(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets every picture go through the networks in strips of so many rows, from the call on."""
+
+    def cut(rows: int = 32) -> None:
+        monkeypatch.setattr("qualiclip_pyiqa.strips.LARGE_PIXELS", 1000)
+        monkeypatch.setattr("qualiclip_pyiqa.strips.CPU_STRIP_PIXELS", 1)
+        monkeypatch.setattr("qualiclip_pyiqa.strips.MULTIPLE", rows)
+
+    return cut

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qualiclip_pyiqa import clip, load_image, strips, weights
+from qualiclip_pyiqa import clip, load_image, weights
 from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.backbones import MEAN, STD
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
@@ -395,13 +396,6 @@ def test_qualiclip_file_serves_both_scales_and_other_prompts(upstream_weights: P
     assert scores_of(two, x).shape == (2, 6)
 
 
-def cut_small_pictures(monkeypatch: pytest.MonkeyPatch, rows: int = 32) -> None:
-    """Into strips of so many rows."""
-    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
-    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1)
-    monkeypatch.setattr(strips, "MULTIPLE", rows)
-
-
 class Peak(TorchDispatchMode):
     """The most bytes that the tensors which are made meanwhile hold at once; with PyTorch's public operators, since
     `fused.at_hand` steps aside for what watches them."""
@@ -430,13 +424,13 @@ class Peak(TorchDispatchMode):
 )
 @torch.no_grad()
 def test_large_pictures_in_strips_score_as_in_one_piece(
-    kind: str, size: tuple[int, int], rows: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, size: tuple[int, int], rows: int, tiny_folder: Path, cut_small_pictures: Callable[..., None]
 ) -> None:
     net = build(kind, tiny_folder).double()
     x = upstream.pictures(2, *size).double()
     with Peak() as at_once:
         whole = net.features(x)
-    cut_small_pictures(monkeypatch, rows)
+    cut_small_pictures(rows)
     with Peak() as in_strips:
         assert (net.features(x) - whole).abs().max() < 1e-10
     assert in_strips.bytes < at_once.bytes
@@ -445,24 +439,24 @@ def test_large_pictures_in_strips_score_as_in_one_piece(
 @pytest.mark.parametrize(("size", "share"), [((2048, 64), 0.08), ((256, 512), 0.35)])  # of 64 and 8 strips
 @torch.no_grad()
 def test_only_what_the_next_strip_needs_is_kept(
-    size: tuple[int, int], share: float, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], share: float, tiny_folder: Path, cut_small_pictures: Callable[..., None]
 ) -> None:
     net = build("tiny-resnet", tiny_folder)
     x = upstream.pictures(1, *size)
     with Peak() as at_once:
         net(x)
-    cut_small_pictures(monkeypatch)
+    cut_small_pictures()
     with Peak() as in_strips:
         net(x)
     assert in_strips.bytes < share * at_once.bytes
 
 
 @torch.no_grad()
-def test_hooks_see_the_whole_of_large_pictures(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_see_the_whole_of_large_pictures(tiny_folder: Path, cut_small_pictures: Callable[..., None]) -> None:
     net = build("tiny-resnet", tiny_folder)
     x = upstream.pictures(2, 256, 64)
     expected = net(x)
-    cut_small_pictures(monkeypatch)
+    cut_small_pictures()
     seen: list[tuple[int, ...]] = []
     hook = net.tower.layer2.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
     assert torch.equal(net(x), expected)
@@ -472,7 +466,7 @@ def test_hooks_see_the_whole_of_large_pictures(tiny_folder: Path, monkeypatch: p
     assert len(seen) == 1
 
 
-def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, cut_small_pictures: Callable[..., None]) -> None:
     """No strips and no other memory layout in training: the gradient is an ordinary, contiguous one."""
     net = build("tiny-resnet", tiny_folder).double()
     x = upstream.pictures(1, 300, 64).double().requires_grad_()
@@ -480,7 +474,7 @@ def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, monkeypatch
     expected = x.grad
     assert expected is not None and expected.is_contiguous()
     x.grad = None
-    cut_small_pictures(monkeypatch)
+    cut_small_pictures()
     net(x).sum().backward()
     assert torch.equal(x.grad, expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qualiclip_pyiqa import fused, strips
+from qualiclip_pyiqa import fused
 from qualiclip_pyiqa.clip import ResNetTower, freeze
 
 # Of features of about one, folded and not: the random layers make 5e-5 of float32's rounding, 1e-2 of a wrong border.
@@ -71,14 +72,16 @@ def test_values_are_those_of_the_plain_ones(
 @pytest.mark.parametrize("rows", [32, 160, 5])
 @pytest.mark.parametrize("size", [(2, 333, 101), (1, 640, 33)])
 def test_strips_have_the_values_of_the_whole(
-    size: tuple[int, int, int], rows: int, tower: ResNetTower, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int, int],
+    rows: int,
+    tower: ResNetTower,
+    cut_small_pictures: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x = upstream.pictures(*size)
     given = x.clone()
     whole, calls = tower(x), operators(tower, x)
-    monkeypatch.setattr(strips, "LARGE_PIXELS", 1000)
-    monkeypatch.setattr(strips, "CPU_STRIP_PIXELS", 1)
-    monkeypatch.setattr(strips, "MULTIPLE", rows)
+    cut_small_pictures(rows)
     assert (tower(x) - whole).abs().max() < TOLERANCE
     assert torch.equal(x, given)
     assert operators(tower, x) > calls * size[0] * (size[1] // rows) / 2  # not each layer is given rows of every strip
