@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 # <malloc.h> of glibc: mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST = 2**31 - 1
 
 
@@ -16,8 +16,9 @@ def keep_freed_memory() -> bool:
     A network's features of a large picture are blocks of many megabytes. glibc gives such a block back to the system as
     soon as it is freed, and the next one's pages are filled with zeros again, which takes up to half of the time of a
     forward pass on a CPU. Afterwards the process stays as large as it ever was; scores do not change. The `qualiclip`
-    command does this to its own process. A program of one's own may call it once, before it scores, or be started with
-    MALLOC_MMAP_THRESHOLD_=2147483647 MALLOC_TRIM_THRESHOLD_=2147483647.
+    command does this to its own process. A program of one's own may call it once, before it starts threads (those that
+    have memory of their own by then go on as before), or be started with MALLOC_MMAP_THRESHOLD_=2147483647
+    MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_ARENA_MAX=1.
 
     Returns:
         Whether the C library took the setting: glibc does, others are left as they are.
@@ -28,4 +29,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # such as musl
         return False
-    return all([mallopt(_M_MMAP_THRESHOLD, _LARGEST), mallopt(_M_TRIM_THRESHOLD, _LARGEST)])
+    # Threads share one arena: those of their own are made of heaps of 64 MiB, which are given back as soon as they are
+    # free whatever the thresholds say. (`Scorer` scores in a thread.)
+    settings = {_M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST, _M_ARENA_MAX: 1}
+    return all([mallopt(parameter, value) for parameter, value in settings.items()])
