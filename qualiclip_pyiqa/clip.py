@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import WeightsError
 from .fused import FusedBottleneck, FusedConv, FusedLayer, LayerInStrips, at_hand
-from .strips import Step, Window, in_strips
+from .strips import Step, Window, in_strips, rows_at_once
 
 _COUNTER = "num_batches_tracked"
 
@@ -154,7 +154,8 @@ class ResNetTower(_Tower):
     def forward(self, rgb: Tensor) -> Tensor:
         if not self.fused:
             return self._pool(self._whole(rgb))
-        x = self._pool(in_strips(self, rgb, self._whole, self._steps, stride=32))
+        rows = rows_at_once(self, rgb)
+        x = self._pool(self._whole(rgb) if rows is None else in_strips(self._steps, rgb, rows, stride=32))
         if at_hand(rgb, self.attnpool.q_proj.weight):
             # A pixel that is not a number makes a score that is none, and so does a weight.
             x = x + 0 * rgb.sum(dim=(1, 2, 3))[:, None]
@@ -195,15 +196,16 @@ class ResNetTower(_Tower):
         behind the weighted mean (the weights sum to one)."""
         pool = self.attnpool
         tokens = x.flatten(2).transpose(1, 2)  # (N, L, C)
-        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        mean = tokens.mean(dim=1, keepdim=True)  # the first token; never in one block with the others, which are large
         if self.pos_embedding:
-            tokens = tokens + _flat_resize(pool.positional_embedding, tokens.shape[1])
+            table = _flat_resize(pool.positional_embedding, 1 + tokens.shape[1])
+            mean, tokens = mean + table[:1], tokens + table[1:]
         heads, width = pool.num_heads, tokens.shape[2]
         size = width // heads
-        query = (pool.q_proj(tokens[:, 0]) * size**-0.5).unflatten(1, (heads, size))
+        query = (pool.q_proj(mean[:, 0]) * size**-0.5).unflatten(1, (heads, size))
         query = torch.einsum("nhd,hdc->nhc", query, pool.k_proj.weight.view(heads, size, width))
-        weights = torch.einsum("nhc,nlc->nhl", query, tokens).softmax(dim=-1)
-        mixed = torch.einsum("nhl,nlc->nhc", weights, tokens)
+        weights = torch.cat([query @ mean.transpose(1, 2), query @ tokens.transpose(1, 2)], dim=2).softmax(dim=-1)
+        mixed = weights[:, :, :1] * mean + weights[:, :, 1:] @ tokens  # (N, heads, C)
         value = torch.einsum("nhc,hdc->nhd", mixed, pool.v_proj.weight.view(heads, size, width))
         return pool.c_proj(value.flatten(1) + pool.v_proj.bias)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .strips import Step, Window, in_strips, joined, rest, valid
+from .strips import Step, Window, joined, rest, rows_at_once, through, valid
 
 SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
 FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged
@@ -104,12 +104,50 @@ def _percentiles(cells: Tensor) -> Tensor:
 def _pooled(x: Tensor, cell: int) -> Tensor:
     """(N, C, H, W) -> (N, (2 + Q) * C): mean, log standard deviation, percentiles of the means of cells."""
     flat = x.flatten(2)
-    cells = F.avg_pool2d(x, cell, ceil_mode=True)
-    return torch.cat([flat.mean(-1), _std(flat).log(), _percentiles(cells)], dim=1)
+    return _summary(flat.mean(-1), flat.var(dim=-1, correction=0), F.avg_pool2d(x, cell, ceil_mode=True))
+
+
+def _summary(mean: Tensor, variance: Tensor, cells: Tensor) -> Tensor:
+    return torch.cat([mean, _root(variance).log(), _percentiles(cells)], dim=1)
 
 
 def _std(x: Tensor) -> Tensor:
-    return (x.var(dim=-1, correction=0) + 1e-5).sqrt()
+    return _root(x.var(dim=-1, correction=0))
+
+
+def _root(variance: Tensor) -> Tensor:
+    return (variance + 1e-5).sqrt()
+
+
+class PooledInStrips:
+    """`_pooled` of what goes past as strips, of which nothing but the means of cells is kept."""
+
+    def __init__(self, cell: int) -> None:
+        self.cells = Window(partial(F.avg_pool2d, kernel_size=cell, ceil_mode=True), kernel=1, group=cell, ceil=True)
+        self.means: list[Tensor] = []
+        self.count = 0
+        self.mean: Any = 0.0
+        self.deviation: Any = 0.0  # sum of squared differences from the mean
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        precise = None if rows is None else rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if precise is not None:
+            # Two groups' means and variances make those of both (Chan, Golub, LeVeque, 1979), here in double precision.
+            variance, mean = torch.var_mean(precise.flatten(2), dim=-1, correction=0)
+            new = precise.shape[2] * precise.shape[3]
+            share = new / (self.count + new)
+            off = mean.double() - self.mean
+            self.deviation = self.deviation + variance.double() * new + off.square() * (self.count * share)
+            self.mean = self.mean + off * share
+            self.count += new
+        means = self.cells(precise, last)
+        if means is not None:
+            self.means.append(means)
+        return rows
+
+    def summary(self) -> Tensor:
+        cells = torch.cat(self.means, dim=2)
+        return _summary(self.mean.to(cells.dtype), (self.deviation / self.count).to(cells.dtype), cells)
 
 
 class Standardise(nn.Module):
@@ -283,13 +321,17 @@ class MiniTower(nn.Module):
         precise = torch.promote_types(rgb.dtype, torch.float32)
         with torch.autocast(rgb.device.type, enabled=False):
             seen = {"energies": log_energies(rgb.to(precise))}
-        x = rgb
-        for number, stage in enumerate(self.stages, 1):
-            whole, steps = (stage, partial(_steps, stage)) if number > 1 else (self._first, self._first_steps)
-            # In training normalisation statistics are those of the whole batch.
-            x = whole(x) if self.training else in_strips(self, x, whole, steps, stride=2, scale=4 ** (number - 1))
-            with torch.autocast(rgb.device.type, enabled=False):
-                seen[f"stage{number}"] = _pooled(x.to(precise), CELL >> number)
+        # In training normalisation statistics are those of the whole batch.
+        rows = None if self.training else rows_at_once(self, rgb)
+        if rows is not None:
+            each = [self._in_strips(picture, rows) for picture in rgb.split(1)]
+            seen |= {f"stage{k}": torch.cat(stage) for k, stage in enumerate(zip(*each, strict=True), 1)}
+        else:
+            x = self.stem(_with_high_pass(F.pad(rgb, (0, 0, 1, 1), mode="replicate")))
+            for number, stage in enumerate(self.stages, 1):
+                x = stage(x)
+                with torch.autocast(rgb.device.type, enabled=False):
+                    seen[f"stage{number}"] = _pooled(x.to(precise), CELL >> number)
         with torch.autocast(rgb.device.type, enabled=False):
             return self.features(seen)
 
@@ -299,21 +341,21 @@ class MiniTower(nn.Module):
         heads = zip(self.heads, self.blocks, strict=True)
         return torch.cat([head(torch.cat([seen[name] for name in block], dim=1)) for head, block in heads], dim=1)
 
-    def _first(self, rgb: Tensor) -> Tensor:
-        return self.stages[0](self.stem(_with_high_pass(F.pad(rgb, (0, 0, 1, 1), mode="replicate"))))
-
-    def _first_steps(self) -> list[Step]:
+    def _in_strips(self, picture: Tensor, rows: int) -> list[Tensor]:
+        """Of one picture what `_pooled` makes of each stage."""
         conv, norm, relu = self.stem
         assert isinstance(conv, nn.Conv2d)
-        return [
+        steps: list[Step] = [
             Window(_with_high_pass, kernel=3, replicate=True),
             Window(lambda x: relu(norm(valid(conv, x))), kernel=5, stride=2),
-            *_steps(self.stages[0]),
         ]
-
-
-def _steps(stage: Any) -> list[Step]:
-    return [ResidualInStrips(block) for block in stage]
+        pooled = [PooledInStrips(CELL >> number) for number in range(1, len(self.stages) + 1)]
+        stages: Any = self.stages
+        for stage, pool in zip(stages, pooled, strict=True):
+            steps += [*map(ResidualInStrips, stage), pool]
+        for _ in through(steps, picture, rows):
+            pass
+        return [pool.summary() for pool in pooled]
 
 
 def _with_high_pass(rgb: Tensor) -> Tensor:

@@ -28,43 +28,50 @@ MULTIPLE = 32
 Step: TypeAlias = Callable[[Tensor | None, bool], Tensor | None]
 
 
-def in_strips(
-    network: nn.Module,
-    x: Tensor,
-    whole: Callable[[Tensor], Tensor],
-    steps: Callable[[], Sequence[Step]],
-    stride: int,
-    scale: int = 1,
-) -> Tensor:
-    """A network's result, strip by strip where the picture is large: the same values but for rounding, in less memory.
+def rows_at_once(network: nn.Module, x: Tensor) -> int | None:
+    """Rows of the strips in which pictures (N, 3, H, W) are to go through `network`; None: they go in one piece.
 
-    Where a gradient in `x` is wanted, a graph is compiled or a part of the network has a hook nothing is cut. Memory
-    grows with the width: a strip has at least MULTIPLE rows, and what is kept are whole ones.
-
-    Args:
-        network: whose parts work here, and may have hooks.
-        x: (N, C, H, W).
-        whole: the network, (N, C, H, W) -> (N, C', H', W') with H' at most ceil(H / stride).
-        steps: makes the steps that do the same to one picture's rows.
-        stride: by how much its result is smaller.
-        scale: how many pixels of the picture a pixel of `x` stands for.
+    That is so for small pictures, and where a gradient in `x` is wanted, a graph is compiled or a part of the network
+    has a hook. Memory grows with the width: a strip has at least MULTIPLE rows.
     """
     height, width = x.shape[2:]
     if (
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and x.requires_grad)
-        or height * width * scale <= LARGE_PIXELS
+        or height * width <= LARGE_PIXELS
         or any(watched(module) for module in network.modules() if module is not network)
     ):
-        return whole(x)
+        return None
     at_once = CPU_STRIP_PIXELS if x.device.type == "cpu" else LARGE_PIXELS
-    rows = max(MULTIPLE, at_once // (width * scale) // MULTIPLE * MULTIPLE)
+    return max(MULTIPLE, at_once // width // MULTIPLE * MULTIPLE)
+
+
+def through(steps: Sequence[Step], picture: Tensor, rows: int) -> Iterator[Tensor]:
+    """What comes out of the last one of `steps` for a picture (1, 3, H, W) that goes in by strips of `rows` rows."""
+    height = picture.shape[2]
+    for start in range(0, height, rows):
+        x: Tensor | None = picture[:, :, start : start + rows]
+        for step in steps:
+            x = step(x, start + rows >= height)
+        if x is not None:
+            yield x
+
+
+def in_strips(steps: Callable[[], Sequence[Step]], x: Tensor, rows: int, stride: int) -> Tensor:
+    """A network's result, strip by strip: the values of the whole but for rounding.
+
+    Args:
+        steps: makes the steps, anew for each picture.
+        x: (N, 3, H, W).
+        rows: see `rows_at_once`.
+        stride: by how much the result is smaller: it has at most ceil(H / stride) rows.
+    """
     out, end = None, 0
     for n, picture in enumerate(x.split(1)):  # of several, rows are no block of memory
         end = 0
-        for part in _through(steps(), picture, rows):
+        for part in through(steps(), picture, rows):
             if out is None:
-                shape = (len(x), part.shape[1], -(-height // stride), part.shape[3])
+                shape = (len(x), part.shape[1], -(-x.shape[2] // stride), part.shape[3])
                 out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
             out[n : n + 1, :, end : end + part.shape[2]] = part
             end += part.shape[2]
@@ -135,13 +142,3 @@ def joined(*pieces: Tensor | None) -> Tensor | None:
 def rest(x: Tensor, start: int) -> Tensor | None:
     """Rows from `start` on, if there are any, in memory of their own, so that the others may go."""
     return x[:, :, start:].clone() if start < x.shape[2] else None
-
-
-def _through(steps: Sequence[Step], picture: Tensor, rows: int) -> Iterator[Tensor]:
-    height = picture.shape[2]
-    for start in range(0, height, rows):
-        x: Tensor | None = picture[:, :, start : start + rows]
-        for step in steps:
-            x = step(x, start + rows >= height)
-        if x is not None:
-            yield x
