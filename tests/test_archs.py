@@ -436,12 +436,21 @@ def test_large_pictures_in_strips_score_as_in_one_piece(
     assert in_strips.bytes < at_once.bytes
 
 
-@pytest.mark.parametrize(("size", "share"), [((2048, 64), 0.08), ((256, 512), 0.35)])  # of 64 and 8 strips
+# Of 64 and 8 strips. The mini tower's energies are of the whole picture.
+@pytest.mark.parametrize(
+    ("kind", "size", "share"),
+    [
+        ("tiny-resnet", (2048, 64), 0.08),
+        ("tiny-resnet", (256, 512), 0.35),
+        ("qualiclip-mini", (2048, 64), 0.15),
+        ("qualiclip-mini", (256, 512), 0.35),
+    ],
+)
 @torch.no_grad()
 def test_only_what_the_next_strip_needs_is_kept(
-    size: tuple[int, int], share: float, tiny_folder: Path, cut_small_pictures: Callable[..., None]
+    kind: str, size: tuple[int, int], share: float, tiny_folder: Path, cut_small_pictures: Callable[..., None]
 ) -> None:
-    net = build("tiny-resnet", tiny_folder)
+    net = build(kind, tiny_folder)
     x = upstream.pictures(1, *size)
     with Peak() as at_once:
         net(x)
