@@ -132,12 +132,12 @@ class PooledInStrips:
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
         precise = None if rows is None else rows.to(torch.promote_types(rows.dtype, torch.float32))
         if precise is not None:
-            # Two groups' means and variances make those of both (Chan, Golub, LeVeque, 1979), here in double precision.
+            # Two groups' means and variances make those of both (Chan, Golub, LeVeque, 1979).
             variance, mean = torch.var_mean(precise.flatten(2), dim=-1, correction=0)
             new = precise.shape[2] * precise.shape[3]
             share = new / (self.count + new)
-            off = mean.double() - self.mean
-            self.deviation = self.deviation + variance.double() * new + off.square() * (self.count * share)
+            off = mean - self.mean
+            self.deviation = self.deviation + variance * new + off.square() * (self.count * share)
             self.mean = self.mean + off * share
             self.count += new
         means = self.cells(precise, last)
@@ -147,7 +147,7 @@ class PooledInStrips:
 
     def summary(self) -> Tensor:
         cells = torch.cat(self.means, dim=2)
-        return _summary(self.mean.to(cells.dtype), (self.deviation / self.count).to(cells.dtype), cells)
+        return _summary(self.mean, self.deviation / self.count, cells)
 
 
 class Standardise(nn.Module):
