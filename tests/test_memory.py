@@ -1,7 +1,13 @@
+"""Memory that a process keeps: in every thread, and only where it was asked for."""
+
+from __future__ import annotations
+
 import subprocess
 import sys
 
 import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not glibc")
 
 # Blocks larger and smaller than what glibc's other arenas can hold, allocated, filled and freed again and again.
 CODE = """
@@ -43,12 +49,10 @@ def fresh_pages(how: str) -> list[int]:
     return found
 
 
-def test_what_is_freed_is_kept_in_every_thread():
+def test_what_is_freed_is_kept_in_every_thread() -> None:
     # 107,520 pages of 4 KiB are used; a few hundred are the interpreter's and the threads' own.
     assert all(count < 2000 for count in fresh_pages("kept"))
 
 
-def test_otherwise_it_is_not():
-    if not sys.platform.startswith("linux"):
-        pytest.skip("not glibc")
+def test_otherwise_it_is_not() -> None:
     assert all(count > 50_000 for count in fresh_pages("not kept"))
