@@ -1,8 +1,9 @@
-"""Metadata is in pyproject.toml. This adds the two files that Python reads at start-up to the root of site-packages."""
+"""Metadata is in pyproject.toml. This finds the packages and adds the two files that Python reads at start-up."""
 
+import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 STARTUP = {
@@ -17,6 +18,9 @@ STARTUP = {
 
 class BuildWithStartup(build_py):
     def run(self):
+        # pip builds in the checkout and empties nothing: a module that was moved would be shipped in both places.
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         # An editable wheel takes its files from where `install` would put them, not from build_lib.
         install = self.distribution.get_command_obj("install")
@@ -28,4 +32,9 @@ class BuildWithStartup(build_py):
         return super().get_outputs(include_bytecode) + [str(Path(self.build_lib, name)) for name in STARTUP]
 
 
-setup(cmdclass={"build_py": BuildWithStartup})
+setup(
+    # The weights stand at the top of the checkout and inside the package of an installation.
+    packages=[*find_packages(include=["qualiclip_pyiqa", "qualiclip_pyiqa.*"]), "qualiclip_pyiqa._weights"],
+    package_dir={"qualiclip_pyiqa._weights": "weights"},
+    cmdclass={"build_py": BuildWithStartup},
+)

@@ -31,9 +31,32 @@ def pip(python: str, *arguments: str) -> str:
     return done.stdout
 
 
+def wheel_of(source: Path, folder: Path) -> Path:
+    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source))
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def modules(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in (folder / "qualiclip_pyiqa").rglob("*.py")}
+
+
+def test_moved_module_ships_once(source: Path, tmp_path: Path) -> None:
+    before = source / "qualiclip_pyiqa" / "before.py"
+    after = source / "qualiclip_pyiqa" / "training" / "after.py"
+    before.write_text("")
+    wheel_of(source, tmp_path / "1")
+    before.rename(after)
+    try:
+        with zipfile.ZipFile(wheel_of(source, tmp_path / "2")) as archive:
+            held = {name for name in archive.namelist() if name.endswith(".py")}
+        assert held == modules(source) | {"qualiclip_pyiqa_start.py"}
+    finally:
+        after.unlink()
+
+
 def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp_path: Path) -> None:
-    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source))
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = wheel_of(source, tmp_path)
     assert wheel.name.endswith("py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = archive.namelist()
@@ -46,7 +69,7 @@ def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp
     }  # fmt: skip
     for name in ("manifest.toml", "qualiclip-mini.safetensors", "PROVENANCE.md"):
         assert f"qualiclip_pyiqa/_weights/{name}" in held
-    assert {f"qualiclip_pyiqa/{path.name}" for path in (ROOT / "qualiclip_pyiqa").glob("*.py")} <= set(held)
+    assert modules(ROOT) <= set(held)
     configs = (ROOT / "qualiclip_pyiqa" / "training" / "configs").glob("*.toml")
     assert {f"qualiclip_pyiqa/training/configs/{path.name}" for path in configs} <= set(held)
     # One `import` line, as .pth files want it; and PEP 829's `module:function`.
