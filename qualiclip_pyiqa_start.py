@@ -41,7 +41,7 @@ def _add_entries(module):
         return
     setattr(module, MARK, True)
     try:
-        from qualiclip_pyiqa.metrics import METRICS
+        from qualiclip_pyiqa.metrics.registry import METRICS
 
         module.DEFAULT_CONFIGS.update({name: spec.entry() for name, spec in METRICS.items()})
     except Exception as error:  # pyiqa must work whatever is wrong with us

@@ -13,8 +13,8 @@ import open_clip
 import timm
 import versus
 
-from qualiclip_pyiqa.backbones import empty_image_tower, find_backbone
 from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.towers.backbones import empty_image_tower, find_backbone
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ import versus
 from PIL import Image, ImageOps
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.discover import find_pictures
-from qualiclip_pyiqa.memory import keep_freed_memory
-from qualiclip_pyiqa.scoring import Scorer
+from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.scoring.allocator import keep_freed_memory
+from qualiclip_pyiqa.scoring.scorer import Scorer
 
 PORTIONS = 4
 

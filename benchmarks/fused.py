@@ -17,7 +17,8 @@ import versus
 from speed import medians
 from torch import Tensor, nn
 
-from qualiclip_pyiqa import fused, strips
+from qualiclip_pyiqa.towers import onednn as fused
+from qualiclip_pyiqa.towers import streaming as strips
 
 PLAIN = patch.object(fused, "_known", lambda: False)  # PyTorch's public convolutions
 WHOLE = patch.object(strips, "LARGE_PIXELS", 2**62)

@@ -40,14 +40,14 @@ from speed import medians
 from torch import nn
 
 from qualiclip_pyiqa.commands.evaluate import scored
-from qualiclip_pyiqa.discover import find_pictures
+from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
-from qualiclip_pyiqa.evaluation import LEAST, agreement, compare
+from qualiclip_pyiqa.evaluation.agreement import LEAST, agreement, compare
+from qualiclip_pyiqa.evaluation.ladders import score_degraded
+from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.files import replacing
-from qualiclip_pyiqa.ratings import Ratings, read_ratings
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS
-from qualiclip_pyiqa.training.ladders import score_degraded
-from qualiclip_pyiqa.weights import file_sha256
+from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.pretrained.weights import file_sha256
 
 EMBEDDED = "qualiclip-mini"
 LAPLACIAN, SHARPEST, RELATIVE = "log variance of the Laplacian", "sharpest parts", "sharpest parts for the detail"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
-from qualiclip_pyiqa.mini import PERCENTILES, UNRANKED, RelativeSharpness, detail_and_top, log_energies
+from qualiclip_pyiqa.towers.mini import PERCENTILES, UNRANKED, RelativeSharpness, detail_and_top, log_energies
 from qualiclip_pyiqa.training.stacks import laplacian_log_variance, read_energies
 
 # pyiqa's no-reference metrics that are no neural network. Most need a file of parameters that pyiqa downloads.

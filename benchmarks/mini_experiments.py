@@ -33,13 +33,14 @@ import versus
 from mini import halves
 from torch import Tensor, nn
 
-from qualiclip_pyiqa import mini
-from qualiclip_pyiqa.ratings import Ratings, read_ratings
-from qualiclip_pyiqa.training import losses, stacks, towers
-from qualiclip_pyiqa.training import train as training
+from qualiclip_pyiqa.degradations.bank import GROUP_ORDER
+from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.towers import mini
+from qualiclip_pyiqa.training import alignment as towers
+from qualiclip_pyiqa.training import losses, stacks
+from qualiclip_pyiqa.training import run as training
 from qualiclip_pyiqa.training.config import load_config
-from qualiclip_pyiqa.training.degradations import GROUP_ORDER
-from qualiclip_pyiqa.training.train import LOG, train
+from qualiclip_pyiqa.training.run import LOG, train
 from qualiclip_pyiqa.training.validation import rated_srcc
 
 SHORT: dict[str, Any] = {

@@ -25,15 +25,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qualiclip_pyiqa import load_image, mini
-from qualiclip_pyiqa.ratings import read_ratings
-from qualiclip_pyiqa.training import towers
+from qualiclip_pyiqa import load_image
+from qualiclip_pyiqa.degradations.bank import GROUP_ORDER
+from qualiclip_pyiqa.evaluation.ratings import read_ratings
+from qualiclip_pyiqa.pretrained.weights import data_folder
+from qualiclip_pyiqa.towers import mini
+from qualiclip_pyiqa.training import alignment as towers
 from qualiclip_pyiqa.training.config import Config, load_config
-from qualiclip_pyiqa.training.degradations import GROUP_ORDER
+from qualiclip_pyiqa.training.run import losses
 from qualiclip_pyiqa.training.stacks import Stacks, batch_of, list_photographs, shorter_side
-from qualiclip_pyiqa.training.train import losses
 from qualiclip_pyiqa.training.validation import differences
-from qualiclip_pyiqa.weights import data_folder
 
 GROUPS = [group for group in GROUP_ORDER if group != "blur"]
 DATA = {"stacks": 2, "crops": (384,), "candidates": 1, "native": 1.0, "bokeh": 0.4}

@@ -14,12 +14,12 @@ import random
 import sys
 from pathlib import Path
 
-from qualiclip_pyiqa import weights
-from qualiclip_pyiqa.mini import RelativeSharpness, detail_and_top
-from qualiclip_pyiqa.training import towers
+from qualiclip_pyiqa.pretrained import weights
+from qualiclip_pyiqa.towers.mini import RelativeSharpness, detail_and_top
+from qualiclip_pyiqa.training import alignment as towers
 from qualiclip_pyiqa.training.config import load_config
+from qualiclip_pyiqa.training.run import FITTED
 from qualiclip_pyiqa.training.stacks import list_photographs, read_energies, shorter_side
-from qualiclip_pyiqa.training.train import FITTED
 
 
 def main() -> None:

@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.mini import BLOCKS, PERCENTILES, SCALES, UNRANKED, log_energies
-from qualiclip_pyiqa.ratings import read_ratings
-from qualiclip_pyiqa.training.ladders import STEPS, behaviours, ladder
+from qualiclip_pyiqa.evaluation.ladders import STEPS, behaviours, ladder
+from qualiclip_pyiqa.evaluation.ratings import read_ratings
+from qualiclip_pyiqa.towers.mini import BLOCKS, PERCENTILES, SCALES, UNRANKED, log_energies
+from qualiclip_pyiqa.training.run import FITTED
 from qualiclip_pyiqa.training.stacks import read_energies
-from qualiclip_pyiqa.training.train import FITTED
 
 PLACE = BLOCKS.index(("sharpness",))
 LUMA_SPREAD = 3 * SCALES + 1  # of `log_energies`

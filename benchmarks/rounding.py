@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import versus
 from torch import Tensor, nn
 
-from qualiclip_pyiqa import clip
+from qualiclip_pyiqa.towers import clip
 
 OURS, FOLDED, THEIRS = "this package", "its folded weights, else exact", "pyiqa"
 

@@ -12,8 +12,8 @@ import pyiqa
 import versus
 from scipy import stats
 
-from qualiclip_pyiqa.discover import find_pictures
-from qualiclip_pyiqa.scoring import Scorer
+from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.scoring.scorer import Scorer
 
 
 def main() -> None:

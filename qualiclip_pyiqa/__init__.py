@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import qualiclip_pyiqa_start
 
 if TYPE_CHECKING:
-    from .archs import OpenCLIPIQA, OpenQualiCLIP
     from .errors import ImageError, PromptError, SettingsError, WeightsError
-    from .images import as_batch, load_image
-    from .loss import QualityLoss
-    from .memory import keep_freed_memory
-    from .metrics import METRICS
-    from .prompts import prompt_set_names
-    from .scoring import Scorer
-    from .tables import Record
+    from .images.tensors import as_batch, load_image
+    from .metrics.loss import QualityLoss
+    from .metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP
+    from .metrics.prompts import prompt_set_names
+    from .metrics.registry import METRICS
+    from .scoring.allocator import keep_freed_memory
+    from .scoring.scorer import Scorer
+    from .scoring.tables import Record
 
 __all__ = [
     "METRICS",
@@ -42,14 +42,14 @@ _ROOMS = {
     "PromptError": "errors",
     "SettingsError": "errors",
     "WeightsError": "errors",
-    "as_batch": "images",
-    "load_image": "images",
-    "QualityLoss": "loss",
-    "METRICS": "metrics",
-    "keep_freed_memory": "memory",
-    "prompt_set_names": "prompts",
-    "Scorer": "scoring",
-    "Record": "tables",
+    "as_batch": "images.tensors",
+    "load_image": "images.tensors",
+    "QualityLoss": "metrics.loss",
+    "METRICS": "metrics.registry",
+    "keep_freed_memory": "scoring.allocator",
+    "prompt_set_names": "metrics.prompts",
+    "Scorer": "scoring.scorer",
+    "Record": "scoring.tables",
 }
 
 qualiclip_pyiqa_start.arrange()

@@ -93,8 +93,8 @@ def cut_small_pictures(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Lets every picture go through the networks in strips of so many rows, from the call on."""
 
     def cut(rows: int = 32) -> None:
-        monkeypatch.setattr("qualiclip_pyiqa.strips.LARGE_PIXELS", 1000)
-        monkeypatch.setattr("qualiclip_pyiqa.strips.CPU_STRIP_PIXELS", 1)
-        monkeypatch.setattr("qualiclip_pyiqa.strips.MULTIPLE", rows)
+        monkeypatch.setattr("qualiclip_pyiqa.towers.streaming.LARGE_PIXELS", 1000)
+        monkeypatch.setattr("qualiclip_pyiqa.towers.streaming.CPU_STRIP_PIXELS", 1)
+        monkeypatch.setattr("qualiclip_pyiqa.towers.streaming.MULTIPLE", rows)
 
     return cut

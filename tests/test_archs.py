@@ -24,10 +24,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qualiclip_pyiqa import clip, load_image, weights
-from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
-from qualiclip_pyiqa.backbones import MEAN, STD
+from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
+from qualiclip_pyiqa.metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
+from qualiclip_pyiqa.pretrained import weights
+from qualiclip_pyiqa.towers import clip
+from qualiclip_pyiqa.towers.backbones import MEAN, STD
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ["tiny-resnet", "tiny-vit", "tiny-resnet-pos", "tiny-context", "qualiclip-mini"]
@@ -146,7 +148,7 @@ def test_attributes(tiny_folder: Path) -> None:
 
 def test_score_is_the_formula(tiny_folder: Path) -> None:
     """Against the formula of CLIP-IQA written out with open_clip's own model (224 x 224, positional table on)."""
-    from qualiclip_pyiqa.clip import tokenize
+    from qualiclip_pyiqa.towers.clip import tokenize
 
     model = open_clip.CLIP(**upstream.TINY_RESNET).eval()
     model.load_state_dict(torch.load(tiny_folder / "tiny-resnet.pt"))

@@ -15,10 +15,11 @@ import torch
 import upstream
 from torch import nn
 
-from qualiclip_pyiqa import OpenCLIPIQA, clip
-from qualiclip_pyiqa.backbones import MEAN, STD, encode_texts, find_backbone, image_tower
-from qualiclip_pyiqa.clip import freeze
+from qualiclip_pyiqa import OpenCLIPIQA
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
+from qualiclip_pyiqa.towers import clip
+from qualiclip_pyiqa.towers.backbones import MEAN, STD, encode_texts, find_backbone, image_tower
+from qualiclip_pyiqa.towers.clip import freeze
 
 FAMILIES = list(upstream.families(Path()))
 WITHOUT_TABLE = {"tiny-convnext", "tiny-mlp", "tiny-fastvit"}

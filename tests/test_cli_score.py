@@ -24,10 +24,10 @@ from faults import as_nobody
 from PIL import Image
 from test_scoring import workers_of
 
-from qualiclip_pyiqa import cli
-from qualiclip_pyiqa.discover import find_pictures, matches
-from qualiclip_pyiqa.scoring import Scorer
-from qualiclip_pyiqa.tables import Record, read_table, write_table
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.images.paths import find_pictures, matches
+from qualiclip_pyiqa.scoring.scorer import Scorer
+from qualiclip_pyiqa.scoring.tables import Record, read_table, write_table
 
 RNG = np.random.default_rng(0)
 
@@ -300,7 +300,7 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
 
 
 def command(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qualiclip_pyiqa.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "qualiclip_pyiqa", *map(str, arguments)]
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     options = {"preexec_fn": faults.heed_ctrl_c, **options}

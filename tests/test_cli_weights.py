@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qualiclip_pyiqa import cli, weights
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.pretrained import weights
 
 
 @pytest.fixture(autouse=True)
@@ -160,8 +161,10 @@ def test_verify_with_unusable_ratings(rated: list[str], tmp_path: Path, capsys: 
 
 
 def test_help_does_not_import_torch() -> None:
-    script = "import sys\nfrom qualiclip_pyiqa.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    script = (
+        "import sys\nfrom qualiclip_pyiqa.commands.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    )
     script += "print('torch' in sys.modules, 'pyiqa' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "weights" in done.stdout and done.stdout.splitlines()[-1] == "False False"

@@ -21,9 +21,8 @@ from scipy import ndimage, stats
 from skimage import color
 from synthetic import synthetic_photograph
 
-from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.training import degradations
-from qualiclip_pyiqa.training.degradations import (
+from qualiclip_pyiqa.degradations import bank as degradations
+from qualiclip_pyiqa.degradations.bank import (
     DEGRADATIONS,
     GROUP_ORDER,
     LEVELS,
@@ -32,7 +31,8 @@ from qualiclip_pyiqa.training.degradations import (
     draw_types,
     strength,
 )
-from qualiclip_pyiqa.training.ladders import STEPS, behaviour, behaviours, ladder
+from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.evaluation.ladders import STEPS, behaviour, behaviours, ladder
 
 Array = NDArray[np.float64]
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from synthetic import synthetic_photograph
 
-from qualiclip_pyiqa import cli
-from qualiclip_pyiqa.training.degradations import degrade
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.degradations.bank import degrade
 
 TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)

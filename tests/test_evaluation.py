@@ -15,11 +15,12 @@ from PIL import Image, ImageFilter
 from scipy import stats
 from test_cli_score import picture
 
-from qualiclip_pyiqa import cli, plots
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.evaluation import agreement, compare, fitted_logistic, gmad, logistic
-from qualiclip_pyiqa.ratings import pyiqa_ratings, read_ratings
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS
+from qualiclip_pyiqa.evaluation import plots
+from qualiclip_pyiqa.evaluation.agreement import agreement, compare, fitted_logistic, gmad, logistic
+from qualiclip_pyiqa.evaluation.ratings import pyiqa_ratings, read_ratings
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=200)

@@ -13,8 +13,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qualiclip_pyiqa import fused
-from qualiclip_pyiqa.clip import ResNetTower, freeze
+from qualiclip_pyiqa.towers import onednn as fused
+from qualiclip_pyiqa.towers.clip import ResNetTower, freeze
 
 # Of features of about one, folded and not: the random layers make 5e-5 of float32's rounding, 1e-2 of a wrong border.
 TOLERANCE = 1e-4

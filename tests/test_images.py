@@ -19,8 +19,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageFile
 
 from qualiclip_pyiqa.errors import ImageError
-from qualiclip_pyiqa.images import as_batch, load_image
-from qualiclip_pyiqa.pixels import MIN_SIDE, read_pixels
+from qualiclip_pyiqa.images.convert import MIN_SIDE, read_pixels
+from qualiclip_pyiqa.images.tensors import as_batch, load_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (40, 48, 3), dtype=np.uint8)

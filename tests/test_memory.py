@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no
 # Blocks larger and smaller than what glibc's other arenas can hold, allocated, filled and freed again and again.
 CODE = """
 import ctypes, resource, sys, threading
-from qualiclip_pyiqa.memory import keep_freed_memory
+from qualiclip_pyiqa.scoring.allocator import keep_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

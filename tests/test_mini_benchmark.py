@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
-from qualiclip_pyiqa import evaluation
-from qualiclip_pyiqa.mini import BLOCKS
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS
+from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
+from qualiclip_pyiqa.evaluation import agreement as evaluation
+from qualiclip_pyiqa.towers.mini import BLOCKS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qualiclip_pyiqa.errors import PromptError
-from qualiclip_pyiqa.metrics import METRICS, metric_spec
-from qualiclip_pyiqa.prompts import ATTRIBUTES, QUALITY_SETS, prompt_set_names, resolve_prompts
+from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES, QUALITY_SETS, prompt_set_names, resolve_prompts
+from qualiclip_pyiqa.metrics.registry import METRICS, metric_spec
 
 words = st.text("abcdefghij", min_size=1, max_size=6)
 pair = st.tuples(words.map("good {}".format), words.map("bad {}".format))

@@ -25,7 +25,7 @@ from pyiqa.models.base_model import BaseModel
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from qualiclip_pyiqa.archs import PromptIQA
+from qualiclip_pyiqa.metrics.prompt_iqa import PromptIQA
 from qualiclip_pyiqa.training.tuning import losses
 
 PACKAGE = Path(pyiqa.__file__).parent

@@ -16,11 +16,11 @@ import ray.data
 import torch
 from test_cli_score import picture, rows
 
-from qualiclip_pyiqa import cli
+from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.ray_stage import _share, _source, expand_urls, score_dataset
-from qualiclip_pyiqa.scoring import Scorer
-from qualiclip_pyiqa.tables import Record, ScoreTable
+from qualiclip_pyiqa.scoring.ray import _share, _source, expand_urls, score_dataset
+from qualiclip_pyiqa.scoring.scorer import Scorer
+from qualiclip_pyiqa.scoring.tables import Record, ScoreTable
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qualiclip_pyiqa import weights
-from qualiclip_pyiqa.metrics import METRICS
-from qualiclip_pyiqa.prompts import ATTRIBUTES
+from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES
+from qualiclip_pyiqa.metrics.registry import METRICS
+from qualiclip_pyiqa.pretrained import weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

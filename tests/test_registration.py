@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qualiclip_pyiqa_start
-from qualiclip_pyiqa.metrics import METRICS
+from qualiclip_pyiqa.metrics.registry import METRICS
 
 PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "lighthouse.jpg"
 

@@ -26,10 +26,10 @@ from synthetic import synthetic_photograph
 from test_archs import build
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.decoding import Decoder
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.scoring import BATCH_PIXELS, Network, Scorer
-from qualiclip_pyiqa.tables import Record
+from qualiclip_pyiqa.images.workers import Decoder
+from qualiclip_pyiqa.scoring.scorer import BATCH_PIXELS, Network, Scorer
+from qualiclip_pyiqa.scoring.tables import Record
 
 # What the issue of batching may cost: kernels block a batch differently.
 SAME = 2e-6
@@ -252,7 +252,7 @@ def test_memory_is_bounded_and_the_rest_is_left_unread(photos: list[Path]) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_heavy_pictures_are_read_one_by_one(workers: int, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qualiclip_pyiqa.scoring.DECODED_BYTES", np.asarray(Image.open(photos[0])).nbytes)
+    monkeypatch.setattr("qualiclip_pyiqa.scoring.scorer.DECODED_BYTES", np.asarray(Image.open(photos[0])).nbytes)
     read = 0
 
     def endless() -> Iterator[bytes]:
@@ -350,7 +350,7 @@ def workers_of(pid: int) -> list[int]:
         with contextlib.suppress(OSError):  # threads and processes come and go meanwhile
             for child in map(int, (task / "children").read_text().split()):
                 with contextlib.suppress(OSError):
-                    if b"qualiclip_pyiqa.decoding" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    if b"qualiclip_pyiqa.images.workers" in Path(f"/proc/{child}/cmdline").read_bytes():
                         found.append(child)
     return found
 
@@ -389,7 +389,7 @@ def test_a_picture_that_kills_its_worker_is_an_error_and_its_neighbours_are_not(
 
 
 def test_workers_that_cannot_start_are_no_pictures_fault(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qualiclip_pyiqa.decoding._COMMAND", "raise SystemExit(3)")
+    monkeypatch.setattr("qualiclip_pyiqa.images.workers._COMMAND", "raise SystemExit(3)")
     with pytest.raises(SettingsError, match=r"^workers is 2, .* does not start \(exit status 3, 3 times\).* workers=0"):
         list(Scorer("qualiclip-mini", device="cpu", workers=2).score(photos))
     assert not workers_of(os.getpid())
@@ -596,6 +596,6 @@ def test_workers_killed_at_any_moment_hang_nothing(photos: list[Path]) -> None:
 
 
 def test_what_is_not_the_pictures_fault_is_raised(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qualiclip_pyiqa.decoding.pickle.dumps", lambda source: 1 / 0)
+    monkeypatch.setattr("qualiclip_pyiqa.images.workers.pickle.dumps", lambda source: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(Scorer("qualiclip-mini", device="cpu", workers=1).score(photos))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.tables import Record, ScoreTable, read_table, utf8, write_table
+from qualiclip_pyiqa.scoring.tables import Record, ScoreTable, read_table, utf8, write_table
 
 SUFFIXES = [".csv", ".jsonl", ".parquet"]
 COLUMNS = ("clipiqa", "look.sharpness")

@@ -30,10 +30,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import synthetic_photograph
 
-from qualiclip_pyiqa import cli
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.degradations.bank import DEGRADATIONS, degrade
 from qualiclip_pyiqa.errors import ImageError, SettingsError
-from qualiclip_pyiqa.images import load_image
-from qualiclip_pyiqa.mini import (
+from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.images.tensors import load_image
+from qualiclip_pyiqa.metrics.prompts import QUALITY_SETS
+from qualiclip_pyiqa.towers.mini import (
     BLOCKS,
     CELL,
     PERCENTILES,
@@ -44,15 +47,12 @@ from qualiclip_pyiqa.mini import (
     detail_and_top,
     log_energies,
 )
-from qualiclip_pyiqa.prompts import QUALITY_SETS
-from qualiclip_pyiqa.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.training import run as trainer
 from qualiclip_pyiqa.training import stacks as stacks_module
-from qualiclip_pyiqa.training import train as trainer
+from qualiclip_pyiqa.training.alignment import Aligned, build, similarities
 from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_config
-from qualiclip_pyiqa.training.degradations import DEGRADATIONS, degrade
 from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photographs
-from qualiclip_pyiqa.training.towers import Aligned, build, similarities
 
 TOY = load_config("toy")
 NOISE = {name: float(each.group == "noise") for name, each in DEGRADATIONS.items()}
@@ -777,7 +777,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def command(config: Path, folder: Path, out: Path, *more: str) -> list[str]:
     run = ["train", "--config", str(config), "--pristine", str(folder), "--out", str(out), "--device", "cpu", *more]
-    return ["-m", "qualiclip_pyiqa.cli", *run]
+    return ["-m", "qualiclip_pyiqa", *run]
 
 
 def steps_kept(run: Path) -> int:

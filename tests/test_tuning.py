@@ -26,11 +26,11 @@ from scipy import stats
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
-from qualiclip_pyiqa import cli
-from qualiclip_pyiqa.archs import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
+from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
-from qualiclip_pyiqa.images import load_image
-from qualiclip_pyiqa.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.images.tensors import load_image
+from qualiclip_pyiqa.metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.training import tuning
 from qualiclip_pyiqa.training.tuning import RECIPES, Recipe, default_recipe, fresh_network, tune
 
@@ -387,7 +387,7 @@ def test_wrong_command_lines(
 def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path, tmp_path: Path) -> None:
     options = ["-m", "clipiqa+", "--recipe", "pyiqa", "--crop", "0", "--validation", "0", "--device", "cpu"]
     run = subprocess.Popen(
-        [sys.executable, "-m", "qualiclip_pyiqa.cli", *command(rated_folder, tmp_path / "run", *options)],
+        [sys.executable, "-m", "qualiclip_pyiqa", *command(rated_folder, tmp_path / "run", *options)],
         stderr=subprocess.PIPE,
         text=True,
         env=dict(os.environ),

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from qualiclip_pyiqa import weights
 from qualiclip_pyiqa.errors import WeightsError
-from qualiclip_pyiqa.weights import WeightRecord
+from qualiclip_pyiqa.pretrained import weights
+from qualiclip_pyiqa.pretrained.weights import WeightRecord
 
 CONTENT = b"the right content" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -91,7 +91,7 @@ def refusal(call: Any, *parts: str) -> str:
 
 
 def test_manifest_is_complete_and_consistent() -> None:
-    from qualiclip_pyiqa.metrics import METRICS
+    from qualiclip_pyiqa.metrics.registry import METRICS
 
     records = weights.manifest()
     named = {spec.weights for spec in METRICS.values()} | {s.context for s in METRICS.values() if s.context}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
-    from ..ratings import Ratings
+    from ..evaluation.ratings import Ratings
 
 DEFAULT_METRIC = "qualiclip-mini"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
@@ -48,7 +48,7 @@ def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> N
 
 def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
     """What `--ratings` and the options above name."""
-    from ..ratings import read_ratings
+    from ..evaluation.ratings import read_ratings
 
     if arguments.images is None:
         raise SettingsError("--ratings needs the folder of its pictures: --images DIR")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError
 from ..files import replacing
-from ..metrics import lower_is_better
-from ..pixels import source_name
+from ..images.convert import source_name
+from ..metrics.registry import lower_is_better
 from . import DEFAULT_METRIC, RATING_OPTIONS, add_metric_option, add_rating_options, rated, refuse
 
 if TYPE_CHECKING:
-    from ..evaluation import Agreement
-    from ..ratings import Ratings
+    from ..evaluation.agreement import Agreement
+    from ..evaluation.ratings import Ratings
 
 # Options that would do nothing, by what is evaluated.
 USELESS: dict[str, tuple[str, ...]] = {
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise SettingsError(f"{path} cannot be written: {path.parent} is no folder")
     if arguments.plot is not None:
-        from .. import plots
+        from ..evaluation import plots
 
         plots.check(arguments.plot)
     arguments.seed = arguments.seed or 0
@@ -92,7 +92,7 @@ def scored(paths: Sequence[Path], metrics: Any, device: str | None) -> dict[str,
     """Score of every picture by column; the first one that cannot be scored is an error."""
     from tqdm import tqdm
 
-    from ..scoring import Scorer
+    from ..scoring.scorer import Scorer
 
     scorer = Scorer(metrics, device=device)
     columns: dict[str, list[float]] = {column: [] for column in scorer.columns}
@@ -105,7 +105,7 @@ def scored(paths: Sequence[Path], metrics: Any, device: str | None) -> dict[str,
 
 
 def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
-    from ..evaluation import agreement, compare
+    from ..evaluation.agreement import agreement, compare
 
     ratings = _ratings(arguments)
     scores = scored(ratings.paths, metrics, arguments.device)
@@ -151,7 +151,7 @@ def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[s
             numbers[name].setdefault("groups", {})[group] = each.as_dict()
 
     def draw(path: Path) -> None:
-        from .. import plots
+        from ..evaluation import plots
 
         notes = {name: f"SRCC {_number(each.srcc)}, n = {each.n}" for name, each in found.items()}
         plots.scatter(path, scores, ratings.opinions, notes)
@@ -160,7 +160,7 @@ def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[s
 
 
 def _ratings(arguments: argparse.Namespace) -> Ratings:
-    from ..ratings import pyiqa_ratings
+    from ..evaluation.ratings import pyiqa_ratings
 
     if arguments.dataset is not None:
         return pyiqa_ratings(arguments.dataset, arguments.images)
@@ -184,9 +184,9 @@ def _number(value: float | None) -> str:
 
 def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
     """Mean score by level for every type, as QualiCLIP's first figure shows it."""
-    from ..discover import find_pictures
-    from ..training.degradations import DEGRADATIONS
-    from ..training.ladders import score_degraded
+    from ..degradations.bank import DEGRADATIONS
+    from ..evaluation.ladders import score_degraded
+    from ..images.paths import find_pictures
 
     paths = find_pictures([str(arguments.degradations)]).paths
     if arguments.limit is not None:
@@ -209,7 +209,7 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[di
             print(f"| {name} | {cells} | {'yes' if each.falls else 'no'} | {each.in_order:.3f} |")
 
     def draw(path: Path) -> None:
-        from .. import plots
+        from ..evaluation import plots
 
         plots.levels(
             path,
@@ -221,8 +221,8 @@ def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[di
 
 
 def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -> tuple[dict[str, Any], Draw]:
-    from ..discover import find_pictures
-    from ..evaluation import gmad
+    from ..evaluation.agreement import gmad
+    from ..images.paths import find_pictures
 
     paths = [Path(path) for path in find_pictures([folder]).paths]
     scores = scored(paths, [first, second], arguments.device)
@@ -236,7 +236,7 @@ def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -
         )
 
     def draw(path: Path) -> None:
-        from .. import plots
+        from ..evaluation import plots
 
         plots.duels(
             path,

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..errors import ImageError, SettingsError
 from ..files import replacing
-from ..metrics import lower_is_better
-from ..pixels import source_name
-from ..tables import Record, check_suffix, read_table, write_table, writing
+from ..images.convert import source_name
+from ..metrics.registry import lower_is_better
+from ..scoring.tables import Record, check_suffix, read_table, write_table, writing
 
 
 def add_parser(commands: Any) -> None:

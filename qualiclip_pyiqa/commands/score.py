@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..discover import Found, find_pictures, matches
 from ..errors import SettingsError
-from ..metrics import lower_is_better
-from ..pixels import source_name
-from ..tables import CsvStream, Record, ScoreTable, check_suffix
+from ..images.convert import source_name
+from ..images.paths import Found, find_pictures, matches
+from ..metrics.registry import lower_is_better
+from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
 from . import DEFAULT_METRIC, add_metric_option
 
 Engine: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--resume goes on with a table; name it with -o FILE")
     names = _named(arguments.paths, b"\0" if arguments.null else b"\n")
     if arguments.engine == "ray":
-        from ..ray_stage import expand_urls
+        from ..scoring.ray import expand_urls
 
         names = expand_urls(names)
     found = find_pictures(names)
@@ -130,10 +130,10 @@ def _engine(arguments: argparse.Namespace, metrics: list[str]) -> tuple[tuple[st
     names = ("device", "batch_size", "workers", "precision", "compile", "max_pixels")
     options = {name: getattr(arguments, name) for name in names}
     if arguments.engine == "ray":
-        from ..ray_stage import score_paths
+        from ..scoring.ray import score_paths
 
         return score_paths(metrics, **options)
-    from ..scoring import Scorer
+    from ..scoring.scorer import Scorer
 
     scorer = Scorer(metrics, **options)
     return scorer.columns, scorer.score

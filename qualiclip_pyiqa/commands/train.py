@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         description="Train an image tower by QualiCLIP's strategy: degraded crops are ranked by their similarity to "
         "antonym prompts. RUN receives model.safetensors, which every command and pyiqa.create_metric('qualiclip', "
         "weights=...) take, log.jsonl and TensorBoard's events. Several GPUs: `accelerate launch -m "
-        "qualiclip_pyiqa.cli train ...` or `torchrun -m qualiclip_pyiqa.cli train ...`.",
+        "qualiclip_pyiqa.commands.cli train ...` or `torchrun -m qualiclip_pyiqa.commands.cli train ...`.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..training.config import load_config
-    from ..training.train import DivergedError, train
+    from ..training.run import DivergedError, train
 
     if arguments.ratings is None:
         refuse(arguments, RATING_OPTIONS, "without --ratings")

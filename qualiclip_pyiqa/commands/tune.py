@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
-from ..metrics import METRICS
+from ..metrics.registry import METRICS
 from . import add_rating_options, rated
 
 

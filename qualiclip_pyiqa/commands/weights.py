@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SettingsError, WeightsError
 
 if TYPE_CHECKING:
-    from ..weights import WeightRecord
+    from ..pretrained.weights import WeightRecord
 
 # Published SRCCs of one metric on one data set differ by about this much between toolboxes and between readings of the
 # same files (whole pictures or resized ones, single or half precision).
@@ -45,8 +45,8 @@ def add_parser(commands: Any) -> None:
 
 def _records(names: Sequence[str]) -> list[WeightRecord]:
     """The records of weights and of metrics, each once."""
-    from .. import weights
-    from ..metrics import METRICS
+    from ..metrics.registry import METRICS
+    from ..pretrained import weights
 
     keys: list[str] = []
     for name in names:
@@ -64,7 +64,7 @@ def _records(names: Sequence[str]) -> list[WeightRecord]:
 
 
 def _list(_: argparse.Namespace) -> int:
-    from .. import weights
+    from ..pretrained import weights
 
     rows = [("NAME", "FILE", "LICENCE", "COMMERCIAL", "WHERE")]
     for record in weights.manifest().values():
@@ -78,7 +78,7 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _path(arguments: argparse.Namespace) -> int:
-    from .. import weights
+    from ..pretrained import weights
 
     status = 0
     for record in _records(arguments.names):
@@ -95,7 +95,7 @@ def _path(arguments: argparse.Namespace) -> int:
 
 
 def _get(arguments: argparse.Namespace) -> int:
-    from .. import weights
+    from ..pretrained import weights
 
     for record in _records(arguments.names):
         print(weights.find(record))
@@ -103,7 +103,7 @@ def _get(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .. import weights
+    from ..pretrained import weights
 
     scoring = [arguments.ratings, arguments.images, arguments.dataset]
     if any(scoring) and not all(scoring):
@@ -124,7 +124,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verdict(record: WeightRecord, path: Path) -> tuple[str, bool]:
-    from .. import weights
+    from ..pretrained import weights
 
     try:
         weights.check_usable(path)
@@ -141,8 +141,8 @@ def _verdict(record: WeightRecord, path: Path) -> tuple[str, bool]:
 
 def _compare_scores(arguments: argparse.Namespace) -> bool:
     """Score the user's rated pictures; whether an SRCC is far from the one that its source was seen to report."""
-    from .. import weights
-    from ..metrics import METRICS
+    from ..metrics.registry import METRICS
+    from ..pretrained import weights
 
     reported: dict[str, list[dict[str, Any]]] = {}
     for row in weights.published():

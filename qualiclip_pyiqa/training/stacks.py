@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..degradations.bank import DEGRADATIONS, LEVELS, blur, degrade_all, draw_types, jpeg
 from ..errors import ImageError, SettingsError
-from ..images import load_image
-from ..mini import log_energies
+from ..images.tensors import load_image
+from ..towers.mini import log_energies
 from .config import Config
-from .degradations import DEGRADATIONS, LEVELS, blur, degrade_all, draw_types, jpeg
 
 log = logging.getLogger(__name__)
 

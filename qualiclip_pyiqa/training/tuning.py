@@ -27,15 +27,15 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import archs
-from ..archs import PromptIQA
 from ..errors import ImageError, SettingsError, WeightsError
-from ..evaluation import LEAST
+from ..evaluation.agreement import LEAST
+from ..evaluation.ratings import Ratings
 from ..files import replacing
-from ..images import load_image
-from ..metrics import METRICS, metric_spec
-from ..pixels import MIN_SIDE, source_name
-from ..ratings import Ratings
+from ..images.convert import MIN_SIDE, source_name
+from ..images.tensors import load_image
+from ..metrics import prompt_iqa as archs
+from ..metrics.prompt_iqa import PromptIQA
+from ..metrics.registry import METRICS, metric_spec
 
 LOSSES = ("mse", "mse+plcc")
 THREADS = min(8, os.cpu_count() or 1)  # that decode; batches of crops are made as many ahead

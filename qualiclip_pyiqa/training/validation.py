@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..clip import freeze
-from ..images import load_image
-from ..ratings import Ratings
+from ..degradations.bank import DEGRADATIONS, LEVELS, degrade
+from ..evaluation.ladders import behaviour
+from ..evaluation.ratings import Ratings
+from ..images.tensors import load_image
+from ..towers.clip import freeze
+from .alignment import Aligned, similarities
 from .config import Config
-from .degradations import DEGRADATIONS, LEVELS, degrade
-from .ladders import behaviour
-from .towers import Aligned, similarities
 
 
 @torch.no_grad()

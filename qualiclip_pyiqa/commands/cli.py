@@ -21,10 +21,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import evaluate, filter, score, train, tune, weights
-from .errors import ImageError, PromptError, SettingsError, WeightsError
-from .memory import keep_freed_memory
-from .tables import writing
+from ..errors import ImageError, PromptError, SettingsError, WeightsError
+from ..scoring.allocator import keep_freed_memory
+from ..scoring.tables import writing
+from . import evaluate, filter, score, train, tune, weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

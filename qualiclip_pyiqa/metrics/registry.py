@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import SettingsError
+from ..errors import SettingsError
 from .prompts import ATTRIBUTES
 
 CLIPIQA_PAPER = "Wang, Chan, Loy: Exploring CLIP for Assessing the Look and Feel of Images, AAAI 2023, arXiv:2207.12396"

@@ -16,8 +16,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingsError, WeightsError
 from .clip import ResNetTower, TextTower, TimmTower, ViTTower, load_into, tokenize
-from .errors import SettingsError, WeightsError
 
 # Mean and std of RGB in 0..1 that CLIP was trained with (openai/CLIP, clip.py).
 MEAN = (0.48145466, 0.4578275, 0.40821073)

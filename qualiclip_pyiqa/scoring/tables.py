@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import SettingsError
-from .files import replacing
+from ..errors import SettingsError
+from ..files import replacing
 
 try:
     import fcntl

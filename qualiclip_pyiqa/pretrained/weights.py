@@ -47,8 +47,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
-from .errors import WeightsError
-from .files import replacing
+from ..errors import WeightsError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ class Found(NamedTuple):
 
 def data_folder() -> Path:
     """The folder of the manifest and the embedded model: inside an installed package, else beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "_weights"
     return inside if inside.is_dir() else package.parent / "weights"
 

@@ -514,10 +514,10 @@ def main() -> int:
     from pathlib import Path
 
     from ..errors import ImageError
-    from ..images import load_image
+    from ..images.tensors import load_image
 
     parser = argparse.ArgumentParser(
-        prog="python -m qualiclip_pyiqa.training.degradations",
+        prog="python -m qualiclip_pyiqa.degradations.bank",
         description="Draw the contact sheet of the degradation bank: every type at every level.",
     )
     parser.add_argument("photo", type=Path)

@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
+from ..degradations.bank import DEGRADATIONS, LEVELS, degrade
 from ..errors import ImageError
-from ..images import load_image
-from ..metrics import lower_is_better
-from ..pixels import source_name
-from ..scoring import Scorer
-from .degradations import DEGRADATIONS, LEVELS, degrade
+from ..images.convert import source_name
+from ..images.tensors import load_image
+from ..metrics.registry import lower_is_better
+from ..scoring.scorer import Scorer
 
 STEPS = 1 + LEVELS * len(DEGRADATIONS)  # pictures that one photograph makes
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ImageError
-from .pixels import PixelSource, check_range, check_size, read_pixels
+from ..errors import ImageError
+from .convert import PixelSource, check_range, check_size, read_pixels
 
 Source: TypeAlias = PixelSource | Tensor
 

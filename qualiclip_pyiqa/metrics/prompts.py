@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import PromptError
+from ..errors import PromptError
 
 Pair = tuple[str, str]
 

@@ -35,15 +35,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .. import weights as weight_files
 from ..errors import ImageError, SettingsError
-from ..mini import RelativeSharpness, Standardise, detail_and_top
-from ..pixels import MIN_SIDE
-from ..ratings import Ratings
+from ..evaluation.ratings import Ratings
+from ..images.convert import MIN_SIDE
+from ..pretrained import weights as weight_files
+from ..towers.mini import RelativeSharpness, Standardise, detail_and_top
+from .alignment import Aligned, build, save, similarities
 from .config import Config
 from .losses import across_loss, centre_loss, consistency_loss, ranking_loss
 from .stacks import Degraded, Stacks, batch_of, list_photographs, read_energies, read_photograph, shorter_side
-from .towers import Aligned, build, save, similarities
 from .validation import Validation, rated_srcc
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import ImageError, SettingsError
-from .pixels import PixelSource, read_pixels, source_name
+from ..errors import ImageError, SettingsError
+from .convert import PixelSource, read_pixels, source_name
 
 # How many workers a picture may cost, or a start, before it is what is wrong.
 ATTEMPTS = 3
@@ -30,7 +30,9 @@ ATTEMPTS = 3
 _GONE = (EOFError, OSError, pickle.UnpicklingError)
 
 Decoded = np.ndarray | ImageError
-_COMMAND = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from qualiclip_pyiqa.decoding import work; work()"
+_COMMAND = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from qualiclip_pyiqa.images.workers import work; work()"
+)
 
 
 class Decoder:

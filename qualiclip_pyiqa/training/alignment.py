@@ -16,15 +16,15 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import clip
-from .. import weights as weight_files
-from ..archs import Source
-from ..backbones import has_text_tower, plain_name
 from ..errors import SettingsError, WeightsError
 from ..files import replacing
-from ..metrics import metric_spec
-from ..mini import BLOCKS, Head, MiniTower, RelativeSharpness
-from ..prompts import QUALITY_SETS
+from ..metrics.prompt_iqa import Source
+from ..metrics.prompts import QUALITY_SETS
+from ..metrics.registry import metric_spec
+from ..pretrained import weights as weight_files
+from ..towers import clip
+from ..towers.backbones import has_text_tower, plain_name
+from ..towers.mini import BLOCKS, Head, MiniTower, RelativeSharpness
 from .config import Config
 
 PROMPTS = QUALITY_SETS["qualiclip"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 
 class QualityLoss(nn.Module):

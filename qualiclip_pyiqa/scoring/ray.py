@@ -1,7 +1,7 @@
 """The scorer as a stage of Ray Data: folders, Parquet with image bytes and object stores, on one machine or a cluster.
 
     import ray
-    from qualiclip_pyiqa.ray_stage import score_dataset
+    from qualiclip_pyiqa.scoring.ray import score_dataset
 
     photos = ray.data.read_binary_files("s3://bucket/photos", include_paths=True)
     score_dataset(photos, ["qualiclip", "clipiqa"]).write_parquet("s3://bucket/scores")
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from .errors import ImageError, SettingsError
-from .memory import keep_freed_memory
+from ..errors import ImageError, SettingsError
+from .allocator import keep_freed_memory
 from .tables import Record
 
 # Rows of a block: what a worker scores at a time, and what is done again if it is killed.
@@ -69,7 +69,7 @@ def score_dataset(
 
 def _columns(metrics: Any, **options: Any) -> tuple[str, ...]:
     """The names of the scores. Settings and weights are checked here, before the workers build their own."""
-    from .scoring import Scorer
+    from .scorer import Scorer
 
     return Scorer(metrics, **{**options, "device": "cpu", "compile": False}).columns
 
@@ -116,7 +116,7 @@ class ScoreStage:
     def __init__(self, metrics: Any, image: str, threads: int, workers: int | None = None, **options: Any) -> None:
         import torch
 
-        from .scoring import Scorer
+        from .scorer import Scorer
 
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -182,7 +182,7 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
     """Folders of an object store, given as URLs, become the pictures below them; everything else stays."""
     from pyarrow import fs
 
-    from .discover import is_picture
+    from ..images.paths import is_picture
 
     for argument in arguments:
         if "://" not in argument:

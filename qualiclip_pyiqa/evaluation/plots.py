@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 
 def _pyplot() -> Any:
@@ -47,7 +47,7 @@ def scatter(
     """Opinion score against score, one panel per metric, with the fitted logistic."""
     import numpy as np
 
-    from .evaluation import fitted_logistic
+    from .agreement import fitted_logistic
 
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
@@ -104,7 +104,7 @@ def levels(
 
 def duels(path: Path, rows: Sequence[tuple[str, Path, Path, str]]) -> None:
     """Pairs of pictures side by side: (title, left, right, what stands below)."""
-    from .images import load_image
+    from ..images.tensors import load_image
 
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(len(rows), 2, figsize=(8, 3.4 * len(rows)), squeeze=False)

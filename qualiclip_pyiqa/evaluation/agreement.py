@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

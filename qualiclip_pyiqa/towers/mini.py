@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .strips import Step, Window, joined, rest, rows_at_once, through, valid
+from .streaming import Step, Window, joined, rest, rows_at_once, through, valid
 
 SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
 FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged

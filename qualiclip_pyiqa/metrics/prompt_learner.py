@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clip import TextTower, tokenize
-from .errors import SettingsError
+from ..errors import SettingsError
+from ..towers.clip import TextTower, tokenize
 
 
 class PromptLearner(nn.Module):

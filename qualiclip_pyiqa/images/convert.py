@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from .errors import ImageError
+from ..errors import ImageError
 
 MIN_SIDE = 32  # pixels; CLIP's ResNets halve a picture five times
 PixelSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray

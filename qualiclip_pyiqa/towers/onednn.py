@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .strips import Window, joined, rest, valid, watched
+from .streaming import Window, joined, rest, valid, watched
 
 
 class _Packed:

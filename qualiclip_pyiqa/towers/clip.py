@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .errors import WeightsError
-from .fused import FusedBottleneck, FusedConv, FusedLayer, LayerInStrips, at_hand
-from .strips import Step, Window, in_strips, rows_at_once
+from ..errors import WeightsError
+from .onednn import FusedBottleneck, FusedConv, FusedLayer, LayerInStrips, at_hand
+from .streaming import Step, Window, in_strips, rows_at_once
 
 _COUNTER = "num_batches_tracked"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 # Names that the columns of published data sets have, in lower case; the first that is there is taken.
 IMAGE_COLUMNS = ("image", "image_name", "img_name", "img_path", "img", "filename", "file_name", "file", "name", "path")

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .archs import PromptIQA
-from .decoding import Decoder, decode
-from .errors import ImageError, SettingsError
-from .images import Source, from_pixels, load_image
-from .strips import LARGE_PIXELS
+from ..errors import ImageError, SettingsError
+from ..images.tensors import Source, from_pixels, load_image
+from ..images.workers import Decoder, decode
+from ..metrics.prompt_iqa import PromptIQA
+from ..towers.streaming import LARGE_PIXELS
 from .tables import Record
 
 logger = logging.getLogger(__name__)
