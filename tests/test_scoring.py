@@ -583,10 +583,10 @@ def test_workers_killed_at_any_moment_hang_nothing(photos: list[Path]) -> None:
     while len(done) < 150:
         while decoder.ready and (number := next(numbers, None)) is not None:
             decoder.submit(number, buffer.getvalue())
-        _, number, result = events.get(timeout=60)
+        event = events.get(timeout=60)
         decoder.pending -= 1
-        assert number not in done
-        done[number] = result
+        assert event.number not in done
+        done[event.number] = event.result
     stop.set()
     killer.join()
     decoder.close()

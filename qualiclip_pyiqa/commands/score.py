@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import SettingsError
 from ..images.convert import source_name
-from ..images.paths import Found, find_pictures, matches
+from ..images.paths import FoundPaths, find_pictures, matches
 from ..metrics.registry import lower_is_better
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
 from . import DEFAULT_METRIC, add_metric_option
@@ -89,7 +89,7 @@ def _table(arguments: argparse.Namespace, columns: Sequence[str]) -> ScoreTable 
     return ScoreTable(arguments.output, columns, arguments.resume)
 
 
-def _fill(table: ScoreTable | CsvStream, found: Found, engine: Engine, summary: _Summary) -> None:
+def _fill(table: ScoreTable | CsvStream, found: FoundPaths, engine: Engine, summary: _Summary) -> None:
     from tqdm import tqdm
 
     done = set()

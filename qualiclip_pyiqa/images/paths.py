@@ -18,7 +18,7 @@ _Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
 
 @dataclass
-class Found:
+class FoundPaths:
     """What was found.
 
     Attributes:
@@ -33,12 +33,12 @@ class Found:
     others: int = 0
 
 
-def find_pictures(arguments: Iterable[str]) -> Found:
+def find_pictures(arguments: Iterable[str]) -> FoundPaths:
     """Files as they are, and folders with everything below them.
 
     Names may hold line breaks and undecodable bytes. What was named twice is there once.
     """
-    found = Found()
+    found = FoundPaths()
     seen: _Seen = set()
     paths: dict[str, None] = {}
     for argument in arguments:
@@ -81,7 +81,7 @@ def _expand(pattern: str) -> Iterator[str]:
                 yield from _expand(glob.escape(folder) + tail)
 
 
-def _walk(folder: str, found: Found, seen: _Seen) -> Iterator[str]:
+def _walk(folder: str, found: FoundPaths, seen: _Seen) -> Iterator[str]:
     paths = [folder]  # to come, the next one last
     while paths:
         path = paths.pop()

@@ -15,6 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,22 @@ _COMMAND = (
 )
 
 
-class Decoder:
-    """Decodes pictures in `workers` processes (0: in this one) and puts ("decoded", number, result) on `results`.
+@dataclass(frozen=True)
+class DecodedImage:
+    """What a `Decoder` puts on its queue for one image.
 
-    The result is `Decoded`, or another exception, which is not the picture's fault.
+    Attributes:
+        number: what `Decoder.submit` was called with.
+        result: pixels as `read_pixels` returns them; `ImageError`: the image cannot be decoded; another exception: a
+            failure that is not the image's fault, to be raised.
+    """
+
+    number: int
+    result: np.ndarray | Exception
+
+
+class Decoder:
+    """Decodes images in `workers` processes (0: in this one) and puts a `DecodedImage` for each on `results`.
 
     Args:
         workers: number of processes.
@@ -65,7 +78,7 @@ class Decoder:
     def submit(self, number: int, source: str | bytes) -> None:
         self.pending += 1
         if not self.workers:
-            self.results.put(("decoded", number, decode(source, self.max_pixels)))
+            self.results.put(DecodedImage(number, decode(source, self.max_pixels)))
             return
         self._tasks.put((number, source))
         if len(self._threads) < min(self.workers, self.pending):
@@ -91,7 +104,7 @@ class Decoder:
                 result: Any = self._decode(worker, source)
             except Exception as error:  # whatever it is, the caller's thread must hear of it
                 result = error
-            self.results.put(("decoded", number, result))
+            self.results.put(DecodedImage(number, result))
         self._bury(worker)
 
     def _decode(self, worker: int, source: str | bytes) -> Any:

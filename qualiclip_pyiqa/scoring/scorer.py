@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import ImageError, SettingsError
 from ..images.tensors import Source, from_pixels, load_image
-from ..images.workers import Decoder, decode
+from ..images.workers import DecodedImage, Decoder, decode
 from ..metrics.prompt_iqa import PromptIQA
 from ..towers.streaming import LARGE_PIXELS
 from .tables import Record
@@ -159,7 +159,7 @@ class _Run:
             if self.exhausted and number == self.read:
                 return
             if number not in self.done:
-                self._handle(*self.events.get())
+                self._handle(self.events.get())
 
     def _may_read(self, number: int) -> bool:
         weight = self.decoded_bytes + self.decoder.pending * self.last_bytes
@@ -220,15 +220,14 @@ class _Run:
                     )
                 )
 
-    def _handle(self, what: str, *event: Any) -> None:
-        if what == "decoded":
-            number, result = event
+    def _handle(self, event: Any) -> None:
+        if isinstance(event, DecodedImage):
             self.decoder.pending -= 1
-            if not isinstance(result, np.ndarray | ImageError):
-                raise result
-            self._decoded(number, result)
+            if not isinstance(event.result, np.ndarray | ImageError):
+                raise event.result
+            self._decoded(event.number, event.result)
             return
-        device, numbers, (height, width, *_), weight, done = event
+        _, device, numbers, (height, width, *_), weight, done = event
         self.busy[device] -= 1
         self.decoded_bytes -= weight
         finished: Future[list[tuple[dict[str, float], str | None]]] = done
