@@ -33,7 +33,7 @@ import versus
 from mini import halves
 from torch import Tensor, nn
 
-from qualiclip_pyiqa.degradations.bank import GROUP_ORDER
+from qualiclip_pyiqa.degradations.base import GROUP_ORDER
 from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.towers import mini
 from qualiclip_pyiqa.training import alignment as towers

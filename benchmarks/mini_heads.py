@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.degradations.bank import GROUP_ORDER
+from qualiclip_pyiqa.degradations.base import GROUP_ORDER
 from qualiclip_pyiqa.evaluation.ratings import read_ratings
 from qualiclip_pyiqa.pretrained.weights import data_folder
 from qualiclip_pyiqa.towers import mini

@@ -7,7 +7,9 @@ import io
 import itertools
 import math
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +23,10 @@ from scipy import ndimage, stats
 from skimage import color
 from synthetic import synthetic_photograph
 
-from qualiclip_pyiqa.degradations import bank as degradations
-from qualiclip_pyiqa.degradations.bank import (
-    DEGRADATIONS,
-    GROUP_ORDER,
-    LEVELS,
-    degrade,
-    degrade_all,
-    draw_types,
-    strength,
-)
+from qualiclip_pyiqa.degradations import sheet as contact
+from qualiclip_pyiqa.degradations.bank import DEGRADATIONS, degrade, strength
+from qualiclip_pyiqa.degradations.base import GROUP_ORDER, LEVELS, Degradation
+from qualiclip_pyiqa.degradations.compose import degrade_all, draw_types
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.evaluation.ladders import STEPS, behaviour, behaviours, ladder
 
@@ -429,7 +425,7 @@ def test_a_seed_for_each_picture(name: str, picture: torch.Tensor) -> None:
 
 def test_number_of_seeds_is_checked(picture: torch.Tensor) -> None:
     for seeds in ([], [1], [1, 2, 3]):
-        with pytest.raises(SettingsError, match=rf"{len(seeds)} seeds for 2 pictures; expected one"):
+        with pytest.raises(SettingsError, match=rf"{len(seeds)} seeds for 2 images; expected one"):
             degrade(picture, "jpeg", 1, seeds)
         with pytest.raises(SettingsError, match="expected one"):
             degrade(picture, "jpeg", 0, seeds)
@@ -470,7 +466,7 @@ def test_composition_is_its_types_one_after_the_other(picture: torch.Tensor) -> 
     assert torch.equal(degrade_all(picture, names, 0, 3), picture)
     untouched = degrade_all(picture, (), 2, 3)
     assert torch.equal(untouched, picture) and untouched.data_ptr() != picture.data_ptr()
-    with pytest.raises(SettingsError, match="jpeg, jpeg2000 are not composed; expected at most one type of a group"):
+    with pytest.raises(SettingsError, match="jpeg, jpeg2000 cannot be composed; expected at most one"):
         degrade_all(picture, ("jpeg", "jpeg2000"), 1, 0)
     for level in (0, 1):
         with pytest.raises(SettingsError, match="no degradation is called 'jpg'"):
@@ -516,12 +512,11 @@ def test_quantization_between_levels_keeps_black_and_white() -> None:
 # ---------------------------------------------------------------- the contact sheet
 
 
-def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo, sheet = tmp_path / "photo.png", tmp_path / "sheet.png"
     pixels = (synthetic_photograph(0, 200, 260) * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(photo)
-    monkeypatch.setattr("sys.argv", ["degradations", str(photo), "-o", str(sheet)])
-    assert degradations.main() == 0
+    assert contact.main([str(photo), "-o", str(sheet)]) == 0
     with Image.open(sheet) as drawn:
         cells = np.asarray(drawn)[24:, 190:].reshape(24, 162, 6, 162, 3)[:, :160, :, :160].swapaxes(1, 2)
     # Every row begins with the photograph's middle, and no cell is empty or the same as its neighbour but where the
@@ -532,9 +527,50 @@ def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         (n, k) for n, row in zip(DEGRADATIONS, cells, strict=True) for k in range(5) if np.array_equal(*row[k : k + 2])
     }
     assert same == {(name, 0) for name, degradation in DEGRADATIONS.items() if not degradation.ordered(0, 1)}
-    monkeypatch.setattr("sys.argv", ["degradations", str(tmp_path / "none.png"), "-o", str(sheet)])
-    assert degradations.main() == 1
-    assert "does not exist" in capsys.readouterr().err
+    capsys.readouterr()
+    for arguments, message in (
+        ([tmp_path / "none.png", "-o", sheet], "none.png does not exist"),
+        ([photo, "-o", tmp_path / "sheet.xyz"], "sheet.xyz has no suffix of an image format; expected such as .png"),
+        ([photo, "-o", tmp_path / "none" / "sheet.png"], "sheet.png cannot be written"),
+    ):
+        assert contact.main([*map(str, arguments)]) == 1
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_a_second_bank_is_a_table_of_its_own() -> None:
+    def invert(x: torch.Tensor, amount: float, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        return x + amount * (1 - 2 * x)
+
+    bank = {"invert": Degradation("color distortion", (0.1, 0.2, 0.3, 0.4, 1), invert)}
+    x = synthetic_photograph(0, 64, 64)[None]
+    assert torch.allclose(degrade(x, "invert", 5, 0, bank), 1 - x)
+    assert torch.equal(degrade_all(x, ["invert"], 2, 0, bank), degrade(x, "invert", 2, 0, bank))
+    assert draw_types(random.Random(0), [1], {}, bank) == ("invert",)
+    assert contact.contact_sheet(x[0], bank=bank, cell=32).size == (190 + 6 * 34, 24 + 34)
+    with pytest.raises(SettingsError, match="no degradation is called 'jpeg'; expected one of invert"):
+        degrade(x, "jpeg", 1, 0, bank)
+    with pytest.raises(SettingsError, match="group is 'colour'; expected one of brightness change"):
+        Degradation("colour", (1, 2, 3, 4, 5), invert)
+
+
+def test_kornia_is_asked_for_where_it_is_needed() -> None:
+    """In a process of its own: nothing is imported yet, and importing fails as it does where kornia is missing."""
+    code = """
+import sys
+sys.modules["kornia"] = None
+import torch
+from qualiclip_pyiqa.degradations.bank import degrade
+from qualiclip_pyiqa.errors import SettingsError
+x = torch.rand(1, 3, 32, 32)
+degrade(x, "jpeg", 1, 0)
+try:
+    degrade(x, "gaussian_blur", 1, 0)
+except SettingsError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith('a degradation needs kornia: pip install "qualiclip-pyiqa[train]"')
 
 
 def test_a_ladder_is_the_photograph_and_every_level_as_files_hold_them() -> None:

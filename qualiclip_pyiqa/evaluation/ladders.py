@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
-from ..degradations.bank import DEGRADATIONS, LEVELS, degrade
+from ..degradations.bank import DEGRADATIONS, degrade
+from ..degradations.base import LEVELS
 from ..errors import ImageError
 from ..images.convert import source_name
 from ..images.tensors import load_image

@@ -154,7 +154,9 @@ def _convert(value: Any, kind: str, what: str) -> Any:
 
 
 def _check(c: Config) -> None:
-    from ..degradations.bank import DEGRADATIONS, GROUP_ORDER, LEVELS, draw_types
+    from ..degradations.bank import DEGRADATIONS
+    from ..degradations.base import GROUP_ORDER, LEVELS
+    from ..degradations.compose import draw_types
 
     def need(good: bool, what: str, expected: str) -> None:
         if not good:

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..degradations.bank import DEGRADATIONS, LEVELS, blur, degrade_all, draw_types, jpeg
+from ..degradations.bank import DEGRADATIONS, jpeg
+from ..degradations.base import LEVELS, blur
+from ..degradations.compose import degrade_all, draw_types
 from ..errors import ImageError, SettingsError
 from ..images.tensors import load_image
 from ..towers.mini import log_energies

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..degradations.bank import DEGRADATIONS, LEVELS, degrade
+from ..degradations.bank import DEGRADATIONS, degrade
+from ..degradations.base import LEVELS
 from ..evaluation.ladders import behaviour
 from ..evaluation.ratings import Ratings
 from ..images.tensors import load_image
