@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     falling = degradations(degraded, models)
     for name, metric in models.items():
-        path = metric.net.source.path
+        path = metric.net.origin.path
         result["models"][name] = (
             {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             | agreements(name, scores, parts, ratings, against=list(baselines))
@@ -223,8 +223,8 @@ def speeds(models: dict[str, nn.Module], baselines: dict[str, nn.Module]) -> dic
     """Pictures per second by batch, medians of runs that take turns; of models with towers alike, the first one's."""
     firsts: dict[str, str] = {}
     for name, metric in models.items():
-        source = metric.net.source
-        firsts.setdefault(f"{source.backbone} {source.tower_options}", name)
+        origin = metric.net.origin
+        firsts.setdefault(f"{origin.backbone} {origin.tower_options}", name)
     timed = {name: (models | baselines)[name] for name in (*firsts.values(), *TIMED)}
     out: dict[str, dict[str, float]] = {name: {} for name in timed}
     for batch in BATCHES:

@@ -78,10 +78,10 @@ def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, flo
 def exactly(name: str) -> nn.Module:
     with patch.object(clip, "_fold_batchnorm", lambda tower: None), patch.object(clip.ResNetTower, "fuse"):
         exact = pyiqa.create_metric(name, device="cpu").net.double()
-    state, stored = exact.source.read()
+    model = exact.origin.reload()
     texts = exact.prompts.texts
-    if not all(text in stored for text in texts):  # else the prompts' features are the file's
-        text = exact.source.text_tower(state).eval().double()
+    if not all(text in model.stored_features for text in texts):  # else the prompts' features are the file's
+        text = model.text_tower().eval().double()
         exact.prompt_features = F.normalize(text.encode(clip.tokenize(texts, text.context_length)), dim=-1)
     return exact
 

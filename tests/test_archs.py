@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -521,3 +523,25 @@ def test_folding_does_not_change_gradients(tiny_folder: Path) -> None:
     # Folded weights are float32: what remains is their rounding.
     assert (ours - x.grad).abs().max() < 1e-5 * x.grad.abs().max()
     assert ours.is_contiguous()
+
+
+def test_a_file_that_changes_after_loading_is_neither_described_nor_read_as_the_model(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "model.pt"
+    shutil.copy(tiny_folder / "tiny-resnet.pt", file)
+    net = OpenCLIPIQA(backbone="tiny-resnet", weights=file)
+    x = upstream.pictures(1, 64, 64)
+    score, weights_then = scores_of(net, x), net.describe()["weights"]
+    assert weights_then["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    net.set_prompts("look")
+    net.set_prompts("clipiqa")
+    torch.save(upstream.random_clip(upstream.TINY_RESNET, seed=1), tmp_path / "other.pt")
+    (tmp_path / "other.pt").replace(file)
+    with pytest.raises(WeightsError, match="changed after"):
+        net.set_prompts("look")
+    assert torch.equal(scores_of(net, x), score) and net.prompts.attributes == ("quality",)
+    said = net.describe()["weights"]
+    assert said["sha256"] is None and said["licence"] == "unknown" and "changed after it was loaded" in caplog.text
+    file.unlink()
+    assert net.describe()["weights"]["sha256"] is None

@@ -8,9 +8,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +18,10 @@ from torch import Tensor, nn
 from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..images.convert import MIN_SIDE
 from ..pretrained import weights as weight_files
+from ..pretrained.model import LoadedModel, WeightFile, load_model
 from ..towers import backbones, clip
 from .prompt_learner import PromptLearner
-from .prompts import QUALITY_SETS, Prompts, resolve_prompts
+from .prompts import Prompts, resolve_prompts
 from .registry import METRICS, MetricSpec, metric_spec
 
 
@@ -91,31 +89,29 @@ class PromptIQA(nn.Module):
             raise SettingsError(f"tile is {tile!r}; expected None or an integer of at least {MIN_SIDE}")
         self.tile = tile
         self.pos_embedding = spec.pos_embedding if pos_embedding is None else bool(pos_embedding)
-        self.source = Source(spec, backbone or spec.backbone, weights)
-        state, stored = self.source.read()
+        backbone = backbone or spec.backbone
+        model = load_model(_weights_of(spec, backbone, weights), backbone, resolve_prompts("qualiclip").texts)
+        self.origin = model.origin
         # A file that was trained with this package knows which temperature its scale was chosen for; pyiqa passes the
         # metric's own on, which is no wish of the caller's.
-        own = self.source.temperature if temperature in (None, spec.temperature) else None
+        own = model.temperature if temperature in (None, spec.temperature) else None
         self.temperature = float(own or temperature or spec.temperature)
 
-        self.tower = clip.freeze(self.source.image_tower(state, self.pos_embedding))
-        scale = state.get("logit_scale")
-        if scale is None:
-            raise WeightsError(f"{self.source.path} has no 'logit_scale'; expected a whole CLIP or a trained model")
-        self.logit_scale = float(scale.float().exp())
+        self.tower = clip.freeze(model.image_tower(self.pos_embedding))
+        self.logit_scale = float(torch.tensor(model.logit_scale, dtype=torch.float32).exp())
         self.prompts = resolve_prompts(spec.prompts if prompts is None else prompts)
         self.prompt_learner: PromptLearner | None = None
         self.text_tower: clip.TextTower | None = None
-        self.context_path: Path | None = None
+        self.context_file: WeightFile | None = None
         if spec.context is None:
             if not isinstance(pretrained, bool):
                 raise SettingsError(f"{model_type} has fixed prompts; expected pretrained=True, not {pretrained!r}")
-            self._set_features(self.prompts, self._fixed_features(self.prompts, state, stored))
+            self._set_features(self.prompts, _fixed_features(self.prompts, model))
         else:
             learn: dict[str, Any] = {"ctx_init": ctx_init, "prompt_specific_ctx": prompt_specific_ctx}
             if n_ctx is not None:
                 learn["n_ctx"] = n_ctx
-            self._set_context(spec, pretrained, prompts is not None and prompts != spec.prompts, learn, state)
+            self._set_context(spec, pretrained, prompts is not None and prompts != spec.prompts, learn, model)
         # Frozen values are alike everywhere: DistributedDataParallel need not send them at every step.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if not name.startswith("prompt_learner.")
@@ -131,13 +127,13 @@ class PromptIQA(nn.Module):
 
         Raises:
             PromptError: prompts that make no sense, or that this model cannot encode.
+            WeightsError: the weight file, which is read again for it, changed since the metric was made.
             SettingsError: the metric has a learned context, which belongs to its own prompts.
         """
         if self.prompt_learner is not None:
             raise SettingsError(f"{self.model_type} has a learned context; other prompts need one of their own")
         resolved = resolve_prompts(prompts)
-        state, stored = self.source.read()
-        self._set_features(resolved, self._fixed_features(resolved, state, stored))
+        self._set_features(resolved, _fixed_features(resolved, self.origin.reload()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.score(self.features(x))
@@ -192,15 +188,16 @@ class PromptIQA(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Everything that decides a score, as plain values for a log or a paper's appendix.
 
-        The hashes are of the files as they are now; reading them takes a second for a large file.
+        Hashes are those of what was loaded: None, with a warning, for a file that changed since. Hashing a large file
+        takes a second.
         """
         from importlib.metadata import version
 
         return {
             "metric": self.model_type,
             "architecture": type(self).__name__,
-            "backbone": self.source.backbone,
-            "activation": self.source.activation,
+            "backbone": self.origin.backbone,
+            "activation": self.origin.activation,
             "pixel_mean": self._pixels("mean"),
             "pixel_std": self._pixels("std"),
             "prompts": self.prompts.as_dict(),
@@ -214,8 +211,8 @@ class PromptIQA(nn.Module):
             "score_range": self.score_range,
             "lower_better": self.lower_better,
             "direction": "lower is better" if self.lower_better else "higher is better",
-            "weights": weight_files.provenance(self.source.path),
-            "context": None if self.context_path is None else weight_files.provenance(self.context_path),
+            "weights": self.origin.file.provenance(),
+            "context": None if self.context_file is None else self.context_file.provenance(),
             "paper": self.paper,
             "version": version("qualiclip-pyiqa"),
         }
@@ -224,17 +221,6 @@ class PromptIQA(nn.Module):
         """Statistics by which the tower normalises RGB in 0..1; None for one that takes it as it is."""
         values = getattr(self.tower, name, None)
         return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
-
-    def _fixed_features(self, prompts: Prompts, state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Tensor:
-        if all(text in stored for text in prompts.texts):
-            return torch.stack([stored[text] for text in prompts.texts])
-        if not backbones.has_text_tower(state):
-            strange = next(text for text in prompts.texts if text not in stored)
-            raise PromptError(
-                f"{self.source.path.name} has no text tower and no feature for {strange!r}; "
-                f"expected some of {', '.join(map(repr, stored))}"
-            )
-        return self.source.encode(prompts.texts, state)
 
     def _set_features(self, prompts: Prompts, features: Tensor) -> None:
         """Keep (2P, D) features, and which pair counts for which attribute: a matrix (P, A) of 0 and 1."""
@@ -255,30 +241,31 @@ class PromptIQA(nn.Module):
         pretrained: bool | str | Path,
         own_prompts: bool,
         learn: dict[str, Any],
-        state: Mapping[str, Tensor],
+        model: LoadedModel,
     ) -> None:
-        text = self.source.text_tower(state)
+        text = model.text_tower()
         if pretrained is False:
             self.prompt_learner = PromptLearner(text, self.prompts.texts, std=self.context_std, **learn)
         else:
             record: Any = spec.context if pretrained is True else pretrained
-            if record == spec.context and self.source.backbone != spec.backbone:
+            if record == spec.context and model.backbone != spec.backbone:
                 raise SettingsError(
-                    f"the context of {spec.name} was learned on {spec.backbone}, not {self.source.backbone}; "
+                    f"the context of {spec.name} was learned on {spec.backbone}, not {model.backbone}; "
                     "pass pretrained=False to train one, or pretrained=FILE"
                 )
             if own_prompts or learn["ctx_init"]:
                 raise SettingsError(
                     "prompts and ctx_init start a fresh context, but a learned one was asked for; pass pretrained=False"
                 )
-            self.context_path = weight_files.find(record)
-            loaded, _ = weight_files.read(self.context_path, layout="context")
+            path = weight_files.find(record)
+            self.context_file = WeightFile.of(path)
+            loaded, _ = weight_files.read(path, layout="context")
             ctx = loaded.get("prompt_learner.ctx")
             if ctx is None or ctx.dim() not in (2, 3):
-                raise WeightsError(f"{self.context_path} holds no prompt context ('prompt_learner.ctx')")
+                raise WeightsError(f"{path} holds no prompt context ('prompt_learner.ctx')")
             if learn.get("n_ctx", ctx.shape[-2]) != ctx.shape[-2]:
                 raise SettingsError(
-                    f"{self.context_path.name} has {ctx.shape[-2]} context tokens, not n_ctx={learn['n_ctx']}; "
+                    f"{path.name} has {ctx.shape[-2]} context tokens, not n_ctx={learn['n_ctx']}; "
                     "leave n_ctx out, or pass pretrained=False"
                 )
             self.prompt_learner = PromptLearner(text, self.prompts.texts, n_ctx=ctx.shape[-2])
@@ -288,7 +275,7 @@ class PromptIQA(nn.Module):
                 self.prompt_learner.load_state_dict(learned)
             except RuntimeError as error:
                 raise WeightsError(
-                    f"{self.context_path} does not fit {self.source.backbone} and "
+                    f"{path} does not fit {model.backbone} and "
                     f"{len(self.prompts.texts)} prompts: {' '.join(str(error).split())}"
                 ) from error
         del text.token_embedding  # 25 of its 63 million values, and the learner has taken what it needs
@@ -343,72 +330,27 @@ def _spec_of(arch: str, model_type: str, pretrained: bool | str | Path) -> Metri
     return spec
 
 
-class Source:
-    """Where a network's tensors come from: a file, its layout and the backbone it holds.
+def _weights_of(spec: MetricSpec, backbone: str, wanted: str | Path | None) -> str | Path | weight_files.WeightRecord:
+    """The weights of a metric with a backbone: those that were asked for, its usual ones, or OpenAI's."""
+    record = spec.weights if wanted is None else wanted
+    if record != spec.weights or backbone == spec.backbone:
+        return record
+    if spec.arch != "OpenCLIPIQA":
+        raise SettingsError(
+            f"{spec.name} is a {spec.backbone}; for backbone {backbone!r} pass weights=FILE of a trained model"
+        )
+    return weight_files.openai_record(backbones.plain_name(backbone))
 
-    Args:
-        spec: the metric whose record is taken unless another is wanted.
-        backbone: image tower.
-        wanted: record of the manifest, or a file.
-    """
 
-    def __init__(self, spec: MetricSpec, backbone: str, wanted: str | Path | None) -> None:
-        record: Any = spec.weights if wanted is None else wanted
-        if record == spec.weights and backbone != spec.backbone:
-            if spec.arch != "OpenCLIPIQA":
-                raise SettingsError(
-                    f"{spec.name} is a {spec.backbone}; for backbone {backbone!r} pass weights=FILE of a trained model"
-                )
-            record = weight_files.openai_record(backbones.plain_name(backbone))
-        self.openai = not weight_files.is_user_file(record)
-        self.path = weight_files.find(record)
-        self.backbone = backbone
-        self.tower_options: dict[str, Any] = {}
-        self.temperature: float | None = None
-        self.activation = "none"
-
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tensors under CLIP's own names, and the stored prompt features by text."""
-        state, metadata = weight_files.read(self.path)
-        rows = state.pop("prompts_features", None)
-        texts: tuple[str, ...] = ()
-        if metadata.get("format") == weight_files.OWN_FORMAT:
-            self.backbone = metadata["backbone"]
-            self.tower_options = json.loads(metadata["tower"])
-            self.temperature = float(metadata["temperature"]) if "temperature" in metadata else None
-            texts = resolve_prompts(json.loads(metadata["prompts"])).texts
-        elif rows is not None:
-            state = {key.removeprefix("clip_model."): value for key, value in state.items()}
-            texts = Prompts((("quality", QUALITY_SETS["qualiclip"]),)).texts
-            self.openai = True  # fine-tuned from OpenAI's weights
-        if rows is not None and len(rows) != len(texts):
-            raise WeightsError(f"{self.path} holds {len(rows)} prompt features; expected {len(texts)}")
-        return state, dict(zip(texts, rows, strict=True)) if rows is not None else {}
-
-    def image_tower(self, state: Mapping[str, Tensor], pos_embedding: bool) -> nn.Module:
-        visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-        if self.backbone == "mini":
-            from ..towers.mini import MiniTower
-
-            if pos_embedding:
-                raise SettingsError("the mini tower has no positional table; expected pos_embedding=False")
-            tower = MiniTower(**self.tower_options)
-            clip.load_into(tower, visual, str(self.path))
-            return tower
-        return backbones.image_tower(self.backbone_with_weights(), visual, pos_embedding, str(self.path))
-
-    def text_tower(self, state: Mapping[str, Tensor]) -> clip.TextTower:
-        return backbones.text_tower(self.backbone_with_weights(), state, str(self.path))
-
-    def encode(self, texts: Sequence[str], state: Mapping[str, Tensor]) -> Tensor:
-        """Features (P, D) of P texts, not of unit length."""
-        return backbones.encode_texts(self.backbone_with_weights(), state, texts, str(self.path))
-
-    def backbone_with_weights(self) -> backbones.Backbone:
-        """The backbone as the weights need it, which a file that was trained with this package says itself."""
-        try:
-            found = replace(backbones.find_backbone(self.backbone, self.openai), **self.tower_options)
-        except TypeError as error:
-            raise WeightsError(f"{self.path}: unknown setting of a tower ({error}); update qualiclip-pyiqa") from error
-        self.activation = found.activation
-        return found
+def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
+    """Features (2P, D) of fixed prompts: those that the file holds if it holds all, else encoded."""
+    stored = model.stored_features
+    if all(text in stored for text in prompts.texts):
+        return torch.stack([stored[text] for text in prompts.texts])
+    if not model.has_text_tower:
+        strange = next(text for text in prompts.texts if text not in stored)
+        raise PromptError(
+            f"{model.path.name} has no text tower and no feature for {strange!r}; "
+            f"expected some of {', '.join(map(repr, stored))}"
+        )
+    return model.encode(prompts.texts)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import SettingsError, WeightsError
 from ..files import replacing
-from ..metrics.prompt_iqa import Source
 from ..metrics.prompts import QUALITY_SETS
-from ..metrics.registry import metric_spec
 from ..pretrained import weights as weight_files
+from ..pretrained.model import load_model
 from ..towers import clip
-from ..towers.backbones import has_text_tower, plain_name
+from ..towers.backbones import plain_name
 from ..towers.mini import BLOCKS, Head, MiniTower, RelativeSharpness
 from .config import Config
 
@@ -175,36 +174,34 @@ def block_anchors(tower: MiniTower, seed: int) -> Tensor:
 
 
 def _clip(config: Config, start: Path | None) -> Aligned:
-    wanted: str | Path | None = start or (None if config.weights == "openai" else config.weights)
-    source = Source(metric_spec("clipiqa"), config.backbone, wanted)
-    state, stored = source.read()
-    if plain_name(source.backbone) != plain_name(config.backbone):
+    weights: str | Path | weight_files.WeightRecord = start or config.weights
+    if weights == "openai":
+        weights = weight_files.openai_record(plain_name(config.backbone))
+    model = load_model(weights, config.backbone, TEXTS)
+    if plain_name(model.backbone) != plain_name(config.backbone):
         raise SettingsError(
-            f"{source.path} holds a {source.backbone} tower; the configuration asks for {config.backbone}"
+            f"{model.path} holds a {model.backbone} tower; the configuration asks for {config.backbone}"
         )
-    scale = state.get("logit_scale")
-    if scale is None:
-        raise WeightsError(f"{source.path} has no 'logit_scale'; expected a whole CLIP or a trained model")
     # The file is memory-mapped; what is trained needs memory of its own.
-    state = {key: value.clone() if key.startswith("visual.") else value for key, value in state.items()}
-    tower = source.image_tower(state, pos_embedding=False)
+    state = {key: value.clone() if key.startswith("visual.") else value for key, value in model.state.items()}
+    tower = replace(model, state=state).image_tower(pos_embedding=False)
     for name, parameter in tower.named_parameters():
         # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
         parameter.requires_grad_(not name.endswith(("positional_embedding", "pos_embed", "attnpool.k_proj.bias")))
-    if all(name in stored for name in TEXTS):
-        anchors = F.normalize(torch.stack([stored[name] for name in TEXTS]).float(), dim=-1)
-    elif has_text_tower(state):
-        anchors = F.normalize(source.encode(TEXTS, state), dim=-1)
+    if all(name in model.stored_features for name in TEXTS):
+        anchors = F.normalize(torch.stack([model.stored_features[name] for name in TEXTS]).float(), dim=-1)
+    elif model.has_text_tower:
+        anchors = F.normalize(model.encode(TEXTS), dim=-1)
     else:
-        raise WeightsError(f"{source.path} has no text tower; expected a whole CLIP or a trained model")
-    backbone = source.backbone_with_weights()
+        raise WeightsError(f"{model.path} has no text tower; expected a whole CLIP or a trained model")
+    backbone = model.tower_definition()
     if not isinstance(tower, clip.TimmTower):  # oneDNN crashes in the gradient of FastViT's first layer (torch 2.15)
         tower = tower.to(memory_format=torch.channels_last)
     return Aligned(
         tower=tower,
         anchors=anchors,
         unit=1.0,
-        logit_scale=float(scale.float()),
+        logit_scale=model.logit_scale,
         # Temperature 2 is what pyiqa scores QualiCLIP with.
         metadata={
             "backbone": config.backbone,
@@ -212,7 +209,7 @@ def _clip(config: Config, start: Path | None) -> Aligned:
             "temperature": "2",
         },
         rest={key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"},
-        source=weight_files.file_sha256(source.path),
+        source=weight_files.file_sha256(model.path),
     )
 
 

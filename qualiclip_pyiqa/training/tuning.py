@@ -417,7 +417,7 @@ def _agreement(net: PromptIQA, features: Tensor, watched: Ratings) -> dict[str, 
 
 def _diverged(net: PromptIQA, features: Tensor, what: str) -> SettingsError | WeightsError:
     if not torch.isfinite(features).all():
-        return WeightsError(f"{what}, since {net.source.path} gives image features that are no numbers; check the file")
+        return WeightsError(f"{what}, since {net.origin.path} gives image features that are no numbers; check the file")
     return SettingsError(f"{what}, since the learned context has left the numbers; try a lower learning rate")
 
 
