@@ -9,7 +9,9 @@ import io
 import math
 import os
 import stat
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -17,12 +19,48 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..errors import ImageError
+from .formats import open_image
 
 MIN_SIDE = 32  # pixels; CLIP's ResNets halve a picture five times
 PixelSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
-def read_pixels(source: PixelSource) -> np.ndarray:
+@dataclass(frozen=True)
+class ReadRules:
+    """How image files and PIL images become pixels.
+
+    Attributes:
+        ignore_orientation: take the pixels as they are stored, not as EXIF orientation says that they are shown.
+        allow_truncated: accept image data that ends early; the missing part has the value that the decoder gives it.
+        max_pixels: images of more pixels are refused before they are decoded. None: `PIL.Image.MAX_IMAGE_PIXELS` at
+            the time of reading, which is 89,478,485 unless somebody changed it; None there means no limit.
+    """
+
+    ignore_orientation: bool = False
+    allow_truncated: bool = False
+    max_pixels: int | None = None
+
+    def limit(self) -> int | None:
+        """The largest number of pixels that is accepted now; None if there is no limit."""
+        return Image.MAX_IMAGE_PIXELS if self.max_pixels is None else self.max_pixels
+
+
+def read_size(source: str | os.PathLike[str] | bytes, rules: ReadRules | None = None) -> tuple[int, int]:
+    """Read width and height of an image as it would be scored, from its header alone.
+
+    Raises:
+        ImageError: as `read_pixels`, except for what is only found while decoding.
+    """
+    with _opened(source) as (file, name):
+        image = _identify(file, name)
+        _check_pixels(image, name, rules or ReadRules())
+        width, height = image.size
+        if not (rules or ReadRules()).ignore_orientation and image.getexif().get(0x0112, 1) in range(5, 9):
+            width, height = height, width
+        return width, height
+
+
+def read_pixels(source: PixelSource, rules: ReadRules | None = None) -> np.ndarray:
     """The pixels of one picture, converted as `qualiclip_pyiqa.images` says but not yet scaled to 0..1.
 
     Args:
@@ -36,18 +74,27 @@ def read_pixels(source: PixelSource) -> np.ndarray:
         ImageError: no such file, no regular file, not a picture, damaged, too large or small, wrong shape or dtype,
             NaN, out of range.
     """
+    rules = rules or ReadRules()
     if isinstance(source, np.ndarray):
         return _checked(source, source_name(source))
     if isinstance(source, Image.Image):
-        return _from_pil(source, source_name(source))
+        return _from_pil(source, source_name(source), rules)
+    with _opened(source) as (file, name):
+        return _from_pil(_identify(file, name), name, rules)
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a path or encoded bytes; the name is for error messages."""
+    name = source_name(source)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), source_name(source))
+        yield io.BytesIO(source), name
+        return
     if not isinstance(source, str | os.PathLike):
         raise ImageError(
             f"picture is a {type(source).__name__}; expected a path, bytes, a PIL image, a NumPy array or a tensor"
         )
     path = Path(os.fsdecode(source))
-    name = source_name(source)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -63,7 +110,7 @@ def read_pixels(source: PixelSource) -> np.ndarray:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name} cannot be read ({reason}); expected a picture file") from error
     with file:
-        return _decode(file, name)
+        yield file, name
 
 
 def source_name(source: object) -> str:
@@ -76,20 +123,16 @@ def source_name(source: object) -> str:
     return {"ndarray": "array", "Tensor": "tensor"}.get(type(source).__name__, type(source).__name__)
 
 
-def _decode(file: BinaryIO, name: str) -> np.ndarray:
+def _identify(file: BinaryIO, name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():  # what Pillow would warn of is an error here
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-    except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
-    except Image.UnidentifiedImageError:
-        if not file.seek(0, os.SEEK_END):
-            raise ImageError(f"{name} is empty (0 bytes); expected a picture") from None
-        raise ImageError(f"{name} is no picture, or of a format that Pillow cannot read") from None
+        image = open_image(file)
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged headers
         raise _undecodable(name, error) from error
-    return _from_pil(image, name)
+    if image is None:
+        if not file.seek(0, os.SEEK_END):
+            raise ImageError(f"{name} is empty (0 bytes); expected a picture")
+        raise ImageError(f"{name} is no picture, or of a format that Pillow cannot read")
+    return image
 
 
 def _undecodable(name: str, error: Exception) -> ImageError:
@@ -105,17 +148,23 @@ def _too_large(name: str, what: str) -> ImageError:
     )
 
 
-def _from_pil(image: Image.Image, name: str) -> np.ndarray:
-    limit = Image.MAX_IMAGE_PIXELS
+def _check_pixels(image: Image.Image, name: str, rules: ReadRules) -> None:
+    """Refuse what is too large or too small, before the work of decoding."""
+    limit = rules.limit()
     if limit is not None and image.width * image.height > limit:
         raise _too_large(name, f"{image.width}x{image.height}, limit {limit} pixels")
-    check_size(image.height, image.width, name)  # before the work of decoding
+    check_size(image.height, image.width, name)
+
+
+def _from_pil(image: Image.Image, name: str, rules: ReadRules) -> np.ndarray:
+    _check_pixels(image, name, rules)
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = (
         ImageFile.LOAD_TRUNCATED_IMAGES,
         False,
     )  # pyiqa's AVA data set turns it on
     try:
-        image = ImageOps.exif_transpose(image)
+        if not rules.ignore_orientation:
+            image = ImageOps.exif_transpose(image)
         # Pillow cannot convert 16 and 32 bits a channel without loss: they go on as they are.
         if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -9,10 +9,9 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TypeAlias
 
-from PIL import Image
+from .formats import SUFFIXES
 
 _Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
@@ -108,14 +107,4 @@ def _list(folder: str, seen: _Seen) -> list[os.DirEntry[str]]:
 
 def is_picture(name: str) -> bool:
     """Whether a file is a picture by its suffix."""
-    return os.path.splitext(name)[1].lower() in _suffixes()
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    """Of the suffixes that Pillow can open, those of pictures."""
-    Image.init()
-    documents = {"PDF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS", "WMF", "EPS"}
-    return frozenset(
-        suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in documents
-    )
+    return os.path.splitext(name)[1].lower() in SUFFIXES

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError
-from .convert import PixelSource, check_range, check_size, read_pixels
+from .convert import PixelSource, ReadRules, check_range, check_size, read_pixels
 
 Source: TypeAlias = PixelSource | Tensor
 
 _SCALE = {"uint8": 255.0, "uint16": 65535.0}
 
 
-def load_image(source: Source) -> Tensor:
+def load_image(
+    source: Source, *, ignore_orientation: bool = False, allow_truncated: bool = False, max_pixels: int | None = None
+) -> Tensor:
     """One picture as an RGB tensor.
 
     Args:
@@ -47,7 +49,8 @@ def load_image(source: Source) -> Tensor:
         if source.dim() not in (2, 3):
             raise ImageError(f"tensor has shape {tuple(source.shape)}; expected (C, H, W) or (H, W)")
         return _from_tensor(source if source.dim() == 3 else source.unsqueeze(0))
-    return from_pixels([read_pixels(source)])[0].contiguous()
+    rules = ReadRules(ignore_orientation, allow_truncated, max_pixels)
+    return from_pixels([read_pixels(source, rules)])[0].contiguous()
 
 
 def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None = None) -> Tensor:
@@ -60,13 +63,18 @@ def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None 
     return _rgb(pixels.movedim(-1, 1) if pixels.dim() == 4 else pixels.unsqueeze(1), "array")
 
 
-def as_batch(source: Source) -> Tensor:
+def as_batch(
+    source: Source, *, ignore_orientation: bool = False, allow_truncated: bool = False, max_pixels: int | None = None
+) -> Tensor:
     """`load_image`, and tensors (N, C, H, W): always (N, 3, H, W) float32 in 0..1, N at least 1."""
     if isinstance(source, Tensor) and source.dim() == 4:
         if not len(source):
             raise ImageError("tensor has shape (0, ...); expected at least one picture")
         return _from_tensor(source)
-    return load_image(source).unsqueeze(0)
+    loaded = load_image(
+        source, ignore_orientation=ignore_orientation, allow_truncated=allow_truncated, max_pixels=max_pixels
+    )
+    return loaded.unsqueeze(0)
 
 
 def _rgb(pixels: Tensor, name: str) -> Tensor:

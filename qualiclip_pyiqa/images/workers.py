@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError, SettingsError
-from .convert import PixelSource, read_pixels, source_name
+from .convert import PixelSource, ReadRules, read_pixels, source_name
 
 # How many workers a picture may cost, or a start, before it is what is wrong.
 ATTEMPTS = 3
@@ -166,17 +166,12 @@ class Decoder:
 
 def decode(source: PixelSource, max_pixels: int | None = None) -> Decoded:
     """`read_pixels` whose error is returned, not raised; Pillow's limit is `max_pixels` unless that is None."""
-    limit = Image.MAX_IMAGE_PIXELS
     try:
-        if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = max_pixels
-        return read_pixels(source)
+        return read_pixels(source, ReadRules(max_pixels=max_pixels))
     except ImageError as error:
         return ImageError(str(error))  # without its cause, which may not survive the way between processes
     except MemoryError:
         return ImageError(f"{source_name(source)} cannot be decoded: out of memory")
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def work() -> None:

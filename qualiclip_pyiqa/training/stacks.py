@@ -7,14 +7,12 @@ import logging
 import math
 import random
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -23,6 +21,7 @@ from ..degradations.bank import DEGRADATIONS, jpeg
 from ..degradations.base import LEVELS, blur
 from ..degradations.compose import degrade_all, draw_types
 from ..errors import ImageError, SettingsError
+from ..images.convert import read_size
 from ..images.tensors import load_image
 from ..towers.mini import log_energies
 from .config import Config
@@ -74,12 +73,9 @@ def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
 def shorter_side(path: Path, where: str = "--exclude") -> int:
     """In pixels, from the file's header alone; `where` a picture that cannot be read may be left out, for people."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # it would be refused when it is decoded
-            with Image.open(path) as picture:
-                return min(picture.size)
-    except Exception as error:  # whatever Pillow's parsers raise
-        raise ImageError(f"{path} cannot be decoded ({error}); leave it out ({where})") from None
+        return min(read_size(path))
+    except ImageError as error:
+        raise ImageError(f"{error}; leave it out ({where})") from None
 
 
 def read_photograph(path: Path) -> Tensor:

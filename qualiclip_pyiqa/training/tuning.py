@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from ..errors import ImageError, SettingsError, WeightsError
 from ..evaluation.agreement import LEAST
 from ..evaluation.ratings import Ratings
 from ..files import replacing
-from ..images.convert import MIN_SIDE, source_name
+from ..images.convert import MIN_SIDE, read_size, source_name
 from ..images.tensors import load_image
 from ..metrics import prompt_iqa as archs
 from ..metrics.prompt_iqa import PromptIQA
@@ -331,11 +330,7 @@ def _check_sizes(paths: Sequence[Path], crop: int) -> None:
     """All pictures are at least as large as the crop, before any work is done; pyiqa stops at the first in mid-run."""
     small = {}
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                side = min(image.size)
-        except Exception:  # whatever Pillow's parsers raise; the reader says it in one line
-            side = min(load_image(path).shape[1:])
+        side = min(read_size(path))
         if side < crop:
             small[path] = side
     if small:
