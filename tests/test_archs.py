@@ -501,7 +501,7 @@ def test_tiles_are_another_rule_that_says_so(tiny_folder: Path) -> None:
     assert (tiled(x) - expected).abs().max() < 1e-6
     assert (whole(x) - expected).abs().max() > 1e-5
     assert torch.equal(tiled(x[:, :, :64, :50]), whole(x[:, :, :64, :50]))  # nothing to cut
-    assert "the whole picture" in whole.describe()["resize"]
+    assert "the whole image" in whole.describe()["resize"]
     assert "64x64" in tiled.describe()["resize"]
     with pytest.raises(SettingsError, match="tile is 16; expected None or an integer of at least 32"):
         build("tiny-resnet", tiny_folder, tile=16)

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ImageError, PromptError, SettingsError, WeightsError
-from ..images.convert import MIN_SIDE
+from ..errors import PromptError, SettingsError, WeightsError
 from ..pretrained import weights as weight_files
 from ..pretrained.model import LoadedModel, WeightFile, load_model
 from ..towers import backbones, clip
+from .base import BlindMetric
 from .prompt_learner import PromptLearner
 from .prompts import Prompts, resolve_prompts
 from .registry import METRICS, MetricSpec, metric_spec
 
 
-class PromptIQA(nn.Module):
+class PromptIQA(BlindMetric):
     """A blind quality metric by antonym prompt pairs; `OpenCLIPIQA` and `OpenQualiCLIP` are the two to construct.
 
     The tower and the prompt features are buffers: they follow `.to()`, `deepcopy` and pickle, and no optimiser, state
@@ -78,16 +78,11 @@ class PromptIQA(nn.Module):
         weights: str | Path | None = None,
         tile: int | None = None,
     ) -> None:
-        super().__init__()
         model_type = model_type or self.default_type
         spec = _spec_of(type(self).__name__, model_type, pretrained)
-        self.model_type = model_type
-        self.paper, self.score_range, self.lower_better = spec.paper, spec.score_range, spec.lower_better
+        super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
         if temperature is not None and not temperature > 0:
             raise SettingsError(f"temperature is {temperature}; expected a positive number")
-        if tile is not None and (not isinstance(tile, int) or tile < MIN_SIDE):
-            raise SettingsError(f"tile is {tile!r}; expected None or an integer of at least {MIN_SIDE}")
-        self.tile = tile
         self.pos_embedding = spec.pos_embedding if pos_embedding is None else bool(pos_embedding)
         backbone = backbone or spec.backbone
         model = load_model(_weights_of(spec, backbone, weights), backbone, resolve_prompts("qualiclip").texts)
@@ -112,10 +107,6 @@ class PromptIQA(nn.Module):
             if n_ctx is not None:
                 learn["n_ctx"] = n_ctx
             self._set_context(spec, pretrained, prompts is not None and prompts != spec.prompts, learn, model)
-        # Frozen values are alike everywhere: DistributedDataParallel need not send them at every step.
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if not name.startswith("prompt_learner.")
-        ]
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -135,34 +126,8 @@ class PromptIQA(nn.Module):
         resolved = resolve_prompts(prompts)
         self._set_features(resolved, _fixed_features(resolved, self.origin.reload()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.score(self.features(x))
-
-    def features(self, x: Tensor) -> Tensor:
-        """Image features of what `forward` takes, not of unit length: metrics on one tower can share them.
-
-        Shape:
-            x: (N, 3, H, W) or (N, 1, H, W) -> (N, D), or (N, T, D) for T windows where `tile` is set.
-        """
-        if x.dim() != 4 or x.shape[1] not in (1, 3):
-            raise ImageError(f"picture tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
-        if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
-            raise ImageError(
-                f"picture is {x.shape[3]}x{x.shape[2]} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}"
-            )
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
-        x = x.to(self.prompt_features.dtype)
-        if self.tile is None:
-            return self.tower(x)
-        tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
-        windows = [x[:, :, t : t + self.tile, left : left + self.tile] for t in tops for left in lefts]
-        return torch.stack([self.tower(window) for window in windows], dim=1)
-
-    def score(self, features: Tensor) -> Tensor:
-        """Scores (N, A) of image features (N, D), or the mean scores of windows (N, T, D)."""
-        if features.dim() == 3:
-            return self.score(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(dim=1)
+    def rate(self, features: Tensor) -> Tensor:
+        """Scores (M, A) of image features (M, D)."""
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
         # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
         with torch.autocast(features.device.type, enabled=False):
@@ -178,7 +143,6 @@ class PromptIQA(nn.Module):
         """In train mode the context is encoded at every step; the frozen towers stay in eval mode."""
         was_training = self.training
         super().train(mode)
-        self.tower.eval()
         if self.text_tower is not None:
             self.text_tower.eval()
         if was_training and not mode and self.prompt_learner is not None and self.text_tower is not None:
@@ -191,11 +155,7 @@ class PromptIQA(nn.Module):
         Hashes are those of what was loaded: None, with a warning, for a file that changed since. Hashing a large file
         takes a second.
         """
-        from importlib.metadata import version
-
-        return {
-            "metric": self.model_type,
-            "architecture": type(self).__name__,
+        return super().describe() | {
             "backbone": self.origin.backbone,
             "activation": self.origin.activation,
             "pixel_mean": self._pixels("mean"),
@@ -204,17 +164,8 @@ class PromptIQA(nn.Module):
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
             "pos_embedding": self.pos_embedding,
-            "resize": "none: the whole picture at its own size"
-            if self.tile is None
-            else f"none: the mean score of windows of at most {self.tile}x{self.tile} pixels, evenly spread",
-            "minimum_side": MIN_SIDE,
-            "score_range": self.score_range,
-            "lower_better": self.lower_better,
-            "direction": "lower is better" if self.lower_better else "higher is better",
             "weights": self.origin.file.provenance(),
             "context": None if self.context_file is None else self.context_file.provenance(),
-            "paper": self.paper,
-            "version": version("qualiclip-pyiqa"),
         }
 
     def _pixels(self, name: str) -> list[float] | None:
@@ -311,12 +262,6 @@ class OpenQualiCLIP(PromptIQA):
     __module__ = "qualiclip_pyiqa.archs"
     default_type = "qualiclip+"
     context_std = 0.02
-
-
-def _window_starts(side: int, tile: int) -> list[int]:
-    """First pixels of as few windows of `tile` pixels as cover `side`, evenly spread."""
-    count = -(-side // tile)
-    return [0] if count == 1 else [round(k * (side - tile) / (count - 1)) for k in range(count)]
 
 
 def _spec_of(arch: str, model_type: str, pretrained: bool | str | Path) -> MetricSpec:

@@ -1,0 +1,173 @@
+"""What every blind metric of this package is: image features from a frozen tower, and scores of those features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ImageError, SettingsError
+from ..images.convert import MIN_SIDE, check_size
+
+
+class BlindMetric(nn.Module):
+    """Base class of blind (no-reference) metrics: `forward(x)` is `score(features(x))`.
+
+    A subclass sets `tower` and implements `rate`; whatever its features need beyond one pass of the tower goes into
+    `encode`. Input checks, windows (`tile`), dtypes, eval mode of the frozen tower and the common part of `describe`
+    are here. Metrics whose towers are equal and whose `encode` is the same share their features in a `Scorer`.
+
+    A tower is frozen: its tensors should be buffers that are not persistent (`towers.clip.freeze`), so that a state
+    dict holds what was learned for the metric and nothing else.
+
+    Args:
+        model_type: name of the metric.
+        paper: where the method comes from.
+        score_range: lowest and highest score, such as `"0, 1"`.
+        lower_better: whether a lower score means a better image.
+        tile: score windows of at most so many pixels a side, evenly spread over the image, and return their mean. For
+            towers whose time grows faster than the image; it is another rule, with other scores, so `describe()` says
+            so. None, the default: the whole image at its own size.
+
+    Shape:
+        x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype
+        -> (N, A), float32 or, for a metric in double precision, float64; one column for each of `attributes`.
+
+    Raises:
+        SettingsError: `tile` is not an integer of at least 32.
+
+    Example:
+        >>> class Brightness(BlindMetric):
+        ...     def __init__(self):
+        ...         super().__init__("brightness", paper="none")
+        ...         self.tower = nn.Identity()
+        ...     def encode(self, rgb):
+        ...         return rgb.mean(dim=(2, 3))
+        ...     def rate(self, features):
+        ...         return features.mean(dim=1, keepdim=True)
+        >>> Brightness()(torch.full((2, 3, 32, 48), 0.25))
+        tensor([[0.2500],
+                [0.2500]])
+    """
+
+    tower: nn.Module
+
+    def __init__(
+        self,
+        model_type: str,
+        paper: str,
+        score_range: str = "0, 1",
+        lower_better: bool = False,
+        tile: int | None = None,
+    ) -> None:
+        super().__init__()
+        if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < MIN_SIDE):
+            raise SettingsError(f"tile is {tile!r}; expected None or an integer of at least {MIN_SIDE}")
+        self.model_type = model_type
+        self.paper = paper
+        self.score_range = score_range
+        self.lower_better = lower_better
+        self.tile = tile
+        # Follows `.to(dtype)`: the dtype that images are converted to.
+        self.register_buffer("_dtype", torch.empty(0, dtype=torch.float32), persistent=False)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the A columns of the scores."""
+        return ("quality",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Compute image features, which metrics on one tower can share.
+
+        Shape:
+            x: what `forward` takes -> (N, D), or (N, T, D) for T windows where `tile` is set.
+
+        Raises:
+            ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels. Values are not checked.
+        """
+        x = self._checked(x).to(self.get_buffer("_dtype").dtype)
+        if self.tile is None:
+            return self.encode(x)
+        tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
+        windows = [x[:, :, top : top + self.tile, left : left + self.tile] for top in tops for left in lefts]
+        return torch.stack([self.encode(window) for window in windows], dim=1)
+
+    def score(self, features: Tensor) -> Tensor:
+        """Score what `features` returns: (N, D), or (N, T, D) whose T scores are averaged, -> (N, A)."""
+        if features.dim() == 2:
+            return self.rate(features)
+        return self.rate(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(dim=1)
+
+    def encode(self, rgb: Tensor) -> Tensor:
+        """Features (N, D) of images (N, 3, H, W) in the metric's dtype; by default one pass of the tower."""
+        features: Tensor = self.tower(rgb)
+        return features
+
+    def rate(self, features: Tensor) -> Tensor:
+        """Scores (M, A) of features (M, D); every subclass implements it."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement rate(features)")
+
+    def encodes_like(self, other: BlindMetric) -> bool:
+        """Whether both metrics have equal features wherever their towers are equal.
+
+        A metric whose `encode` depends on more than the tower extends this.
+        """
+        rules = [(type(metric).features, type(metric).encode, metric.tile) for metric in (self, other)]
+        return rules[0] == rules[1]
+
+    def train(self, mode: bool = True) -> BlindMetric:
+        """Set the training mode; the frozen tower always stays in eval mode."""
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides a score, as plain values for a log or the appendix of a paper.
+
+        Subclasses add what is theirs.
+        """
+        return {
+            "metric": self.model_type,
+            "architecture": type(self).__name__,
+            "resize": "none: the whole image at its own size"
+            if self.tile is None
+            else f"none: the mean score of windows of at most {self.tile}x{self.tile} pixels, evenly spread",
+            "minimum_side": MIN_SIDE,
+            "score_range": self.score_range,
+            "lower_better": self.lower_better,
+            "direction": "lower is better" if self.lower_better else "higher is better",
+            "paper": self.paper,
+            "version": version("qualiclip-pyiqa"),
+        }
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel need not send at every step: frozen values, which are equal on all ranks.
+
+        Its name for it is private; where it changes, training only sends more.
+        """
+        kept: Mapping[str, Any] = self.state_dict()
+        return [name for name, _ in self.named_buffers() if name not in kept]
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """The images as (N, 3, H, W)."""
+        if not isinstance(x, Tensor):
+            raise ImageError(f"image is a {type(x).__name__}; expected a tensor (N, 3, H, W), see `as_batch`")
+        if x.dim() != 4 or x.shape[1] not in (1, 3):
+            raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
+        if not x.is_floating_point():
+            raise ImageError(f"image tensor has dtype {x.dtype}; expected floating point in 0..1")
+        check_size(x.shape[2], x.shape[3], "image")
+        return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+
+
+def _window_starts(side: int, tile: int) -> list[int]:
+    """First pixels of as few windows of `tile` pixels as cover `side`, evenly spread."""
+    count = -(-side // tile)
+    return [0] if count == 1 else [round(k * (side - tile) / (count - 1)) for k in range(count)]
