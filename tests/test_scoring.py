@@ -11,8 +11,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from test_archs import build
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.images.workers import Decoder
-from qualiclip_pyiqa.scoring.scorer import BATCH_PIXELS, Network, Scorer
+from qualiclip_pyiqa.scoring.scorer import BATCH_PIXELS, Scorer
 from qualiclip_pyiqa.scoring.tables import Record
 
 # What the issue of batching may cost: kernels block a batch differently.
@@ -413,84 +412,6 @@ def test_precision(photos: list[Path], expected: list[float]) -> None:
         scores = [record.scores["qualiclip-mini"] for record in records]
         assert np.allclose(scores, expected, rtol=0, atol=tolerance)
         assert precision == "tf32" or not np.array_equal(scores, expected)
-
-
-def tf32_switches() -> tuple[bool, bool]:
-    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-
-def test_threads_do_not_change_each_others_tf32(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    before = tf32_switches()
-    scorer = Scorer("qualiclip-mini", device="cpu,cpu", batch_size=1, workers=0)
-    both, first_is_done = threading.Barrier(2), threading.Event()
-    seen = []
-
-    def pass_of(network: Network, is_first: bool) -> list[tuple[dict[str, float], str | None]]:
-        def features(x: torch.Tensor) -> torch.Tensor:
-            both.wait(60)  # within each other's pass
-            if not is_first:
-                assert first_is_done.wait(60)
-            seen.append(tf32_switches())
-            return network.heads[0][1].features(x)
-
-        network.towers = [(features, features)]
-        scored = network([np.zeros((40, 40, 3), np.uint8)])
-        if is_first:
-            first_is_done.set()
-        return scored
-
-    with ThreadPoolExecutor(2) as threads:
-        runs = [threads.submit(pass_of, network, not k) for k, network in enumerate(scorer.networks)]
-        assert all(run.result(60)[0][1] is None for run in runs)
-    assert seen == [(False, False)] * 2
-    assert tf32_switches() == before
-
-
-class PyiqasSwitches(torch.nn.Module):
-    """Allows TF32 as pyiqa's metrics do, and meanwhile starts another pass."""
-
-    def __init__(self, start: Callable[[], object]) -> None:
-        super().__init__()
-        self.start = start
-
-    def __deepcopy__(self, memo: object) -> PyiqasSwitches:
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.backends.cudnn.flags(enabled=True):
-            self.start()
-            return x.mean()[None]
-
-
-@pytest.mark.parametrize("other", ["tf32", "pyiqa"])
-def test_a_pass_waits_for_those_that_want_other_tf32(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    before, order = tf32_switches(), []
-    pictures = [np.zeros((40, 40, 3), np.uint8)]
-    passes: list[Future[Any]] = []
-    (fine,) = Scorer("qualiclip-mini", device="cpu").networks
-
-    def start() -> None:
-        passes.append(thread.submit(fine, pictures))
-        order.append((other, torch.backends.cudnn.allow_tf32))
-
-    def watch(network: Network, during: Callable[[], object]) -> None:
-        plain = network.heads[0][1].features
-        network.towers = [(lambda x: (during(), plain(x))[1],) * 2]
-
-    watch(fine, lambda: order.append(("fine", torch.backends.cudnn.allow_tf32)))
-    if other == "tf32":
-        (first,) = Scorer("qualiclip-mini", device="cpu", precision="tf32").networks
-        watch(first, start)
-    else:
-        (first,) = Scorer({"foreign": PyiqasSwitches(start)}, device="cpu").networks
-    with ThreadPoolExecutor(1) as thread:
-        ((_, error),) = first(pictures)
-        assert error is None
-        passes[0].result(60)
-    assert order == [(other, True), ("fine", False)]
-    assert tf32_switches() == before
 
 
 def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:

@@ -14,11 +14,9 @@ import math
 import multiprocessing
 import os
 import queue
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from ..images.tensors import Source, from_pixels, load_image
 from ..images.workers import DecodedImage, Decoder, decode
 from ..metrics.prompt_iqa import PromptIQA
 from ..towers.streaming import LARGE_PIXELS
+from .precision import PRECISIONS, tf32
 from .tables import Record
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
 # What decoded pictures may weigh until they are scored.
 DECODED_BYTES = 2**30
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # How PyTorch says so on a CPU, and where CUDA or its libraries ask for the memory themselves.
 OUT_OF_MEMORY = (
@@ -311,14 +309,14 @@ class Network:
         errors: list[list[str]] = [[] for _ in pixels]
         # Strips, which keep a large picture's memory low, are not compiled.
         large = rgb.shape[2] * rgb.shape[3] > LARGE_PIXELS
-        with _tf32(self.precision == "tf32"):
+        with tf32(self.device, self.precision == "tf32"):
             features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
             for columns, net, index in self.heads:
                 for row, problems, scores in zip(rows, errors, net.score(features[index]).tolist(), strict=True):
                     for column, score in zip(columns, scores, strict=True):
                         _keep(row, problems, column, score)
         for name, metric in self.others:
-            with _tf32(self.precision == "tf32", foreign=True):
+            with tf32(self.device, self.precision == "tf32", foreign=True):
                 for row, problems, picture in zip(rows, errors, rgb, strict=True):
                     try:
                         score = metric(picture.unsqueeze(0).contiguous()).item()
@@ -469,39 +467,3 @@ def _at_least(least: int, what: str, default: int, value: int | None) -> int:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise SettingsError(f"{what} is {value!r}; expected an integer of at least {least}")
     return default if value is None else value
-
-
-class _Tf32:
-    """NVIDIA GPUs' coarser products only where asked for; PyTorch has them on for convolutions.
-
-    The switches are the whole process's. So passes of several threads that want the same share them, one that wants
-    another setting waits, and the last one leaves the switches as the first one found them. Foreign metrics are such a
-    setting of their own: pyiqa allows TF32 while they run.
-    """
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.passes = 0
-        self.setting = False, False
-
-    @contextmanager
-    def __call__(self, allowed: bool, foreign: bool = False) -> Iterator[None]:
-        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-        with self.changed:
-            self.changed.wait_for(lambda: not self.passes or self.setting == (allowed, foreign))
-            if not self.passes:
-                self.before = matmul.allow_tf32, convolution.allow_tf32
-                matmul.allow_tf32 = convolution.allow_tf32 = allowed
-                self.setting = allowed, foreign
-            self.passes += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.passes -= 1
-                if not self.passes:
-                    matmul.allow_tf32, convolution.allow_tf32 = self.before
-                    self.changed.notify_all()
-
-
-_tf32 = _Tf32()
