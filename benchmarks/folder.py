@@ -21,8 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import common
 import pyiqa
-import versus
 from PIL import Image, ImageOps
 
 from qualiclip_pyiqa import load_image
@@ -43,7 +43,7 @@ def load_ours(metric: str, device: str, compile: bool) -> None:
 
 def load_theirs(metric: str, device: str, folder: Path) -> None:
     _loaded["metric"] = pyiqa.create_metric(metric, device=device)
-    _loaded["metric"].net = versus.oracle(metric, folder).to(device)
+    _loaded["metric"].net = common.oracle(metric, folder).to(device)
 
 
 def score_ours(paths: list[str]) -> tuple[float, list[float]]:
@@ -75,7 +75,7 @@ def resample(paths: list[str], sizes: list[tuple[int, int]], folder: Path) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--images", nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--sizes", nargs="+", type=size, metavar="WIDTHxHEIGHT")
@@ -83,8 +83,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.limit, options.sizes = 4, options.sizes or [(64, 48)]
     paths = find_pictures(options.images).paths
     paths = paths[:: max(1, len(paths) // options.limit)][: options.limit]
     with TemporaryDirectory() as copies:
@@ -94,7 +95,7 @@ def main() -> None:
 def compare(paths: list[str], options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     ours_s = theirs_s = largest = 0.0
-    with versus.weights(options.weights) as folder, Commands(1, context) as one, Commands(1, context) as other:
+    with common.weights(options.weights) as folder, Commands(1, context) as one, Commands(1, context) as other:
         one.submit(load_ours, options.metric, options.device, options.compile).result()
         other.submit(load_theirs, options.metric, options.device, folder).result()
         for portion in range(-1, PORTIONS):  # a first one, of two pictures, is not counted
@@ -106,15 +107,19 @@ def compare(paths: list[str], options: argparse.Namespace) -> None:
                 ours_s, theirs_s = ours_s + seconds, theirs_s + upstream_seconds
                 largest = max(largest, *(abs(a - b) for a, b in zip(own, upstreams, strict=True)))
     sizes = Counter(tuple(load_image(path).shape[1:]) for path in paths)
-    (common, count), *_ = sizes.most_common(1)
-    print(
-        f"{options.metric}, {len(paths)} photographs of {len(sizes)} sizes ({count} of {common[1]}x{common[0]}): "
-        f"this package {ours_s:.1f} s, pyiqa {theirs_s:.1f} s, ratio {theirs_s / ours_s:.2f}; "
-        f"largest difference of a score {largest:.1e}"
-    )
-    row = {"metric": options.metric, "photographs": len(paths), "sizes": len(sizes), "compile": options.compile}
-    row |= {"seconds": ours_s, "pyiqa_seconds": theirs_s, "ratio": theirs_s / ours_s, "difference": largest}
-    versus.report(options.json, options.device, options.weights, [row])
+    (common_size, count), *_ = sizes.most_common(1)
+    row = {
+        "metric": options.metric,
+        "photographs": len(paths),
+        "sizes": len(sizes),
+        "most common": f"{count} of {common_size[1]}x{common_size[0]}",
+        "compile": options.compile,
+        "seconds": ours_s,
+        "pyiqa, seconds": theirs_s,
+        "ratio": theirs_s / ours_s,
+        "largest difference of a score": largest,
+    }
+    common.report(options, [row], options.device, options.weights and options.weights.name)
 
 
 if __name__ == "__main__":

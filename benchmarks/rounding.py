@@ -10,15 +10,14 @@ reported are means over draws with their standard errors, and in how many draws 
 
 from __future__ import annotations
 
-import argparse
 import copy
 from statistics import mean, stdev
 from unittest.mock import patch
 
+import common
 import pyiqa
 import torch
 import torch.nn.functional as F
-import versus
 from torch import Tensor, nn
 
 from qualiclip_pyiqa.towers import clip
@@ -27,30 +26,32 @@ OURS, FOLDED, THEIRS = "this package", "its folded weights, else exact", "pyiqa"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--draws", type=int, default=6, help="sets of random weights, at least 2")
     parser.add_argument("--pictures", type=int, default=8)
     options = parser.parse_args()
-    print("| metric | what | score: mean distance | nearer | feature: mean relative distance | nearer |")
-    print("|---|---|---|---|---|---|")
-    for name in ("qualiclip", "clipiqa"):
+    if options.quick:
+        options.draws, options.pictures = 2, 1
+    rows = []
+    for name in ("qualiclip",) if options.quick else ("qualiclip", "clipiqa"):
         draws = [distances(name, draw, options.pictures) for draw in range(options.draws)]
         for what in (OURS, FOLDED, THEIRS):
-            cells = []
-            for k in range(2):  # score, feature
+            row: dict[str, object] = {"metric": name, "what": what}
+            for k, of in enumerate(("score", "feature")):
                 found = [each[what][k] for each in draws]
-                nearer = sum(each[what][k] < each[THEIRS if what == OURS else OURS][k] for each in draws)
-                count = "-" if what == FOLDED else f"{nearer} of {len(draws)}"
-                cells.append(f"{mean(found):.2e} ± {stdev(found) / len(found) ** 0.5:.0e} | {count}")
-            print(f"| {name} | {what} | {' | '.join(cells)} |", flush=True)
-    print(f"\n{versus.machine()}, torch {torch.__version__}, pyiqa {pyiqa.__version__}")
+                row[f"{of}: mean distance"] = mean(found)
+                row[f"{of}: standard error"] = stdev(found) / len(found) ** 0.5
+                other = THEIRS if what == OURS else OURS
+                row[f"{of}: nearer"] = None if what == FOLDED else sum(d[what][k] < d[other][k] for d in draws)
+            rows.append(row)
+    common.report(options, rows)
 
 
 @torch.no_grad()
 def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, float]]:
     """Mean distances of scores and of features for one set of weights."""
-    with versus.weights(None, draw) as folder:
-        theirs = versus.oracle(name, folder)
+    with common.weights(None, draw) as folder:
+        theirs = common.oracle(name, folder)
         ours = pyiqa.create_metric(name, device="cpu").net
         exact = exactly(name)
     folded = copy.deepcopy(ours).double()

@@ -1,7 +1,7 @@
 """One network call against pyiqa's own on the same weights: time, memory, scores.
 
-    python benchmarks/speed.py [--repeat 5] [--no-compile] [--keep-freed-memory] [--weights DIR] [--json FILE]
-    python benchmarks/speed.py --device cuda [--json FILE]
+    python benchmarks/speed.py [--repeat 5] [--no-compile] [--keep-freed-memory] [--weights DIR]
+    python benchmarks/speed.py --device cuda
 
 Without --weights (a folder with RN50.pt and QualiCLIP.pth) the files are made, in upstream's layouts, with random
 content: time and memory do not depend on it, and scores are compared on whatever the weights are.
@@ -20,10 +20,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import common
 import pyiqa
 import torch
-import versus
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,6 +41,7 @@ CPU_CASES = (
 )
 GPU_SIZES = ((224, 224), (384, 512), (1080, 1920), (2160, 3840))
 GPU_BATCH_PIXELS = 2**25
+Row: TypeAlias = dict[str, Any]
 # "channels last": of the picture too; the towers go through their features in that order in every row.
 GPU_ROWS = (
     "fp32",
@@ -56,94 +58,73 @@ GPU_ROWS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep-freed-memory", action="store_true", help="as the qualiclip command does, for both")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.repeat, options.compile = 1, False
     if options.keep_freed_memory:
         keep_freed_memory()
-    with versus.weights(options.weights) as folder, torch.no_grad():
+    with common.weights(options.weights) as folder, torch.no_grad():
         rows = on_gpu(folder, options) if options.device.startswith("cuda") else on_cpu(folder, options)
-    versus.report(options.json, options.device, options.weights, rows)
+    common.report(options, rows, options.device, options.weights and options.weights.name)
 
 
-def on_cpu(folder: Path, options: argparse.Namespace) -> list[dict]:
+def on_cpu(folder: Path, options: argparse.Namespace) -> list[Row]:
     rate = multiply_adds_per_second()
-    print("| case | this package | pyiqa | ratio | at least | compiled | ratio | at least | limit | score difference |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = []
-    for name, count, height, width, wanted, wanted_compiled in CPU_CASES:
+    rows: list[Row] = []
+    for name, count, height, width, wanted, wanted_compiled in CPU_CASES[:1] if options.quick else CPU_CASES:
         ours = pyiqa.create_metric(name, device="cpu").net
-        theirs = versus.oracle(name, folder)
-        x = versus.pictures(count, height, width)
+        theirs = common.oracle(name, folder)
+        x = common.images(count, height, width)
         calls = [lambda ours=ours, x=x: ours(x), lambda theirs=theirs, x=x: theirs(x)]
         if options.compile and wanted_compiled:
             fast = compiled(ours)
             calls.append(lambda fast=fast, x=x: fast(x))
         with FlopCounterMode(display=False) as counter:
             score = ours(x)
-        own, upstreams, *rest = medians(calls, options.repeat)
-        row = {
+        own, upstreams, *rest = common.medians(calls, options.repeat)
+        row: Row = {
             "case": f"{name} {count}x{height}x{width}",
             "seconds": own,
-            "pyiqa_seconds": upstreams,
+            "pyiqa, seconds": upstreams,
             "ratio": upstreams / own,
-            "at_least": wanted,
-            "compiled_seconds": rest[0] if rest else None,
-            "compiled_ratio": upstreams / rest[0] if rest else None,
-            "compiled_at_least": wanted_compiled,
-            "limit_seconds": counter.get_total_flops() / 2 / rate,
+            "at least": wanted,
+            "compiled, seconds": rest[0] if rest else None,
+            "compiled, ratio": upstreams / rest[0] if rest else None,
+            "compiled, at least": wanted_compiled,
+            "limit, seconds": counter.get_total_flops() / 2 / rate,
             "difference": float((score - theirs(x)).abs().max()),
         }
         if height * width <= 1080 * 1920:
             exact = ours.double()(x.double())
-            row["difference_to_float64"] = float((score - exact).abs().max())
-            row["pyiqa_difference_to_float64"] = float((theirs(x) - exact).abs().max())
+            row["difference to float64"] = float((score - exact).abs().max())
+            row["pyiqa, difference to float64"] = float((theirs(x) - exact).abs().max())
         rows.append(row)
-        print(
-            f"| {row['case']} | {own:.3f} s | {upstreams:.3f} s | {row['ratio']:.2f} | {wanted} | "
-            + (f"{rest[0]:.3f} s | {row['compiled_ratio']:.2f} | {wanted_compiled}" if rest else "- | - | -")
-            + f" | {row['limit_seconds']:.3f} s | {row['difference']:.1e} |",
-            flush=True,
-        )
+        print(f"{row['case']}: ratio {row['ratio']:.2f}", flush=True)
         del ours, theirs, calls
         torch.compiler.reset()
         gc.collect()
-    create = [lambda: pyiqa.create_metric("qualiclip", device="cpu"), lambda: versus.oracle("qualiclip", folder)]
-    own, upstreams = medians(create, options.repeat)
-    rows.append({"case": "create_metric('qualiclip')", "seconds": own, "pyiqa_seconds": upstreams, "at_least": 4})
-    print(f"| create_metric('qualiclip') | {own:.3f} s | {upstreams:.3f} s | {upstreams / own:.2f} | 4 |" + 5 * " - |")
-    own_mib, their_mib = (peak_memory(which, folder, 2160, 3840) for which in ("ours", "pyiqa"))
-    rows.append({"case": "memory 2160x3840", "mib": own_mib, "pyiqa_mib": their_mib})
-    print(
-        f"\nextra memory at 1x2160x3840: {own_mib:.0f} MiB, pyiqa {their_mib:.0f} MiB, {own_mib / their_mib:.0%} of it"
-    )
-    own_mib = peak_memory("ours", folder, 10000, 10000)
-    rows.append({"case": "memory 10000x10000", "mib": own_mib})
-    print(f"extra memory at 1x10000x10000 (100 megapixels), the picture's own 1144 MiB included: {own_mib:.0f} MiB\n")
+    create = [lambda: pyiqa.create_metric("qualiclip", device="cpu"), lambda: common.oracle("qualiclip", folder)]
+    own, upstreams = common.medians(create, options.repeat)
+    created = {"seconds": own, "pyiqa, seconds": upstreams, "ratio": upstreams / own, "at least": 4.0}
+    rows.append({"case": "create_metric('qualiclip')", **created})
+    height, width = (64, 64) if options.quick else (2160, 3840)
+    own_mib, their_mib = (peak_memory(which, folder, height, width) for which in ("ours", "pyiqa"))
+    rows.append({"case": f"extra memory, 1x{height}x{width}", "MiB": own_mib, "pyiqa, MiB": their_mib})
+    if not options.quick:  # the image's own 1,144 MiB included
+        mib = peak_memory("ours", folder, 10000, 10000)
+        rows.append({"case": "extra memory, 1x10000x10000, its 1144 MiB included", "MiB": mib})
     return rows
-
-
-def medians(calls: list[Callable[[], object]], repeat: int) -> list[float]:
-    """Median seconds of each call; they take turns, so that what else the machine does hits all alike."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for _ in range(repeat):
-        for call, taken in zip(calls, times, strict=True):
-            started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
 
 
 def multiply_adds_per_second(size: int = 4096) -> float:
     a, b = torch.rand(size, size), torch.rand(size, size)
-    (seconds,) = medians([lambda: a @ b], 5)
+    (seconds,) = common.medians([lambda: a @ b], 5)
     return size**3 / seconds
 
 
@@ -159,14 +140,14 @@ def _peak_memory(which: str, folder: str, height: int, width: int) -> float:
     net = (
         pyiqa.create_metric("qualiclip", device="cpu").net
         if which == "ours"
-        else versus.oracle("qualiclip", Path(folder))
+        else common.oracle("qualiclip", Path(folder))
     )
-    net(versus.pictures(1, 64, 64))
+    net(common.images(1, 64, 64))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading included, is forgotten
     before = _kib("VmRSS")
     large = height * width > 2**24  # such a picture counts as part of what scoring it needs
-    x = torch.rand(1, 3, height, width) if large else versus.pictures(1, height, width)
+    x = torch.rand(1, 3, height, width) if large else common.images(1, height, width)
     if not large:
         Path("/proc/self/clear_refs").write_text("5")
         before = _kib("VmRSS")
@@ -179,15 +160,13 @@ def _kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def on_gpu(folder: Path, options: argparse.Namespace) -> list[dict]:
+def on_gpu(folder: Path, options: argparse.Namespace) -> list[Row]:
     """Pictures per second and peak memory by size and precision, beside pyiqa's one picture at a time."""
-    rows = []
-    print("| size | what | batch | pictures/s | ratio to pyiqa | peak MiB | score difference to fp32 |")
-    print("|---|---|---|---|---|---|---|")
-    theirs = versus.oracle("qualiclip", folder).to(options.device)
+    rows: list[Row] = []
+    theirs = common.oracle("qualiclip", folder).to(options.device)
     for height, width in GPU_SIZES:
         batch = min(64, max(1, GPU_BATCH_PIXELS // (height * width)))
-        x = versus.pictures(min(batch, 8), height, width).to(options.device)
+        x = common.images(min(batch, 8), height, width).to(options.device)
         x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch]
         base, _, memory = gpu_rate(theirs, x[:1], "fp32", options)
         rows.append(gpu_row(f"{height}x{width}", "pyiqa fp32, single", 1, base, base, memory, 0.0))
@@ -231,14 +210,10 @@ def gpu_rate(
     return len(x) / statistics.median(times), score.float(), torch.cuda.max_memory_allocated(options.device) / 2**20
 
 
-def gpu_row(size: str, what: str, batch: int, speed: float, base: float, memory: float, difference: float) -> dict:
-    row = {"size": size, "what": what, "batch": batch, "per_second": speed, "ratio": speed / base}
-    row |= {"peak_mib": memory, "difference": difference}
-    print(
-        f"| {size} | {what} | {batch} | {speed:.1f} | {row['ratio']:.1f} | {memory:.0f} | {difference:.1e} |",
-        flush=True,
-    )
-    return row
+def gpu_row(size: str, what: str, batch: int, speed: float, base: float, memory: float, difference: float) -> Row:
+    row: Row = {"size": size, "what": what, "batch": batch, "images per second": speed, "ratio to pyiqa": speed / base}
+    print(f"{size} {what}: {speed:.1f} images per second", flush=True)
+    return row | {"peak MiB": memory, "difference to fp32": difference}
 
 
 if __name__ == "__main__":

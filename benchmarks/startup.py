@@ -8,7 +8,6 @@ medians of the wall time and, from `-X importtime`, the time that importing the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import py_compile
 import re
@@ -19,13 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
+
 import qualiclip_pyiqa_start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=200)
-    runs = parser.parse_args().runs
+    options = parser.parse_args()
+    runs = 2 if options.quick else options.runs
     module = Path(qualiclip_pyiqa_start.__file__)
     line = next(path for entry in sys.path if (path := Path(entry, "qualiclip_pyiqa.pth")).is_file())
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -49,8 +51,8 @@ def main() -> None:
         ).stderr
     (own,) = re.findall(r"(\d+) \|\s+\d+ \|\s*qualiclip_pyiqa_start", reported)
     without, with_hook = (statistics.median(taken) for taken in times)
-    print(f"start without hook {without:.2f} ms, with hook {with_hook:.2f} ms, difference {with_hook - without:.2f} ms")
-    print(f"import of the hook's module: {int(own) / 1e3:.2f} ms")
+    row = {"start without hook, ms": without, "with hook, ms": with_hook, "difference, ms": with_hook - without}
+    common.report(options, [{"runs": runs, **row, "import of the hook, ms": int(own) / 1e3}], weights="none")
 
 
 if __name__ == "__main__":
