@@ -30,9 +30,9 @@ ROWS = [
 
 
 def read(path: Path) -> list[Record]:
-    columns, rows = read_table(path)
-    assert columns == COLUMNS
-    return list(rows)
+    table = read_table(path)
+    assert table.columns == COLUMNS
+    return list(table)
 
 
 def seen(rows: list[Record], suffix: str) -> list[Record]:
@@ -188,20 +188,20 @@ def test_two_runs_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"expected a name in \.csv, \.jsonl, \.parquet"):
+    with pytest.raises(SettingsError, match=r"expected one in \.csv, \.jsonl, \.parquet"):
         ScoreTable(tmp_path / "t.xlsx", COLUMNS)
     with pytest.raises(SettingsError, match="cannot be read"):
         read_table(tmp_path / "none.csv")
     for suffix in SUFFIXES:
         (tmp_path / f"x{suffix}").write_bytes(b"a,b\n1,2\n")
-        with pytest.raises(SettingsError, match="is no table of scores"):
-            list(read_table(tmp_path / f"x{suffix}")[1])
+        with pytest.raises(SettingsError, match="is not a table of scores"):
+            read_table(tmp_path / f"x{suffix}")
     (tmp_path / "one line.csv").write_text("x" * 200_000)
-    with pytest.raises(SettingsError, match="is no table of scores"):
+    with pytest.raises(SettingsError, match="is not a table of scores"):
         read_table(tmp_path / "one line.csv")
     (tmp_path / "y.csv").write_text("path,width,height,m,error\na,1,x,0.5,\n")
     with pytest.raises(SettingsError, match="line 2"):
-        list(read_table(tmp_path / "y.csv")[1])
+        list(read_table(tmp_path / "y.csv"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_what_is_no_table(tmp_path: Path) -> None:
 )
 def test_what_is_no_table_is_not_touched(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(SettingsError, match="is no table of scores"):
+    with pytest.raises(SettingsError, match=r"is not a table of scores|has the scores oth, not"):
         ScoreTable(tmp_path / name, COLUMNS, resume=True)
     assert (tmp_path / name).read_text() == content
 

@@ -1,19 +1,63 @@
-"""The commands of `qualiclip`, and the options that several of them have."""
+"""The commands of `qualiclip`, and the options and the screen that several of them share."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
 
+    #: What `add_parser` of a command adds its parser to.
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
 DEFAULT_METRIC = "qualiclip-mini"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
+
+
+class Screen:
+    """Standard error for messages and progress bars; what it does not take is dropped, and no result depends on it."""
+
+    def write(self, text: str) -> int:
+        if sys.stderr is not None:
+            try:
+                return sys.stderr.write(text)
+            except OSError:
+                drop_output(sys.stderr)
+        return len(text)
+
+    def flush(self) -> None:
+        if sys.stderr is not None:
+            try:
+                sys.stderr.flush()
+            except OSError:
+                drop_output(sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def say(line: str) -> None:
+    """Print a message on standard error."""
+    screen = Screen()
+    screen.write(f"{line}\n")
+    screen.flush()
+
+
+def drop_output(stream: TextIO) -> None:
+    """Send what a stream does not take nowhere; Python would try, and complain, once more when it exits."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def add_metric_option(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +71,19 @@ def add_metric_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rating_options(parser: argparse.ArgumentParser) -> None:
-    """How the pictures and columns of a command's `--ratings CSV` are found."""
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated pictures")
-    parser.add_argument("--image-column", metavar="NAME", help="column of the picture names (default: found)")
-    parser.add_argument("--mos-column", metavar="NAME", help="column of the opinion scores (default: found)")
+    """Add the options that say where the images and columns of `--ratings CSV` are."""
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated images")
+    parser.add_argument("--image-column", metavar="NAME", help="column of image names (default: found by its name)")
+    parser.add_argument("--mos-column", metavar="NAME", help="column of opinion scores (default: found by its name)")
     parser.add_argument(
         "--lower-better",
         action=argparse.BooleanOptionalAction,
-        help="lower opinion scores are better (default: if the column is called dmos; not so in KADID-10k's own)",
+        help="lower opinion scores are better (default: if the column is called dmos; KADID-10k's dmos is not)",
     )
 
 
 def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> None:
-    """An error for the first of these options that was given: `where`, it would do nothing."""
+    """Raise SettingsError for the first of these options that was given although it has no effect `where`."""
     given = next((name for name in names if getattr(arguments, name) is not None), None)
     if given is not None:
         option = "-m" if given == "metric" else f"--{given.replace('_', '-')}"
@@ -47,11 +91,11 @@ def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> N
 
 
 def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
-    """What `--ratings` and the options above name."""
+    """Read what `--ratings` and the options of `add_rating_options` name."""
     from ..evaluation.ratings import read_ratings
 
     if arguments.images is None:
-        raise SettingsError("--ratings needs the folder of its pictures: --images DIR")
+        raise SettingsError("--ratings needs the folder of its images: --images DIR")
     return read_ratings(
         arguments.ratings,
         arguments.images,

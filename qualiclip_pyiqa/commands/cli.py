@@ -1,37 +1,46 @@
 """The `qualiclip` command.
 
     qualiclip score PATH... -m METRIC -o TABLE       score files, folders and lists
-    qualiclip filter TABLE --above X | --best SHARE  keep or list what is good enough
+    qualiclip filter TABLE --above X | --best SHARE  list or keep the images that are good enough
     qualiclip evaluate -m METRIC --ratings CSV ...   agreement with opinion scores, degradations, gMAD competitions
     qualiclip train --config NAME --pristine DIR ... train a model without opinion scores
     qualiclip tune -m METRIC --ratings CSV ...       learn a prompt context from opinion scores
     qualiclip weights list                           every weight file, its licence, and where it was found
-    qualiclip weights path NAME...                   where it lies; NAME is a weight's or a metric's
+    qualiclip weights path NAME...                   where a file is; NAME is a weight's or a metric's
     qualiclip weights get NAME...                    find it, or download it
-    qualiclip weights verify [NAME...]               hashes of what is here; with --ratings also published scores
+    qualiclip weights verify [NAME...]               check the files that are here; with --ratings also published scores
+    qualiclip --version                              versions of the package, pyiqa and torch
 
-Exit status: 0 all is well, 1 something is missing or wrong, 2 the command line makes no sense, 130 stopped by Ctrl-C.
+Exit status: 0 success, 1 something is missing or wrong, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..scoring.allocator import keep_freed_memory
 from ..scoring.tables import writing
-from . import evaluate, filter, score, train, tune, weights
+from . import drop_output, evaluate, filter, say, score, train, tune, weights
+
+# Those whose time goes into the passes of networks.
+_KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; `argv` is the command line without the program's name. Returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack the characters of a file name
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="qualiclip: %(levelname)s: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
-    keep_freed_memory()
+    if arguments.command in _KEEP_FREED_MEMORY:
+        keep_freed_memory()
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         status = run(arguments)
@@ -39,32 +48,47 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except (SettingsError, PromptError) as error:
-        print(f"qualiclip: {error}", file=sys.stderr)
+        say(f"qualiclip: {error}")
         return 2
     except (ImageError, WeightsError) as error:
-        print(f"qualiclip: {error}", file=sys.stderr)
+        say(f"qualiclip: {error}")
+        return 1
+    except MemoryError as error:
+        say(f"qualiclip: out of memory{f' ({error})' if str(error) else ''}")
         return 1
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # whoever read our output has enough, such as `head`
-            print(f"qualiclip: {error}", file=sys.stderr)
-        _forget_output()
+        if not isinstance(error, BrokenPipeError):  # the reader of our output has enough, such as `head`
+            say(f"qualiclip: {error}")
+        drop_output(sys.stdout)
         return 1
     except KeyboardInterrupt:
-        print("qualiclip: stopped", file=sys.stderr)
+        say("qualiclip: stopped")
         return 130
 
 
-def _forget_output() -> None:
-    """Drop what standard output does not take, which Python would try, and complain of, once more at its end."""
+class _Version(argparse.Action):
+    """`--version`, which looks nothing up until it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the versions of the package, pyiqa and torch")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        others = ", ".join(f"{name} {_version(name)}" for name in ("pyiqa", "torch"))
+        print(f"qualiclip-pyiqa {_version('qualiclip-pyiqa')} ({others}, Python {sys.version.split()[0]})")
+        parser.exit()
+
+
+def _version(package: str) -> str:
     try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qualiclip", description="Blind image quality by CLIP-IQA and QualiCLIP.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in (score, filter, evaluate, train, tune, weights):
         command.add_parser(commands)
     return parser

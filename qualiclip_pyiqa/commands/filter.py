@@ -1,4 +1,4 @@
-"""`qualiclip filter`: list, keep or copy what is good enough, by a table of scores."""
+"""`qualiclip filter`: list, keep or copy the images that are good enough, by a table of scores."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ImageError, SettingsError
 from ..files import replacing
 from ..images.convert import source_name
+from ..images.identity import image_key
 from ..metrics.registry import lower_is_better
-from ..scoring.tables import Record, check_suffix, read_table, write_table, writing
+from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
+from . import refuse, say
+
+if TYPE_CHECKING:
+    from . import Commands
+
+_COPY_ERRORS = 5  # named one by one
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "filter",
-        help="list, keep or copy what is good enough",
-        description="Pick pictures by a table that `qualiclip score` wrote, and list their paths, or keep their rows "
-        "(-o) or the pictures themselves (--copy). Pictures without a score are never picked.",
+        help="list, keep or copy the images that are good enough",
+        description="Pick images by a table that `qualiclip score` wrote, and list their paths, or keep their rows "
+        "(-o) or the images themselves (--copy). Images without a score are never picked. "
+        "Exit status: 0 success, 1 some images could not be copied, 2 wrong usage.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("table", type=Path, metavar="TABLE", help=".csv, .jsonl or .parquet")
@@ -31,78 +40,124 @@ def add_parser(commands: Any) -> None:
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--above", type=float, metavar="X", help="scores of at least X")
     rule.add_argument("--below", type=float, metavar="X", help="scores of at most X")
-    rule.add_argument("--best", type=float, metavar="SHARE", help="the best share, 0..1, in the metric's own direction")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write their rows, do not list")
-    parser.add_argument("--copy", type=Path, metavar="DIR", help="copy the pictures, do not list")
+    rule.add_argument("--best", type=float, metavar="SHARE", help="the best share, 0..1, by the score's own direction")
+    parser.add_argument(
+        "--lower-better",
+        action=argparse.BooleanOptionalAction,
+        help="for --best: lower scores are better (default: as TABLE.meta.json says, else by the metric's name)",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows instead of listing paths")
+    parser.add_argument("--copy", type=Path, metavar="DIR", help="copy the images instead of listing paths")
     parser.add_argument("-0", "--null", action="store_true", help="end listed paths with NUL, for xargs -0")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.best is None:
+        refuse(arguments, ["lower_better"], "without --best")
     if arguments.output is not None:
         check_suffix(arguments.output)
         if arguments.output.exists():
             raise SettingsError(f"{arguments.output} is there already; choose another name")
-    columns, rows = read_table(arguments.table)
-    records = list(rows)
-    metric = _metric(arguments, columns or ())
+    table = read_table(arguments.table)
+    metric = _metric(arguments, table)
+    records = list(table)
     scored = [record for record in records if metric in record.scores]
-    kept = _pick(scored, metric, arguments)
-    print(
-        f"{len(kept)} of {len(scored)} scored pictures kept; {len(records) - len(scored)} without a score left out",
-        file=sys.stderr,
-    )
+    kept = _pick(scored, metric, arguments, table)
     if arguments.output is not None:
-        write_table(arguments.output, columns or (), kept)
-    if arguments.copy is not None:
-        _copy(kept, arguments.copy)
+        write_table(arguments.output, table.columns, kept, table.meta)
+    say(f"{len(kept)} of {len(scored)} scored images kept; {len(records) - len(scored)} without a score left out")
+    lost = [name for name, why in table.others.items() if why != "an index"]
+    if arguments.output is not None and lost:
+        say(f"columns that are not scores are not in {arguments.output}: {', '.join(lost)}")
     if arguments.output is None and arguments.copy is None:
         end = b"\0" if arguments.null else b"\n"
         with writing("standard output"):
             sys.stdout.buffer.write(b"".join(os.fsencode(record.path or "") + end for record in kept))
             sys.stdout.buffer.flush()
-    return 0
+    return 0 if arguments.copy is None else _copy(kept, arguments.copy)
 
 
-def _metric(arguments: argparse.Namespace, columns: Sequence[str]) -> str:
-    if arguments.metric is None:
-        if len(columns) == 1:
-            return columns[0]
-        raise SettingsError(f"{arguments.table} has the scores {', '.join(columns) or '(none)'}; choose one with -m")
-    if arguments.metric not in columns:
-        raise SettingsError(f"{arguments.table} has no score {arguments.metric!r}; expected {', '.join(columns)}")
-    return arguments.metric
+def _metric(arguments: argparse.Namespace, table: Table) -> str:
+    name = arguments.metric
+    if name is None:
+        described = [column for column in table.columns if table.lower_better(column) is not None]
+        for columns in (table.columns, described):
+            if len(columns) == 1:
+                return columns[0]
+        raise SettingsError(f"{table.path} has the scores {_listed(table)}; choose one with -m")
+    if name in table.others:
+        raise SettingsError(f"{table.path} has no scores in its column {name!r} ({table.others[name]})")
+    if name not in table.columns:
+        raise SettingsError(f"{table.path} has no score {name!r}; expected one of {_listed(table)}")
+    return name
 
 
-def _pick(scored: list[Record], metric: str, arguments: argparse.Namespace) -> list[Record]:
-    """In the table's order; of equal scores at the edge of the best share, the earlier rows."""
+def _listed(table: Table) -> str:
+    return ", ".join(table.columns) or "(none)"
+
+
+def _pick(scored: list[Record], metric: str, arguments: argparse.Namespace, table: Table) -> list[Record]:
+    """Pick rows, in the table's order; of equal scores at the edge of the best share, the earlier ones."""
     if arguments.above is not None:
         return [record for record in scored if record.scores[metric] >= arguments.above]
     if arguments.below is not None:
         return [record for record in scored if record.scores[metric] <= arguments.below]
     if not 0 <= arguments.best <= 1:
         raise SettingsError(f"--best is {arguments.best:g}; expected a share in 0..1, such as 0.2 for a fifth")
-    sign = 1 if lower_is_better(metric) else -1
+    sign = 1 if _lower_better(metric, arguments, table) else -1
     ranked = sorted(range(len(scored)), key=lambda k: sign * scored[k].scores[metric])
     # A share is meant in decimals: 0.07 of 100 is 7, though it is a little more in binary.
     count = math.ceil(round(arguments.best * len(scored), 9))
     return [scored[k] for k in sorted(ranked[:count])]
 
 
-def _copy(kept: Sequence[Record], folder: Path) -> None:
-    """Copy under the path below what all have in common; nothing is overwritten and no copy is partial."""
-    paths = [Path(record.path) for record in kept if record.path]
+def _lower_better(metric: str, arguments: argparse.Namespace, table: Table) -> bool:
+    """The direction by the option, by the table, or by the metric's name, which is a guess and says so."""
+    wanted, known = arguments.lower_better, table.lower_better(metric)
+    if wanted is not None:
+        if known is not None and known != wanted:
+            say(f"{table.path} says that {_direction(known)} scores of {metric} are better; the option says otherwise")
+        return wanted
+    if known is None:
+        known = lower_is_better(metric)
+        say(
+            f"{table.path} does not say in which direction {metric} is better; by its name, {_direction(known)} is "
+            "(--lower-better and --no-lower-better decide it)"
+        )
+    return known
+
+
+def _direction(lower_better: bool) -> str:
+    return "lower" if lower_better else "higher"
+
+
+def _copy(kept: Sequence[Record], folder: Path) -> int:
+    """Copy each image once, under its path below the folder that all have in common.
+
+    Nothing is overwritten and no copy is partial. What cannot be copied is said at the end, and the status is 1.
+    """
+    paths = list({image_key(record.path): Path(record.path) for record in kept if record.path}.values())
     if not paths:
-        return
+        return 0
     parents = [os.path.normpath(Path.cwd() / path.parent) for path in paths]
     common = os.path.commonpath(parents)
-    for path, parent in zip(paths, parents, strict=True):
-        target = folder / os.path.relpath(parent, common) / path.name
-        if target.exists():
-            raise SettingsError(f"{source_name(target)} is there already; choose an empty folder")
+    targets = [
+        folder / os.path.relpath(parent, common) / path.name for path, parent in zip(paths, parents, strict=True)
+    ]
+    # Two images may get one name where a path goes through a link and back.
+    taken = next((target for target, count in Counter(targets).items() if count > 1 or target.exists()), None)
+    if taken is not None:
+        raise SettingsError(f"{source_name(taken)} is there already; choose an empty folder")
+    errors = []
+    for path, target in zip(paths, targets, strict=True):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as part:
                 shutil.copy2(path, part)
         except OSError as error:
-            reason = error.strerror or error
-            raise ImageError(f"{source_name(path)} cannot be copied to {source_name(folder)} ({reason})") from error
+            errors.append(f"{source_name(path)} cannot be copied to {source_name(folder)} ({error.strerror or error})")
+    for line in errors[:_COPY_ERRORS]:
+        say(f"qualiclip: {line}")
+    if errors:
+        raise ImageError(f"{len(errors)} of {len(paths)} images were not copied")
+    return 0

@@ -1,0 +1,62 @@
+"""What `qualiclip score` says at its end."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ..images.convert import source_name
+from ..scoring.tables import Record
+
+EXTREMES = 5  # worst and best images, and errors, that are shown
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class Summary:
+    """Counts rows and errors; per score mean, quantiles, and the images at both ends.
+
+    Args:
+        columns: names of the scores.
+        lower_better: their directions.
+    """
+
+    def __init__(self, columns: Sequence[str], lower_better: Mapping[str, bool]) -> None:
+        self.rows = 0
+        self.errors = 0
+        self._lower_better = lower_better
+        self._first_errors: list[str] = []
+        self._scores = {column: array("d") for column in columns}
+        self._paths: dict[str, list[str]] = {column: [] for column in columns}
+
+    def add(self, record: Record) -> None:
+        self.rows += 1
+        if record.error is not None:
+            self.errors += 1
+            if len(self._first_errors) < EXTREMES:
+                self._first_errors.append(record.error)
+        for column, score in record.scores.items():
+            self._scores[column].append(score)
+            self._paths[column].append(record.path or "")
+
+    def lines(self, others: int) -> Iterator[str]:
+        """Yield the summary; `others` is the number of files in folders that were skipped."""
+        yield f"{self.rows} images: {self.rows - self.errors} scored, {self.errors} with an error"
+        for error in self._first_errors:
+            yield f"  {error}"
+        if self.errors > len(self._first_errors):
+            yield f"  ... and {self.errors - len(self._first_errors)} more: see the column `error`"
+        if others:
+            yield f"files skipped in folders, since their suffix is not an image's: {others}"
+        for column, scores in self._scores.items():
+            if scores:
+                yield from self._column(column, np.asarray(scores))
+
+    def _column(self, column: str, scores: np.ndarray) -> Iterator[str]:
+        better = "lower" if self._lower_better[column] else "higher"
+        marks = " ".join(f"{q:.0%} {v:.4f}" for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True))
+        yield f"{column} ({better} is better): count {len(scores)}, mean {np.mean(scores):.4f}; quantiles {marks}"
+        ranked = sorted(zip(scores, self._paths[column], strict=True), reverse=better == "lower")
+        for what, rows in (("worst", ranked[:EXTREMES]), ("best", ranked[::-1][:EXTREMES])):
+            yield f"  {what}: " + ", ".join(f"{score:.4f} {source_name(path)}" for score, path in rows)

@@ -1,0 +1,40 @@
+"""When two paths name the same image."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+
+def image_key(path: str) -> str:
+    """What an image is known by, however its path was spelled: its folder with links resolved, and its name.
+
+    `in/a.png`, `./in/a.png` and `/home/me/in/../in/a.png` are one image. Two links to one file are two. A relative path
+    starts from the working directory; a URL stays as it is.
+
+    Example:
+        >>> image_key("in/a.png") == image_key("./in//a.png") == image_key("in/new/../a.png")
+        True
+    """
+    if "://" in path:
+        return path
+    here = "" if os.path.isabs(path) else _working_directory()
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return _resolved(os.path.join(here, path))
+    return os.path.normcase(os.path.join(_resolved(os.path.join(here, folder)), name))
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return ""
+
+
+@lru_cache(maxsize=1024)  # images come folder by folder
+def _resolved(folder: str) -> str:
+    try:
+        return os.path.realpath(folder)
+    except (OSError, ValueError):
+        return os.path.abspath(folder)

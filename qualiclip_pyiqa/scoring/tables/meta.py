@@ -1,0 +1,165 @@
+"""`NAME.meta.json` beside a table: what scored it, and in which direction every score is better.
+
+It is what `Scorer.describe` returns, and `continued`: descriptions of later runs that added rows with differences that
+were allowed. A Parquet table holds the same in the metadata of its schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ...errors import SettingsError
+from ...files import replacing
+from .cells import shown
+
+_CONTINUED = "continued"
+# What a description says of a model besides what decides its scores.
+_IGNORED = frozenset(
+    (
+        "citation",
+        "commercial_use",
+        "direction",
+        "file",
+        "licence",
+        "licence_url",
+        "paper",
+        "path",
+        "record",
+        "source",
+        "summary",
+        "verified",
+    )
+)
+# What decides at most which images get a score, or is no more than a reason to look into the changelog.
+_SAID = frozenset(("allow_truncated", "decode_timeout", "max_pixels", "torch", "version"))
+
+
+def meta_path(table: str | Path) -> Path:
+    """The file that describes a table.
+
+    Example:
+        >>> meta_path("scores.csv").name
+        'scores.csv.meta.json'
+    """
+    table = Path(table)
+    return table.with_name(f"{table.name.removesuffix('.part')}.meta.json")
+
+
+def read_meta(table: str | Path) -> dict[str, object] | None:
+    """Read what scored a table.
+
+    Args:
+        table: the table's own path, not that of the description.
+
+    Returns:
+        The description, whose `columns` maps every score to what is known of it, `lower_better` among that; None if
+        there is none.
+
+    Raises:
+        SettingsError: there is one that cannot be read.
+    """
+    table = Path(table)
+    path: Path = meta_path(table)
+    try:
+        text: bytes | None = path.read_bytes()
+    except FileNotFoundError:
+        path, text = table, _inside(table)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror or error})") from error
+    if text is None:
+        return None
+    try:
+        meta = json.loads(text)
+        if isinstance(meta, dict) and isinstance(meta["columns"], dict):
+            return meta
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise SettingsError(
+        f"{path} does not describe a table of scores; expected what `qualiclip score` wrote: restore or remove it"
+    )
+
+
+def write_meta(table: Path, meta: Mapping[str, object] | None) -> None:
+    """Write a table's description, whole or not at all; without one, remove that of an earlier table."""
+    path = meta_path(table)
+    if meta is None:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as part:
+        part.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def lower_better_of(meta: Mapping[str, object] | None, column: str) -> bool | None:
+    """The direction of a score by its table's description; None if that says nothing about it."""
+    columns = (meta or {}).get("columns")
+    described = columns.get(column) if isinstance(columns, dict) else None
+    direction = described.get("lower_better") if isinstance(described, dict) else None
+    return direction if isinstance(direction, bool) else None
+
+
+def continue_meta(
+    table: Path, before: Mapping[str, object], now: Mapping[str, object]
+) -> tuple[dict[str, object], list[str]]:
+    """Compare the settings that a table was begun with to those it goes on with.
+
+    A difference that can change a score is refused: another model, precision, kind of device or orientation rule, for
+    a metric of another package its version. Others are allowed and kept in the description.
+
+    Returns:
+        The description from now on, and the allowed differences as text.
+
+    Raises:
+        SettingsError: a refused difference; says all of them.
+    """
+    refused: list[str] = []
+    allowed: list[str] = []
+    for keys, old, new in _differences(before, json.loads(json.dumps(now)), ()):
+        if keys[0] != _CONTINUED and not _IGNORED & set(keys):
+            foreign = "pyiqa_version" in keys
+            (allowed if keys[-1] in _SAID and not foreign else refused).append(
+                f"{_spoken(keys)} was {_value(old)}, is now {_value(new)}"
+            )
+    if refused:
+        raise SettingsError(
+            f"{table} was begun with other settings: {'; '.join(refused[:4])}"
+            + (f"; and {len(refused) - 4} more" if len(refused) > 4 else "")
+            + "; go on with the same, or choose another name"
+        )
+    meta = dict(before)
+    if allowed:
+        runs = meta.get(_CONTINUED)
+        runs = list(runs) if isinstance(runs, list) else []
+        if not any(run == now for run in runs):
+            runs.append(dict(now))
+        meta[_CONTINUED] = runs
+    return meta, allowed
+
+
+def _differences(old: object, new: object, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object, object]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), (*keys, str(key)))
+    elif old != new:
+        yield keys, old, new
+
+
+def _spoken(keys: tuple[str, ...]) -> str:
+    """`columns, qualiclip, weights, sha256` as "weights sha256 of qualiclip"."""
+    if keys[0] == "columns" and len(keys) > 2:
+        return f"{' '.join(keys[2:])} of {keys[1]}"
+    return " ".join(keys).replace("_", " ")
+
+
+def _value(value: object) -> str:
+    return "not there" if value is None else shown(str(value), 40)
+
+
+def _inside(table: Path) -> bytes | None:
+    """The description in a Parquet file's own metadata."""
+    if table.suffix != ".parquet" or not table.is_file():
+        return None
+    from .parquet_rows import ParquetRows
+
+    return ParquetRows(table).meta

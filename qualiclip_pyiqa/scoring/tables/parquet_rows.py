@@ -1,0 +1,98 @@
+"""Parquet. Its text must be UTF-8: a file name that is not has backslash escapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+from ...optional import require
+from .cells import check_names, not_scores, write_cells
+from .record import Record, utf8
+
+_BATCH = 10_000  # rows converted at a time
+_META_KEY = b"qualiclip_pyiqa"
+
+
+def require_pyarrow() -> ModuleType:
+    """Return pyarrow with its Parquet part, or raise SettingsError."""
+    require("pyarrow.parquet", "parquet", "a Parquet table")
+    return require("pyarrow", "parquet", "a Parquet table")
+
+
+class ParquetRows:
+    """A Parquet file. Columns of a nested or binary type, such as the images of a data set, are not read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pyarrow = require_pyarrow()
+        try:
+            with self._open() as file:
+                schema = file.schema_arrow
+        except (self._pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise not_scores(path, _line(error)) from error
+        self.names = check_names(path, schema.names)
+        self.unread: Mapping[str, str] = {
+            field.name: f"of type {field.type}"
+            for field in schema
+            if field.name != "path" and not self._is_scalar(field.type)
+        }
+        self.meta: bytes | None = (schema.metadata or {}).get(_META_KEY)
+
+    def rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        number = 0
+        try:
+            with self._open() as file:
+                for batch in file.iter_batches(_BATCH, columns=[n for n in self.names if n not in self.unread]):
+                    for cells in batch.to_pylist():
+                        number += 1
+                        yield f"row {number}", cells
+        except (self._pyarrow.ArrowException, OSError, UnicodeError) as error:
+            raise not_scores(self.path, f"after row {number}: {_line(error)}") from error
+
+    def _open(self):  # type: ignore[no-untyped-def]  # pyarrow has no types
+        return self._pyarrow.parquet.ParquetFile(self.path)
+
+    def _is_scalar(self, kind: object) -> bool:
+        types = self._pyarrow.types
+        if types.is_dictionary(kind):
+            kind = kind.value_type  # type: ignore[attr-defined]
+        checks = (
+            types.is_integer,
+            types.is_floating,
+            types.is_decimal,
+            types.is_null,
+            types.is_string,
+            types.is_large_string,
+        )
+        return any(check(kind) for check in checks)
+
+
+def write_parquet(
+    file: BinaryIO, columns: Sequence[str], records: Iterable[Record], meta: Mapping[str, object] | None
+) -> None:
+    """Write a whole file; `meta` also goes into the metadata of its schema, and so with the file wherever it goes."""
+    pyarrow = require_pyarrow()
+    text, side, score = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
+    schema = pyarrow.schema(
+        [("path", text), ("width", side), ("height", side), *((c, score) for c in columns), ("error", text)],
+        metadata=None if meta is None else {_META_KEY: json.dumps(meta).encode()},
+    )
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        rows = iter(records)
+        while batch := list(islice(rows, _BATCH)):
+            cells = [write_cells(record, columns) for record in batch]
+            for row in cells:
+                for name in ("path", "error"):
+                    value = row[name]
+                    row[name] = utf8(value) if isinstance(value, str) else None
+            writer.write_table(pyarrow.Table.from_pylist(cells, schema=schema))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
