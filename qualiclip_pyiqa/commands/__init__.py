@@ -14,8 +14,8 @@ from ..errors import SettingsError
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
 
-    #: What `add_parser` of a command adds its parser to.
-    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+#: What `add_parser` of a command adds its parser to.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEFAULT_METRIC = "qualiclip-mini"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")

@@ -14,7 +14,7 @@ from ..errors import ImageError, SettingsError
 from ..files import replacing
 from ..images.convert import source_name
 from ..metrics.registry import lower_is_better
-from . import DEFAULT_METRIC, RATING_OPTIONS, add_metric_option, add_rating_options, rated, refuse
+from . import DEFAULT_METRIC, RATING_OPTIONS, Commands, add_metric_option, add_rating_options, rated, refuse
 
 if TYPE_CHECKING:
     from ..evaluation.agreement import Agreement
@@ -30,7 +30,7 @@ USELESS: dict[str, tuple[str, ...]] = {
 Draw = Callable[[Path], None]
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="how well metrics agree with people, and what degradations do to them",

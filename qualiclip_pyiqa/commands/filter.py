@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ImageError, SettingsError
 from ..files import replacing
@@ -18,10 +17,7 @@ from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import lower_is_better
 from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
-from . import refuse, say
-
-if TYPE_CHECKING:
-    from . import Commands
+from . import Commands, refuse, say
 
 _COPY_ERRORS = 5  # named one by one
 

@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from ..errors import SettingsError
 from ..images.convert import source_name
 from ..images.paths import FoundPaths, find_pictures, matches
 from ..metrics.registry import lower_is_better
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
-from . import DEFAULT_METRIC, Screen, add_metric_option, say
+from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, say
 from .summary import Summary
-
-if TYPE_CHECKING:
-    from . import Commands
 
 # Options that are passed on to `Scorer`.
 OPTIONS = (

@@ -7,12 +7,11 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from . import RATING_OPTIONS, add_rating_options, rated, refuse
+from . import RATING_OPTIONS, Commands, add_rating_options, rated, refuse
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model on pristine photographs, without opinion scores",

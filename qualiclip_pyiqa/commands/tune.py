@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..errors import SettingsError
 from ..metrics.registry import METRICS
-from . import add_rating_options, rated
+from . import Commands, add_rating_options, rated
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     with_context = ", ".join(name for name, spec in METRICS.items() if spec.context is not None)
     parser = commands.add_parser(
         "tune",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError, WeightsError
+from . import Commands
 
 if TYPE_CHECKING:
     from ..pretrained.weights import WeightRecord
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 SRCC_TOLERANCE = 0.02
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     weights = commands.add_parser("weights", help="list, find, download and check weight files")
     actions = weights.add_subparsers(title="actions", required=True, metavar="ACTION")
 
