@@ -37,4 +37,4 @@ def _resolved(folder: str) -> str:
     try:
         return os.path.realpath(folder)
     except (OSError, ValueError):
-        return os.path.abspath(folder)
+        return os.path.normpath(folder)

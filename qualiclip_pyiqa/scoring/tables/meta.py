@@ -1,7 +1,8 @@
 """`NAME.meta.json` beside a table: what scored it, and in which direction every score is better.
 
-It is what `Scorer.describe` returns, and `continued`: descriptions of later runs that added rows with differences that
-were allowed. A Parquet table holds the same in the metadata of its schema.
+It is what `Scorer.describe` returns, with two notes of the table's own: `continued` lists descriptions of later runs
+that added rows with differences that were allowed, and `rows_of_unknown_settings` counts the first rows if nothing
+described them when the table was resumed. A Parquet table holds the same in the metadata of its schema.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ...files import replacing
 from .cells import shown
 
 _CONTINUED = "continued"
+UNKNOWN = "rows_of_unknown_settings"
 # What a description says of a model besides what decides its scores.
 _IGNORED = frozenset(
     (
@@ -116,7 +118,7 @@ def continue_meta(
     refused: list[str] = []
     allowed: list[str] = []
     for keys, old, new in _differences(before, json.loads(json.dumps(now)), ()):
-        if keys[0] != _CONTINUED and not _IGNORED & set(keys):
+        if keys[0] not in (_CONTINUED, UNKNOWN) and not _IGNORED & set(keys):
             foreign = "pyiqa_version" in keys
             (allowed if keys[-1] in _SAID and not foreign else refused).append(
                 f"{_spoken(keys)} was {_value(old)}, is now {_value(new)}"

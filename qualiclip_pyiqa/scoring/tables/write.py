@@ -20,7 +20,7 @@ from ...images.identity import image_key
 from .cells import FIXED, find_scores, not_scores, read_record, write_cells
 from .csv_rows import CsvRows, csv_line
 from .json_rows import json_line
-from .meta import continue_meta, meta_path, read_meta, write_meta
+from .meta import UNKNOWN, continue_meta, meta_path, read_meta, write_meta
 from .parquet_rows import require_pyarrow, write_parquet
 from .read import PART, check_suffix, open_rows
 from .record import Record, utf8
@@ -115,14 +115,12 @@ class ScoreTable:
                 self._check_names(self._growing)
             _cut_torn_end(self._growing)
         copied = _has_content(self._growing) and self._check_table(self._growing)
-        if self._parquet and _has_content(self.path):
-            finished = self._check_table(self.path)
-            # With fewer rows than the table it is a copy of it that was not finished, since rows are only added to it.
-            if copied < finished:
-                self._file.truncate(0)
-                self._append(b"".join(map(self._line, self._read(self.path))))
-                copied = finished
-        self._describe(rows=copied)
+        finished = self._parquet and _has_content(self.path) and self._check_table(self.path)
+        self._describe(rows=max(copied, finished))
+        # With fewer rows than the table it is a copy of it that was not finished, since rows are only added to it.
+        if copied < finished:
+            self._file.truncate(0)
+            self._append(b"".join(map(self._line, self._read(self.path))))
         if self.path.suffix == ".csv" and not _has_content(self._growing):
             self._append(csv_line(self._names))
 
@@ -177,7 +175,7 @@ class ScoreTable:
                     rows,
                     meta_path(self.path).name,
                 )
-                self.meta["rows_of_unknown_settings"] = rows
+                self.meta[UNKNOWN] = rows
             else:
                 self.meta, allowed = continue_meta(self.path, before, self.meta)
                 if allowed:
