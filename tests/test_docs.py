@@ -1,4 +1,4 @@
-"""The commands of docs/training.md: all of them are understood, and those marked `<!-- run -->` run as written."""
+"""The commands of docs/: all of them are understood, and those marked `<!-- run -->` run as written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from synthetic import synthetic_photograph
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.degradations.bank import degrade
 
-TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+# Later pages use what earlier ones made.
+PAGES = [ROOT / "docs" / name for name in ("training.md", "evaluation.md", "scoring.md")]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("qualiclip ")]
 # Those within the text and its tables too.
-COMMANDS += re.findall(r"`(qualiclip (?:train|tune|evaluate) [^`]*--[^`]*)`", TEXT.replace("\n", " "))
+COMMANDS += re.findall(r"`(qualiclip (?:train|tune|evaluate|score|filter) [^`]*--[^`]*)`", TEXT.replace("\n", " "))
 
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
@@ -58,3 +61,9 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert ran >= 6
     for made in ("runs/toy/model.safetensors", "toy.csv", "sheet.png", "agreement.json", "scatter.png", "levels.png"):
         assert (tmp_path / made).stat().st_size > 0, made
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md")]))
+def test_every_link_goes_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
