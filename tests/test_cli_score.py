@@ -1,4 +1,4 @@
-"""`qualiclip score` and `qualiclip filter`: tables, exit status, and real faults of files, disks and processes."""
+"""`qualiclip score`: tables, exit status, and real faults of files, disks and processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import inspect
 import io
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import faults
 import numpy as np
@@ -27,7 +28,7 @@ from test_scoring import workers_of
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.images.paths import find_pictures, matches
 from qualiclip_pyiqa.scoring.scorer import Scorer
-from qualiclip_pyiqa.scoring.tables import Record, read_table, write_table
+from qualiclip_pyiqa.scoring.tables import Record, read_table
 
 RNG = np.random.default_rng(0)
 
@@ -295,16 +296,16 @@ def many(tmp_path: Path) -> Path:
     return tmp_path / "many"
 
 
-def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     return command("score", *arguments, "--device", "cpu", **options)
 
 
-def command(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+def command(*arguments: object, environment: Mapping[str, str] = {}, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qualiclip_pyiqa", *map(str, arguments)]
     root = str(Path(cli.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    options = {"preexec_fn": faults.heed_ctrl_c, **options}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **options)  # type: ignore[call-overload]
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    options = {"preexec_fn": faults.heed_ctrl_c, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **environment}, **options)
 
 
 def wait_for_rows(out: Path, count: int) -> None:
@@ -417,108 +418,105 @@ def test_a_reader_that_has_enough(many: Path) -> None:
     assert run.wait(timeout=60) == 1
 
 
-def test_output_that_is_not_taken(table: Path, folder: Path) -> None:
-    listing = ("filter", table, "-m", "piqe", "--best", 1)
-    with Path("/dev/full").open("wb") as full:
-        run = command(*listing, stdout=full)
-        other = start(folder, "--workers", 0, stdout=full)
-    for each in (run, other):
-        _, err = each.communicate(timeout=120)
-        last = err.splitlines()[-1]
-        assert last == b"qualiclip: standard output cannot be written (No space left on device)"
-        assert each.returncode == 1 and b"Traceback" not in err
+def test_results_do_not_depend_on_the_screen(folder: Path, tmp_path: Path) -> None:
+    """Standard error that takes nothing, or no more: the table is whole and the status says how it went."""
+    (folder / "broken.png").touch()
     read, write = os.pipe()
     os.close(read)
-    run = command(*listing, stdout=write)
+    with Path("/dev/full").open("wb") as full:
+        for name, stderr in (("full", full.fileno()), ("closed", write)):
+            run = start(folder, "-o", tmp_path / f"{name}.csv", "--workers", 0, stderr=stderr)
+            assert run.wait(timeout=120) == 1  # for the broken one
+            assert len(rows(tmp_path / f"{name}.csv")) == 6
+            run = start(folder, "-o", tmp_path / f"{name}.csv", stderr=stderr)
+            assert run.wait(timeout=120) == 2  # it is there already
     os.close(write)
+
+
+def test_a_terminal_without_the_characters_of_a_name(tmp_path: Path) -> None:
+    names = ["写真.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        picture(tmp_path / "in" / name)
+    (tmp_path / "in" / "壊れた.png").touch()
+    environment = {"PYTHONIOENCODING": "cp1252:strict"}
+    run = start(tmp_path / "in", "-o", tmp_path / "s.csv", "--workers", 0, environment=environment)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 1 and b"Traceback" not in err
-    assert err.splitlines()[-1] == b"7 of 7 scored images kept; 1 without a score left out"
+    assert b"\\u5199\\u771f.png" in err and b"\\u58ca\\u308c\\u305f.png is empty" in err
+    assert [Path(str(row.path)).name for row in rows(tmp_path / "s.csv")] == sorted([*names, "壊れた.png"])
+    # What goes to standard output as text: here the path of a weight file.
+    weights = tmp_path / "重み"
+    weights.mkdir()
+    (weights / "RN50.pt").touch()
+    environment["QUALICLIP_PYIQA_WEIGHTS"] = str(weights)
+    run = command("weights", "path", "RN50", environment=environment, stdout=subprocess.PIPE)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0 and out.endswith(b"\\u91cd\\u307f/RN50.pt\n"), err
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    records = [Record(f"{n}.png", 40, 40, {"qualiclip-mini": n / 10, "piqe": n}) for n in (3, 1, 4, 1.5, 9, 2, 6)]
-    records.insert(3, Record("broken.png", error="broken"))
-    write_table(tmp_path / "t.csv", ["qualiclip-mini", "piqe"], records)
-    return tmp_path / "t.csv"
-
-
-def keep(table: Path, *arguments: object) -> int:
-    return cli.main(["filter", str(table), *map(str, arguments)])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("-m", "qualiclip-mini", "--above", 0.3), "3 4 9 6"),
-        (("-m", "qualiclip-mini", "--below", 0.15), "1 1.5"),
-        (("-m", "qualiclip-mini", "--best", 0.25), "9 6"),
-        (("-m", "piqe", "--best", 0.25), "1 1.5"),  # lower is better
-        (("-m", "piqe", "--best", 0), ""),
-        (("-m", "piqe", "--best", 1), "3 1 4 1.5 9 2 6"),
-    ],
-)
-def test_filter_lists(
-    arguments: tuple[object, ...], expected: str, table: Path, capsys: pytest.CaptureFixture[str]
+def test_one_row_an_image_however_it_was_spelled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert keep(table, *arguments) == 0
-    captured = capsys.readouterr()
-    assert captured.out.split() == [f"{number}.png" for number in expected.split()]
-    assert f"{len(expected.split())} of 7 scored images kept; 1 without a score left out" in captured.err
-    assert keep(table, *arguments, "-0") == 0
-    assert capsys.readouterr().out == "".join(f"{number}.png\0" for number in expected.split())
-
-
-def test_filter_keeps_rows_and_copies(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert score(folder, "-o", tmp_path / "s.csv") == 0
-    capsys.readouterr()
-    assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "k.parquet", "--copy", tmp_path / "kept") == 0
-    assert capsys.readouterr().out == ""
-    assert rows(tmp_path / "k.parquet") == rows(tmp_path / "s.csv")
-    for path in [*folder.glob("*.png"), folder / "sub" / "deep.jpg"]:
-        assert (tmp_path / "kept" / path.relative_to(folder)).read_bytes() == path.read_bytes()
-    assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "kept") == 2
-    assert "is there already" in capsys.readouterr().err
-    shutil.rmtree(folder)
-    assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "more") == 1
-    assert "cannot be copied" in capsys.readouterr().err
-    assert not [path for path in (tmp_path / "more").rglob("*") if path.is_file()]
-    assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "nowhere" / "k.csv") == 1
-    assert capsys.readouterr().err.endswith("k.csv cannot be written (No such file or directory)\n")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.chdir(tmp_path)
+    relative = ["photos", "./photos", "photos/0.png", "./photos/0.png", "photos/sub/../0.png", folder / "0.png"]
     for suffix in (".csv", ".jsonl", ".parquet"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-        try:
-            assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / f"full{suffix}") == 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert capsys.readouterr().err.endswith(f"full{suffix} cannot be written (File too large)\n")
-    assert not list(tmp_path.glob("full*"))
+        out = tmp_path / f"s{suffix}"
+        assert score(*relative, "-o", out, "--workers", 0) == 0
+        assert len(rows(out)) == 5 and rows(out)[0].path == "photos/0.png"  # as it was spelled first
+        before = out.read_bytes()
+        for again in (["./photos"], [folder], [f"../{tmp_path.name}/photos", "photos/./1.png"]):
+            assert score(*again, "-o", out, "--resume", "--workers", 0) == 0
+            assert len(rows(out)) == 5
+        assert suffix == ".parquet" or out.read_bytes() == before
+    capsys.readouterr()
+    assert score(*relative[2:], "--workers", 0) == 0
+    assert "1 images: 1 scored" in capsys.readouterr().err
 
 
-def test_copies_stay_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "other" / "x.png")
-    picture(tmp_path / "photos" / "y.png")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    paths = ["../photos/../other/x.png", "../photos/y.png"]
-    write_table("t.csv", ["piqe"], [Record(path, 48, 40, {"piqe": 1}) for path in paths])
-    (tmp_path / "kept" / "photos").mkdir(parents=True)
-    (tmp_path / "kept" / "photos" / "y.png.part").write_text("mine")
-    assert keep(Path("t.csv"), "--best", 1, "--copy", "../kept") == 0
-    copies = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "kept").rglob("*") if path.is_file())
-    assert copies == ["kept/other/x.png", "kept/photos/y.png", "kept/photos/y.png.part"]
-    assert (tmp_path / "kept" / "photos" / "y.png.part").read_text() == "mine"
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_in_any_encoding(
+    encoding: str, end: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(folder / "1.png"), str(picture(folder / "写 真.png"))]
+    data = end.join([*paths, "", ""]).encode(encoding)
+    data = b"\xfe\xff" + data if encoding == "utf-16-be" else data
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert score("-", "-o", tmp_path / "s.jsonl", "--workers", 0) == 0
+    assert [row.path for row in rows(tmp_path / "s.jsonl")] == paths
 
 
-def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        (("--above", 0.5), "choose one with -m"),
-        (("-m", "niqe", "--above", 0.5), "has no score 'niqe'"),
-        (("-m", "piqe", "--best", 20), "expected a share in 0..1"),
-        (("-m", "piqe", "--best", 1, "-o", table), "is there already"),
-        (("-m", "piqe", "--best", 1, "-o", tmp_path / "x.txt"), "expected one in"),
-    ):
-        assert keep(table, *arguments) == 2
-        assert message in capsys.readouterr().err
+def test_lists_that_are_no_text(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(folder)
+    strange = picture(folder / os.fsdecode(b"\xff\xfe.png"))  # begins as UTF-16 does
+    for data, options in ((b"\xff\xfe.png\n", ()), (b"\xff\xfe.png\x000.png\0", ("-0",))):
+        out = tmp_path / f"{len(options)}.csv"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert score("-", *options, "-o", out, "--workers", 0) == 0
+        assert rows(out)[0].path == strange.name
+    for data in (b"a.png\0b.png\0", "a.png\n".encode("utf-16-le"), b"\xff\xfea\0b"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert score("-", "-o", tmp_path / "none.csv") == 2
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    words = capsys.readouterr().out.split()
+    assert words[:2] == ["qualiclip-pyiqa", version("qualiclip-pyiqa")]
+    assert f"{version('pyiqa')}," in words and f"{version('torch')}," in words
+    code = "import sys; from qualiclip_pyiqa.commands import cli\ntry: cli.main(['--version'])\n"
+    code += "finally: assert not {'torch', 'pyiqa'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_parquet_without_pyarrow_is_said_before_scoring(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setattr(Scorer, "score", None)
+    assert score(folder, "-o", tmp_path / "s.parquet") == 2
+    assert 'a Parquet table needs pyarrow: pip install "qualiclip-pyiqa[parquet]"' in capsys.readouterr().err
+    assert not list(tmp_path.glob("s.parquet*"))
