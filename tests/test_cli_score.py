@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
-import inspect
 import io
 import os
 import resource
@@ -12,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +23,7 @@ from PIL import Image
 from test_scoring import workers_of
 
 from qualiclip_pyiqa.commands import cli
-from qualiclip_pyiqa.images.paths import find_pictures, matches
+from qualiclip_pyiqa.images.paths import find_pictures
 from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record, read_table
 
@@ -219,57 +216,6 @@ def test_files_that_vanish_or_may_not_be_read_are_rows(
     assert str(errors["1.png"]).endswith("1.png does not exist; expected a picture file")
     assert str(errors["2.png"]).endswith("2.png cannot be read (Permission denied); expected a picture file")
     assert [name for name, error in errors.items() if error is None] == ["0.png", "3.png", "deep.jpg"]
-
-
-def test_find_pictures(folder: Path, tmp_path: Path) -> None:
-    found = find_pictures([str(folder / "1.png"), str(folder), str(folder)])
-    assert Counter(found.paths).most_common(1)[0][1] == 1 and found.paths[0] == str(folder / "1.png")
-    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "[01].png")]  # no pattern
-
-
-def test_patterns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert matches(str(folder / "[01].png")) == [str(folder / "0.png"), str(folder / "1.png")]
-    picture(folder / "[01].png")  # a name that looks like a pattern is a name first
-    assert matches(str(folder / "[01].png")) == [str(folder / "[01].png")]
-    assert matches(str(folder / "x*")) == [str(folder / "x*")] and matches("x") == ["x"]  # so that an error says it
-    picture(folder / "sub" / "[x]" / "deeper.jpg")
-    picture(folder / ".hidden" / "not.jpg")
-    monkeypatch.chdir(folder)
-    for pattern in ("**/*.jpg", "./**/*.jpg", f"{folder}/**/*.jpg", "../*/**/sub/**/*.jpg", "sub/**/", "s**"):
-        usual = sorted(set(glob.glob(pattern, recursive=True)))  # noqa: PTH207
-        assert matches(pattern) == usual and usual[0] != pattern
-    assert {str(folder / path) for path in find_pictures(matches("sub/**")).paths} == {
-        str(folder / "sub" / "deep.jpg"),
-        str(folder / "sub" / "[x]" / "deeper.jpg"),
-    }
-
-
-def test_a_loop_of_folders_ends(folder: Path) -> None:
-    for name in ("again", "once more", "sub/up"):
-        (folder / name).symlink_to(folder)
-    elsewhere = picture(folder.parent / "elsewhere" / "z.jpg").parent
-    (folder / "link").symlink_to(elsewhere)
-    assert matches(str(folder / "**" / "*.jpg")) == [str(folder / "link" / "z.jpg"), str(folder / "sub" / "deep.jpg")]
-    assert len(find_pictures([str(folder)]).paths) == 6
-
-
-def test_folders_within_folders(tmp_path: Path) -> None:
-    """However many, in the order of their names."""
-    find_pictures([str(tmp_path)])  # what is imported only once needs a deeper stack
-    expected, below = [], tmp_path
-    for _ in range(80):
-        expected.append(picture(below / "a.png"))
-        below = below / "b"
-    expected += [folder.parent / "c.png" for folder in reversed(expected)]
-    for path in expected[80:]:
-        picture(path)
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(len(inspect.stack(0)) + 60)
-    try:
-        found = find_pictures([str(tmp_path)]).paths
-    finally:
-        sys.setrecursionlimit(limit)
-    assert found == [str(path) for path in expected]
 
 
 def test_a_listed_name_is_no_pattern(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

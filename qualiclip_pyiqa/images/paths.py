@@ -1,6 +1,7 @@
-"""Which pictures are meant: patterns become names, and files, folders and lists one list of paths, each once.
+"""Find images: patterns become names; files, folders and lists become one list of paths, each named once.
 
-Links to folders are followed, but no folder is entered twice, so that a loop ends.
+Links to folders are followed, but no folder is entered twice, so a loop of links ends. Hidden entries (`.name`, and
+what systems leave in folders, such as `__MACOSX`) are found only if they are named.
 """
 
 from __future__ import annotations
@@ -9,33 +10,45 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
+from ..errors import SettingsError
 from .formats import SUFFIXES
 
 _Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
+# Folders that macOS's archives, Synology, QNAP and Windows keep beside a user's files: thumbnails, deleted files.
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
+_WILDCARDS = ("*", "?", "[")
+
 
 @dataclass
 class FoundPaths:
-    """What was found.
+    """What `find_pictures` found.
 
     Attributes:
-        paths: pictures in the order of the arguments, folders in the order of their names. A path that was named
-            itself is among them whatever it is, so that what is wrong with it is said.
-        unreadable: folders that could not be listed, and why.
-        others: how many files in folders were passed over, since their suffix is no picture's.
+        paths: images, in the order of the arguments, and in folders in the order of names. A path that was named
+            itself is included whatever it is, so that its fault is reported when it is opened.
+        unreadable: folders that cannot be listed -> why.
+        others: number of files in folders that were left out because their suffix is not an image's.
+        hidden: number of hidden files and folders in folders that were left out. A folder counts once.
     """
 
     paths: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     others: int = 0
+    hidden: int = 0
 
 
 def find_pictures(arguments: Iterable[str]) -> FoundPaths:
-    """Files as they are, and folders with everything below them.
+    """Find images among files, which are kept as they are, and below folders.
 
-    Names may hold line breaks and undecodable bytes. What was named twice is there once.
+    Args:
+        arguments: paths of files and folders, not patterns. Names may hold line breaks and undecodable bytes.
+
+    Returns:
+        The paths, each once however often it was named.
     """
     found = FoundPaths()
     seen: _Seen = set()
@@ -49,62 +62,103 @@ def find_pictures(arguments: Iterable[str]) -> FoundPaths:
     return found
 
 
+def list_images(folder: Path) -> list[Path]:
+    """List the images below a folder, in the order of names, for work that needs all of them.
+
+    Raises:
+        SettingsError: not a folder, or it or a folder below it cannot be listed.
+    """
+    if not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder; expected one with images")
+    found = find_pictures([str(folder)])
+    for path, why in found.unreadable.items():
+        raise SettingsError(f"{path} cannot be listed ({why}); expected a folder that can be read")
+    return [Path(path) for path in found.paths]
+
+
 def matches(pattern: str) -> list[str]:
-    """The names that a pattern (`*`, `?`, `[...]`, `**`) matches; a name that is there, or no other is, is itself."""
+    """Expand a pattern of `*`, `?`, `[...]` and `**` to the names it matches.
+
+    A name that exists is itself, whatever it looks like; a pattern that matches nothing is returned as it is, so that
+    an error can name it. As with `glob`, a wildcard at the beginning of a name matches no hidden one.
+    """
     if os.path.lexists(pattern) or not glob.has_magic(pattern):
         return [pattern]
     return sorted(set(_expand(pattern.replace(os.sep, "/")))) or [pattern]
 
 
+def is_picture(name: str) -> bool:
+    """Return whether a file is an image by its suffix, in any case."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is left out of folders unless it is named."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
 def _expand(pattern: str) -> Iterator[str]:
-    """As `glob.glob(pattern, recursive=True)`, which a loop of links may keep busy for ever."""
+    """Like `glob.glob(pattern, recursive=True)`, which does not end in reasonable time on a loop of links."""
     if f"/{pattern}".endswith("/**"):
         pattern += "/*"
     end = f"/{pattern}".find("/**/")
     if end < 0:
-        yield from glob.iglob(pattern)
+        yield from (name for name in glob.iglob(pattern) if not _hidden_match(pattern, name))
         return
     head, tail = pattern[:end], pattern[end + len("**/") :]
-    for start in glob.iglob(head) if head else [""]:
+    for start in _expand(head) if head else [""]:
         seen: _Seen = set()
         folders = [start]
         while folders:
             folder = folders.pop()
             try:
                 entries = _list(folder, seen)
-            except OSError:  # a pattern matches what can be seen
+            except OSError:  # a pattern matches what can be listed
                 continue
-            below = [f"{folder}{each.name}/" for each in entries if each.name[0] != "." and os.path.isdir(each.path)]
+            below = [f"{folder}{each.name}/" for each in entries if not is_hidden(each.name) and _is_folder(each)]
             folders += reversed(below)
             if entries:
                 yield from _expand(glob.escape(folder) + tail)
 
 
+def _hidden_match(pattern: str, name: str) -> bool:
+    """Return whether a wildcard at the beginning of a part of the pattern matched a hidden name."""
+    parts, names = (path.replace(os.sep, "/").replace("//", "/").split("/") for path in (pattern, name))
+    return any(part[:1] in _WILDCARDS and is_hidden(match) for part, match in zip(parts, names, strict=False))
+
+
 def _walk(folder: str, found: FoundPaths, seen: _Seen) -> Iterator[str]:
-    paths = [folder]  # to come, the next one last
-    while paths:
-        path = paths.pop()
-        if os.path.isdir(path):
+    """Yield the images below a folder; record in `found` what is left out."""
+    todo = [(folder, True)]  # path and whether it is a folder; the next one last
+    while todo:
+        path, is_folder = todo.pop()
+        if is_folder:
             try:
-                paths += [entry.path for entry in reversed(_list(path, seen))]
+                entries = _list(path, seen)
             except OSError as error:
                 found.unreadable[path] = error.strerror or str(error)
+                continue
+            shown = [entry for entry in entries if not is_hidden(entry.name)]
+            found.hidden += len(entries) - len(shown)
+            todo += [(entry.path, _is_folder(entry)) for entry in reversed(shown)]
         elif is_picture(path):
             yield path
         else:
             found.others += 1
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
+
+
 def _list(folder: str, seen: _Seen) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name; nothing if it was seen before."""
+    """List a folder by name, or nothing if it was seen before."""
     status = os.stat(folder or ".")
     if (status.st_dev, status.st_ino) in seen:
         return []
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder or ".") as listing:
         return sorted(listing, key=lambda entry: entry.name)
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file is a picture by its suffix."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ImageError, SettingsError
+from ..images.convert import ReadRules
+from ..images.decoding import decode
 from ..images.tensors import Source, from_pixels, load_image
-from ..images.workers import DecodedImage, Decoder, decode
+from ..images.workers import DecodedImage, Decoder
 from ..metrics.prompt_iqa import PromptIQA
 from ..towers.streaming import LARGE_PIXELS
 from .precision import PRECISIONS, tf32
@@ -113,7 +115,9 @@ class Scorer:
         batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
         """
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        decoder = Decoder(self.workers, 2 * self.workers or self.batch_size, events, self.max_pixels)
+        decoder = Decoder(
+            self.workers, 2 * self.workers or self.batch_size, events, ReadRules(max_pixels=self.max_pixels)
+        )
         threads = [ThreadPoolExecutor(1) for _ in self.networks]
         try:
             yield from _Run(self, iter(images), events, decoder, threads)
@@ -184,7 +188,7 @@ class _Run:
             except ImageError as error:
                 self._decoded(number, error)
         else:
-            self._decoded(number, decode(source, self.scorer.max_pixels))
+            self._decoded(number, decode(source, ReadRules(max_pixels=self.scorer.max_pixels)))
 
     def _decoded(self, number: int, result: np.ndarray | ImageError) -> None:
         if isinstance(result, ImageError):
