@@ -18,9 +18,8 @@ from typing import Any
 import faults
 import numpy as np
 import pytest
-from faults import as_nobody
+from faults import as_nobody, workers_of
 from PIL import Image
-from test_scoring import workers_of
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.images.paths import find_pictures

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import logging
 import multiprocessing
 import os
-import queue
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,13 @@ import numpy as np
 import pyiqa
 import pytest
 import torch
-from faults import Killer
+from faults import workers_of
 from PIL import Image
 from synthetic import synthetic_photograph
 from test_archs import build
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.images.workers import Decoder
 from qualiclip_pyiqa.scoring.scorer import BATCH_PIXELS, Scorer
 from qualiclip_pyiqa.scoring.tables import Record
 
@@ -342,58 +337,6 @@ def test_large_pictures_go_through_the_network_in_small_batches(photos: list[Pat
     assert max(sizes) == 3
 
 
-def workers_of(pid: int) -> list[int]:
-    """Process ids of the decoding workers of a process."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # threads and processes come and go meanwhile
-            for child in map(int, (task / "children").read_text().split()):
-                with contextlib.suppress(OSError):
-                    if b"qualiclip_pyiqa.images.workers" in Path(f"/proc/{child}/cmdline").read_bytes():
-                        found.append(child)
-    return found
-
-
-def test_a_killed_worker_costs_no_picture(photos: list[Path], expected: list[float]) -> None:
-    killed = []
-
-    def meanwhile() -> Iterator[Path]:
-        for number, path in enumerate(photos * 3):
-            if number in (7, 20):
-                for worker in workers_of(os.getpid()):
-                    os.kill(worker, signal.SIGKILL)
-                    killed.append(worker)
-            yield path
-
-    records = list(Scorer("qualiclip-mini", device="cpu", batch_size=2, workers=2).score(meanwhile()))
-    assert len(killed) >= 2
-    assert [record.path for record in records] == [str(path) for path in photos * 3]
-    assert close(records, expected * 3)
-
-
-@pytest.mark.parametrize(("times", "scored"), [(2, True), (99, False)])
-def test_a_picture_that_kills_its_worker_is_an_error_and_its_neighbours_are_not(
-    times: int, scored: bool, photos: list[Path], tmp_path: Path
-) -> None:
-    log = tmp_path / "deaths"
-    sources = [*photos[:5], Killer(str(photos[5]), times, str(log)), *photos[6:]]
-    records = list(Scorer("qualiclip-mini", device="cpu", workers=2).score(sources))
-    assert [record.path for record in records] == [str(path) for path in photos]
-    assert all(record.error is None for record in records[:5] + records[6:])
-    if scored:
-        assert records[5].error is None
-    else:
-        assert "the process that tried it was killed" in records[5].error
-        assert log.stat().st_size == 3
-
-
-def test_workers_that_cannot_start_are_no_pictures_fault(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qualiclip_pyiqa.images.workers._COMMAND", "raise SystemExit(3)")
-    with pytest.raises(SettingsError, match=r"^workers is 2, .* does not start \(exit status 3, 3 times\).* workers=0"):
-        list(Scorer("qualiclip-mini", device="cpu", workers=2).score(photos))
-    assert not workers_of(os.getpid())
-
-
 def test_refused_before_decoding(tmp_path: Path, photos: list[Path]) -> None:
     for workers in (0, 1):
         records = list(Scorer("qualiclip-mini", device="cpu", workers=workers, max_pixels=5000).score(photos[:4]))
@@ -474,49 +417,3 @@ def test_in_a_process_that_may_not_start_others(photos: list[Path], expected: li
     process.start()
     assert receive.poll(120) and np.allclose(receive.recv(), expected[:2], rtol=0, atol=SAME)
     process.join()
-
-
-def test_workers_killed_at_any_moment_hang_nothing(photos: list[Path]) -> None:
-    """Also in the middle of a message: large pictures, and a killer that waits for some results and no moment else."""
-    rng = np.random.default_rng(0)
-    large = np.repeat(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8), 4, axis=0)
-    buffer = io.BytesIO()
-    Image.fromarray(large).save(buffer, "PNG", compress_level=0)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    decoder = Decoder(2, 4, events, None)
-    stop = threading.Event()
-
-    done: dict[int, Any] = {}
-
-    def kill() -> None:
-        seen = 0
-        while not stop.wait(float(rng.uniform(0.05, 0.5))):
-            if len(done) < seen + 5:  # a busy machine needs its time to start workers
-                continue
-            seen = len(done)
-            for worker in workers_of(os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    numbers = iter(range(150))
-    while len(done) < 150:
-        while decoder.ready and (number := next(numbers, None)) is not None:
-            decoder.submit(number, buffer.getvalue())
-        event = events.get(timeout=60)
-        decoder.pending -= 1
-        assert event.number not in done
-        done[event.number] = event.result
-    stop.set()
-    killer.join()
-    decoder.close()
-    assert all(np.array_equal(result, large) for result in done.values() if isinstance(result, np.ndarray))
-    # A picture that cost three workers in a row is given up; that is rare, since they live for many pictures.
-    assert sum(isinstance(result, np.ndarray) for result in done.values()) > 100
-
-
-def test_what_is_not_the_pictures_fault_is_raised(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qualiclip_pyiqa.images.workers.pickle.dumps", lambda source: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        list(Scorer("qualiclip-mini", device="cpu", workers=1).score(photos))

@@ -57,7 +57,8 @@ def read_setup() -> PillowSetup:
     }
     decoders = {name: _name(decoder) for name, decoder in Image.DECODERS.items() if not _is_pillows(decoder)}
     settings = {module: _values(module, names) for module, names in SETTINGS.items() if module in sys.modules}
-    packages = {name.partition(".")[0] for name in (*(opener for opener, _ in openers.values()), *decoders.values())}
+    plugins = [*(opener for opener, _ in openers.values()), *decoders.values()]
+    packages = {name.partition(":")[0].partition(".")[0] for name in plugins}
     for module in list(sys.modules):
         if module.partition(".")[0] in packages:  # a plug-in's settings are in capitals too
             settings[module] = _values(module, [name for name in vars(sys.modules[module]) if name.isupper()])
@@ -81,7 +82,10 @@ def apply_setup(setup: PillowSetup) -> None:
     for name, decoder in setup["decoders"].items():
         Image.register_decoder(name, _find(decoder))
     for module, values in setup["settings"].items():
-        vars(import_module(module)).update(values)
+        if module in SETTINGS:
+            import_module(module)
+        if module in sys.modules:  # of a plug-in's package: what the plug-in needs, and not the program around it
+            vars(sys.modules[module]).update(values)
 
 
 def _is_pillows(registered: Any) -> bool:
