@@ -1,0 +1,102 @@
+"""Which file a name in a table means."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import SettingsError
+from ..images.convert import source_name
+from ..images.paths import find_pictures, is_picture
+
+
+class FileNames:
+    """Finds files by names as people write them in tables.
+
+    A name means the file `folder / name`; else the one file of that path below the folder in another case or with the
+    other separator of folders; else, if it has no suffix, the one image below the folder with this stem, to which more
+    folders may lead than are written. Without a folder, more folders may lead to any file.
+
+    Args:
+        folder: where the files are. None: anywhere in `among`.
+        among: paths to choose from, which need not exist. None: what is below `folder`.
+    """
+
+    def __init__(self, folder: Path | None, among: Sequence[str] | None = None) -> None:
+        if folder is None and among is None:
+            raise SettingsError("names of images need the folder of the images")
+        self.folder, self.among = folder, among
+
+    def find(self, name: str, where: str) -> tuple[Path, bool]:
+        """Find a file.
+
+        Args:
+            name: its name.
+            where: who names it, to begin an error message with.
+
+        Returns:
+            Its path, and whether the name lacks the suffix.
+
+        Raises:
+            SettingsError: no such file, or several.
+        """
+        if self.among is None and self.folder is not None and os.path.isfile(self.folder / name):  # noqa: PTH113
+            return self.folder / name, False
+        parts = _parts(name)
+        folded = [part.casefold() for part in parts]
+        for by_stem, index in ((False, self._by_name), (True, self._by_stem)):
+            below = self.folder is not None and not by_stem  # the name is all of the path below the folder
+            alike = [
+                (path, whole)
+                for path, whole in index.get(folded[-1] if folded else "", [])
+                if [part.casefold() for part in whole[-len(parts) :]] == folded
+                and (not below or len(whole) == len(parts))
+            ]
+            same_case = [each for each in alike if each[1][-len(parts) :] == parts]
+            whole_path = [each for each in same_case if each[1] == parts]
+            found = next((each for each in (whole_path, same_case, alike) if len(each) == 1), alike)
+            if len(found) > 1:
+                both = " and ".join(source_name(path) for path, _ in found[:2])
+                raise SettingsError(f"{where}: {source_name(name)} may be {both}; write its folder and suffix")
+            if found:
+                return Path(found[0][0]), by_stem
+        raise SettingsError(f"{where}: {source_name(name)} is not there; expected an image {self._place}")
+
+    @property
+    def _place(self) -> str:
+        table = "" if self.among is None else "of the table of scores"
+        folder = "" if self.folder is None else f"below {self.folder}"
+        return " ".join(filter(None, (table, folder)))
+
+    @cached_property
+    def _files(self) -> list[tuple[str, list[str]]]:
+        """Paths to choose from, and the parts of their names below the folder."""
+        if self.folder is None:
+            return [(path, _parts(path)) for path in dict.fromkeys(self.among or ())]
+        paths = find_pictures([str(self.folder)]).paths if self.among is None else dict.fromkeys(self.among)
+        root = _parts(os.path.abspath(self.folder))  # noqa: PTH100
+        whole = [(path, _parts(os.path.abspath(path))) for path in paths]  # noqa: PTH100
+        return [(path, parts[len(root) :]) for path, parts in whole if parts[: len(root)] == root]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[tuple[str, list[str]]]]:
+        index: dict[str, list[tuple[str, list[str]]]] = {}
+        for path, parts in self._files:
+            index.setdefault(parts[-1].casefold() if parts else "", []).append((path, parts))
+        return index
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[tuple[str, list[str]]]]:
+        index: dict[str, list[tuple[str, list[str]]]] = {}
+        for path, parts in self._files:
+            if parts and is_picture(path):
+                stem = os.path.splitext(parts[-1])[0]  # noqa: PTH122
+                index.setdefault(stem.casefold(), []).append((path, [*parts[:-1], stem]))
+        return index
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and file name, with either separator."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
