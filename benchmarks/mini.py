@@ -34,12 +34,13 @@ import torch
 from baselines import NaturalScenes, SharpestParts, Sharpness, SharpnessForDetail, classical
 from torch import nn
 
-from qualiclip_pyiqa.commands.evaluate import scored
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.evaluation.agreement import LEAST, agreement, compare
 from qualiclip_pyiqa.evaluation.ladders import score_degraded
 from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
+from qualiclip_pyiqa.evaluation.scores import score_images
 from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.scoring.scorer import Scorer
 
 EMBEDDED = "qualiclip-mini"
 LAPLACIAN, SHARPEST, RELATIVE = "log variance of the Laplacian", "sharpest parts", "sharpest parts for the detail"
@@ -88,7 +89,10 @@ def measure(options: argparse.Namespace) -> list[Row]:
     } | others
     metrics = models | baselines
 
-    scores = scored(ratings.paths, metrics, "cpu")
+    scored = score_images(Scorer(metrics, device="cpu"), list(dict.fromkeys(ratings.images)))
+    if scored.errors:
+        raise ImageError(next(iter(scored.errors.values())))
+    scores = {name: values.tolist() for name, values in scored.of(ratings.images).items()}
     for name, metric in metrics.items():  # from here on in the direction of the opinion scores
         if bool(metric.lower_better) != ratings.lower_better:
             scores[name] = [-score for score in scores[name]]
@@ -109,7 +113,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
                 row = {"measured": what, "metric": name, "n": len(members), "SRCC": difference.difference}
                 rows.append(row | {"95 % interval": interval(difference.ci95)})
     kind = "held out" if held_out else "not held out"
-    for name, types in score_degraded(degraded, models, "cpu").items():
+    for name, types in score_degraded(Scorer(models, device="cpu", workers=0), degraded).behaviours.items():
         falling = [kind for kind, each in types.items() if each.falls]
         rows.append(
             {"measured": f"degradations, {len(degraded)} photographs, {kind}", "metric": name}

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+import types
+import warnings
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import matplotlib.text
 import numpy as np
+import pyiqa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
@@ -19,8 +28,16 @@ from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.evaluation import plots
-from qualiclip_pyiqa.evaluation.agreement import agreement, compare, fitted_logistic, gmad, logistic
-from qualiclip_pyiqa.evaluation.ratings import pyiqa_ratings, read_ratings
+from qualiclip_pyiqa.evaluation.agreement import agreement, compare, fitted_logistic, logistic
+from qualiclip_pyiqa.evaluation.datasets import pyiqa_ratings
+from qualiclip_pyiqa.evaluation.gmad import gmad
+from qualiclip_pyiqa.evaluation.ladders import score_degraded
+from qualiclip_pyiqa.evaluation.opinions import report_opinions
+from qualiclip_pyiqa.evaluation.ratings import read_ratings
+from qualiclip_pyiqa.evaluation.scores import score_images
+from qualiclip_pyiqa.images.tensors import load_image
+from qualiclip_pyiqa.scoring.scorer import Scorer
+from qualiclip_pyiqa.scoring.tables.meta import write_meta
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=200)
@@ -117,7 +134,7 @@ def test_gmad_pairs() -> None:
         assert {duel.better, duel.worse} == {inside[attacking[inside].argmin()], inside[attacking[inside].argmax()]}
     assert [duel.level for duel in duels[:3]] == sorted(duel.level for duel in duels[:3])
     with pytest.raises(SettingsError, match="needs at least 18"):
-        gmad({"a": a[:17], "b": b[:17]}, {})
+        gmad({"a": a[:17], "b": b[:17]}, {}, levels=4)
     for none in (0, -1):
         with pytest.raises(SettingsError, match="expected at least 1"):
             gmad({"a": a, "b": b}, {}, levels=none)
@@ -149,31 +166,34 @@ def test_command_with_ratings(rated: Path, tmp_path: Path, capsys: pytest.Captur
     out, plot = tmp_path / "e.json", tmp_path / "e.png"
     command = ["--ratings", rated / "mos.csv", "--images", rated, "-m", "qualiclip-mini", "-m", "piqe"]
     assert evaluate(*command, "--group", "camera", "--json", out, "--plot", plot) == 0
-    numbers = json.loads(out.read_text())
+    written = json.loads(out.read_text())
+    numbers = written["metrics"]
     mini = numbers["qualiclip-mini"]
-    assert list(numbers) == ["qualiclip-mini", "piqe"]
+    assert list(numbers) == ["qualiclip-mini", "piqe"] and written["left_out"] == {}
+    assert written["ratings"]["images"] == written["ratings"]["rows"] == 16
+    assert (mini["lower_better"], numbers["piqe"]["lower_better"]) == (False, True)
     assert {"n", "srcc", "plcc", "plcc_logistic", "krcc", "rmse", "srcc_ci95"} <= set(mini)
     assert mini["n"] == 16 and mini["srcc"] > 0.5 and mini["srcc_ci95"][0] <= mini["srcc"] <= mini["srcc_ci95"][1]
     assert numbers["piqe"]["srcc"] > 0  # lower is better, and so is counted
     assert set(mini["groups"]) == {"a", "b"} and mini["groups"]["a"]["n"] == 8
     assert set(mini["versus"]) == {"piqe"}
     said = capsys.readouterr().out
-    assert f"| qualiclip-mini | 16 | {mini['srcc']:.4f} |" in said and "camera = a, 8 pictures" in said
+    assert f"| qualiclip-mini | 16 | {mini['srcc']:.4f} |" in said and "camera = a, 8 images" in said
     with Image.open(plot) as drawn:
         assert drawn.width > 600
 
     # A DMOS column is known to be better when lower; any column can be named and turned round.
     assert evaluate(*command[:4], "--mos-column", "dmos", "--json", out) == 0
-    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(mini["srcc"])
-    assert "lower opinion scores are better, as the column is called dmos; otherwise" in capsys.readouterr().out
+    assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(mini["srcc"])
+    assert "lower opinion scores are better, by the column's name, dmos; otherwise" in capsys.readouterr().out
     # ... of KADID-10k's own, higher is better.
     assert evaluate(*command[:4], "--mos-column", "dmos", "--no-lower-better", "--json", out) == 0
-    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
+    assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--lower-better", "--json", out) == 0
     assert "lower opinion scores are better, as told" in capsys.readouterr().out
-    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
+    assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--mos-column", "constant", "--json", out) == 0
-    assert json.loads(out.read_text())["qualiclip-mini"]["srcc"] is None
+    assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] is None
     assert "there is no correlation" in capsys.readouterr().out
 
 
@@ -198,14 +218,20 @@ def test_command_with_a_data_set_of_pyiqa(
     assert evaluate("--dataset", "spaq", "--images", root, "--json", out) == 0
     by_pyiqa = json.loads(out.read_text())
     assert evaluate("--ratings", rated / "mos.csv", "--images", rated, "--json", out) == 0
-    assert by_pyiqa["qualiclip-mini"]["srcc"] == json.loads(out.read_text())["qualiclip-mini"]["srcc"]
-    assert "16 pictures (spaq, all of it; higher opinion scores are better, as pyiqa says)" in capsys.readouterr().out
+    assert (
+        by_pyiqa["metrics"]["qualiclip-mini"]["srcc"]
+        == json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"]
+    )
+    assert "16 images (spaq, all of it; higher opinion scores are better, as pyiqa says)" in capsys.readouterr().out
     for arguments, message in (
         (("--dataset", "spaqq"), "did you mean 'spaq'"),
         (("--dataset", "livec", "--images", root), "pyiqa cannot read its data set livec"),
-        (("--dataset", "ava", "--images", root), "is read by its AVADataset; expected one of GeneralNRDataset"),
-        (("--dataset", "bapps"), "is read by its BAPPSDataset"),
-        (("--dataset", "pieapp"), "is read by its PieAPPDataset"),
+        (
+            ("--dataset", "ava", "--images", root),
+            "pyiqa reads its data set ava by its AVADataset; expected one of GeneralNRDataset",
+        ),
+        (("--dataset", "bapps"), "by its BAPPSDataset"),
+        (("--dataset", "pieapp"), "by its PieAPPDataset"),
     ):
         assert evaluate(*arguments) == 2
         assert message in capsys.readouterr().err
@@ -232,7 +258,7 @@ def test_split_and_direction_of_a_data_set_of_pyiqa(tmp_path: Path) -> None:
     pyiqas_layout(tmp_path, "gfiqa", f"img_name,mos,{split}", rows)
     found = pyiqa_ratings("gfiqa", tmp_path)  # pyiqa's configuration names no split, and its loaders would train
     assert [path.name for path in found.paths] == ["7.png", "8.png", "9.png"] and found.opinions == [7, 8, 9]
-    assert str(found).startswith("3 pictures (gfiqa, its test split; higher opinion scores are better, since")
+    assert str(found).startswith("3 images (gfiqa, its test split; higher opinion scores are better, since")
 
     # A full-reference data set whose opinion scores are better when lower.
     pyiqas_layout(tmp_path, "csiq", "ref_img,dist_img,dmos", [f"r.png,d{k}.png,0.{k}" for k in range(4)])
@@ -241,7 +267,7 @@ def test_split_and_direction_of_a_data_set_of_pyiqa(tmp_path: Path) -> None:
     assert found.lower_better and "lower opinion scores are better, as pyiqa says" in str(found)
 
     for name, header, row, complaint in (
-        ("cgfiqa", "img_name,mos,official_split", "0.png,1,train", "has no pictures in its test split"),
+        ("cgfiqa", "img_name,mos,official_split", "0.png,1,train", "has no images in its test split"),
         ("flive", "img_name,mos", "0.png,1", "cannot read its data set flive"),
     ):
         pyiqas_layout(tmp_path, name, header, [row])
@@ -270,7 +296,7 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
             photo.resize((photo.width // 3, photo.height // 3)).save(folder / f"{name}.png")
     out, plot = tmp_path / "d.json", tmp_path / "d.png"
     assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 0
-    numbers = json.loads(out.read_text())["qualiclip-mini"]
+    numbers = json.loads(out.read_text())["metrics"]["qualiclip-mini"]
     assert numbers["photographs"] == 2 and len(numbers["types"]) == 24
     blur = numbers["types"]["lens_blur"]
     assert len(blur["means"]) == 6 and blur["falls"] and blur["means"][1] > blur["means"][5]
@@ -281,7 +307,7 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
         assert drawn.width > 1000
     # Of a single photograph the means are its scores, and the pairs that are known to be ordered can be counted.
     assert evaluate("--degradations", folder, "--limit", 1, "--json", out) == 0
-    for name, each in json.loads(out.read_text())["qualiclip-mini"]["types"].items():
+    for name, each in json.loads(out.read_text())["metrics"]["qualiclip-mini"]["types"].items():
         pairs = [p for p in combinations(range(6), 2) if DEGRADATIONS[name].ordered(*p)]
         right = sum(each["means"][i] > each["means"][j] for i, j in pairs)
         assert each["in_order"] == pytest.approx(right / len(pairs)), name
@@ -317,8 +343,8 @@ def test_command_with_gmad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (("--dataset", "spaq", "--mos-column", "x"), "--mos-column does nothing with --dataset"),
         (("--ratings", "x.csv", "--images", "DIR", "--limit", "3"), "--limit does nothing with --ratings"),
         (("--ratings", "x.csv", "--images", "DIR", "--plot", "p.xyz"), "expected a suffix of "),
-        (("--ratings", "x.csv", "--images", "DIR", "--plot", "none/p.png"), "none is no folder"),
-        (("--ratings", "x.csv", "--images", "DIR", "--json", "none/p.json"), "none is no folder"),
+        (("--ratings", "x.csv", "--images", "DIR", "--plot", "none/p.png"), "none is not a folder"),
+        (("--ratings", "x.csv", "--images", "DIR", "--json", "none/p.json"), "none is not a folder"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_anything_is_read(
@@ -329,8 +355,8 @@ def test_options_that_cannot_be_meant_are_refused_before_anything_is_read(
     assert complaint in said and said.count("\n") == 1
 
 
-def test_numbers_are_written_before_they_are_drawn(
-    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_output_depends_on_another_one(
+    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
         raise SettingsError("the disk is full")
@@ -339,7 +365,16 @@ def test_numbers_are_written_before_they_are_drawn(
     out = tmp_path / "e.json"
     command = ["--ratings", rated / "mos.csv", "--images", rated, "-m", "piqe"]
     assert evaluate(*command, "--json", out, "--plot", tmp_path / "e.png") == 2
-    assert json.loads(out.read_text())["piqe"]["n"] == 16
+    assert json.loads(out.read_text())["metrics"]["piqe"]["n"] == 16
+    said = capsys.readouterr()
+    assert "| piqe | 16 |" in said.out and said.err.endswith("qualiclip: the disk is full\n")
+    # What cannot be written at all does not keep the rest from being shown and drawn.
+    monkeypatch.undo()
+    monkeypatch.setattr("qualiclip_pyiqa.commands.evaluate.replacing", full)
+    plot = tmp_path / "drawn.png"
+    assert evaluate(*command, "--json", out, "--plot", plot) == 2
+    said = capsys.readouterr()
+    assert "| piqe | 16 |" in said.out and "the disk is full" in said.err and plot.stat().st_size > 1000
 
 
 def test_plots_need_matplotlib_before_anything_is_scored(
@@ -358,37 +393,301 @@ def test_pairs_are_drawn_as_they_were_scored(tmp_path: Path, monkeypatch: pytest
     Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(deep)
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
-    plots.duels(tmp_path / "p.png", [("", turned, deep, "")])
+    plots.duels(tmp_path / "p.png", [plots.Pair(turned, deep, "", "")])
     assert drawn[0].get_array().shape == (40, 60, 3)
     assert np.mean(drawn[1].get_array()) == pytest.approx(0.5, abs=0.01)
 
 
-def test_bad_ratings(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def table(text: str) -> Path:
+def damaged(rated: Path, folder: Path) -> Path:
+    """The rated images and their table, in a folder of its own, where three of them are broken."""
+    shutil.copytree(rated, folder)
+    for name in ("00", "13", "22"):
+        (folder / f"{name}.png").write_bytes(b"broken")
+    return folder / "mos.csv"
+
+
+def test_images_that_cannot_be_scored_are_left_out_and_named(
+    rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = damaged(rated, tmp_path / "damaged"), tmp_path / "e.json"
+    plot = tmp_path / "e.png"
+    command = ["--ratings", table, "--images", table.parent, "-m", "piqe", "--group", "camera"]
+    assert evaluate(*command, "--json", out, "--plot", plot) == 1
+    said = capsys.readouterr()
+    assert "3 of 16 images are left out:" in said.err and "13.png" in said.err and plot.is_file()
+    written = json.loads(out.read_text())
+    assert sorted(Path(path).name for path in written["left_out"]) == ["00.png", "13.png", "22.png"]
+    assert (
+        written["metrics"]["piqe"]["n"] == 13
+        and f"| piqe | 13 | {written['metrics']['piqe']['srcc']:.4f} |" in said.out
+    )
+
+    # The same as if they had not been rated.
+    lines = [line for line in table.read_text().splitlines() if line[:2] not in ("00", "13", "22")]
+    table.write_text("\n".join(lines))
+    assert evaluate(*command, "--json", out) == 0
+    assert json.loads(out.read_text())["metrics"] == written["metrics"]
+
+
+def test_a_metric_that_fails_for_one_image_keeps_the_others(
+    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Picky(torch.nn.Module):
+        lower_better = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.mean() < 0.4:
+                raise ValueError("too dark")
+            return x.std()
+
+    ratings = read_ratings(rated / "mos.csv", rated)
+    mean = {path: float(load_image(path).mean()) for path in ratings.paths}
+    assert 0 < sum(value < 0.4 for value in mean.values()) < 13
+    piqe = pyiqa.create_metric("piqe", device="cpu")
+    scores = score_images(Scorer({"piqe": piqe, "picky": Picky()}, device="cpu", workers=0), ratings.images)
+    assert {path for path, value in mean.items() if value < 0.4} == {Path(path) for path in scores.errors}
+    report = report_opinions(scores, ratings)
+    assert (report.agreements["piqe"].n, report.agreements["picky"].n) == (16, 16 - len(scores.errors))
+    kept = [k for k, path in enumerate(ratings.paths) if str(path) not in scores.errors]
+    x, z = -scores.values["piqe"][kept], scores.values["picky"][kept]
+    expected = compare(x, z, np.array(ratings.opinions)[kept])
+    assert report.differences["piqe", "picky"] == expected
+
+
+def test_nothing_that_can_be_scored_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(b"broken")
+    (tmp_path / "mos.csv").write_text("image,mos\n" + "".join(f"{n}.png,{n}\n" for n in range(20)))
+    for arguments, said in (
+        (("--ratings", tmp_path / "mos.csv", "--images", folder), "none of 20 images could be scored; the first: "),
+        (("--degradations", folder), "no photograph of 20 could be scored; the first: "),
+        (
+            ("--gmad", "qualiclip-mini", "piqe", folder),
+            "0 of 20 images could be scored; a gMAD competition at 4 levels",
+        ),
+    ):
+        assert evaluate(*arguments) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert said in last and ".png" in last, last
+
+
+def test_direction_is_the_metrics_whatever_its_column_is_called(rated: Path, tmp_path: Path) -> None:
+    piqe = pyiqa.create_metric("piqe", device="cpu")
+    ratings = read_ratings(rated / "mos.csv", rated)
+    found = {}
+    for name in ("piqe", "my piqe", "niqe", "clipiqa"):
+        scorer = Scorer({name: piqe}, device="cpu", workers=0)
+        scores = score_images(scorer, ratings.paths)
+        report = score_degraded(scorer, [ratings.paths[0]])
+        found[name] = (
+            report_opinions(scores, ratings).agreements[name],
+            report.behaviours[name],
+            [
+                (d.better, d.worse)
+                for d in gmad(
+                    {"other": ratings.opinions, name: scores.values[name].tolist()},
+                    {"other": False} | scores.lower_better,
+                    levels=1,
+                )
+            ],
+        )
+    assert found["piqe"][0].srcc > 0.5 and found["piqe"][1]["jpeg"].in_order > 0.8
+    assert all(each == found["piqe"] for each in found.values())
+
+
+def test_repeated_ratings_are_averaged_and_intervals_are_by_image(
+    rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each image rated three times, spelled in three ways, has the figures of its mean rating."""
+    single = read_ratings(rated / "mos.csv", rated)
+    once, thrice = ["image,mos,who"], ["image,mos,who"]
+    for path, opinion in zip(single.paths, single.opinions, strict=True):
+        once.append(f"{path.name},{opinion},")
+        for spelled, offset, who in ((path.name, -3, "a"), (f"./{path.name}", 1, "b"), (str(path), 2, "c")):
+            thrice.append(f"{spelled},{opinion + offset},{who}")
+    numbers = {}
+    for name, lines in (("once", once), ("thrice", thrice)):
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+        out = tmp_path / f"{name}.json"
+        command = ["--ratings", tmp_path / f"{name}.csv", "--images", rated, "-m", "piqe", "-m", "qualiclip-mini"]
+        assert evaluate(*command, "--json", out, *(["--group", "who"] * (name == "thrice"))) == 0
+        numbers[name] = json.loads(out.read_text())
+    assert "48 rows of 16 images, whose opinion scores are averaged" in capsys.readouterr().out
+    assert numbers["thrice"]["ratings"]["rows"] == 48 and numbers["thrice"]["ratings"]["images"] == 16
+    for metric, each in numbers["thrice"]["metrics"].items():
+        groups = each.pop("groups")
+        assert each == numbers["once"]["metrics"][metric]
+        assert {group["n"] for group in groups.values()} == {16}
+        assert {group["srcc"] for group in groups.values()} == {each["srcc"]}  # offsets change no rank
+
+
+def test_scores_of_a_table(
+    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = tmp_path / "scores.csv", tmp_path / "e.json"
+    metrics = ["-m", "qualiclip-mini", "-m", "piqe"]
+    assert cli.main(["score", str(rated), *metrics, "-o", str(table), "--device", "cpu"]) == 0
+    ratings = ["--ratings", rated / "mos.csv"]
+    assert evaluate(*ratings, "--images", rated, *metrics, "--json", out) == 0
+    expected = json.loads(out.read_text())["metrics"]
+    meta = tmp_path / "scores.csv.meta.json"
+    if not meta.exists():
+        columns = {"qualiclip-mini": {"lower_better": False}, "piqe": {"lower_better": True}}
+        write_meta(table, {"columns": columns, "read": {"ignore_orientation": False}})
+
+    monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("a network is built"))
+    capsys.readouterr()
+
+    def from_table(*arguments: object) -> dict[str, Any]:
+        assert cli.main(["evaluate", "--scores", str(table), *map(str, arguments), "--json", str(out)]) == 0
+        return json.loads(out.read_text())
+
+    for folder in ((), ("--images", rated)):
+        written = from_table(*ratings, *folder)
+        for name, each in written["metrics"].items():
+            assert each["srcc"] == pytest.approx(expected[name]["srcc"]), name
+            assert each["lower_better"] == (name == "piqe") and each["n"] == 16
+        assert written["directions"] == f"as stated beside {table}"
+    assert list(from_table(*ratings, "-m", "piqe")["metrics"]) == ["piqe"]
+
+    # Columns of other names keep their directions as long as their description is there.
+    assert "EXIF orientation: applied" in capsys.readouterr().out and written["ignore_orientation"] is False
+    table.write_text(table.read_text().replace("piqe", "my piqe", 1))
+    meta.write_text(meta.read_text().replace('"piqe"', '"my piqe"'))
+    assert from_table(*ratings)["metrics"]["my piqe"]["srcc"] == pytest.approx(expected["piqe"]["srcc"])
+    meta.unlink()
+    capsys.readouterr()
+    written = from_table(*ratings)
+    assert written["metrics"]["my piqe"]["srcc"] == pytest.approx(-expected["piqe"]["srcc"])
+    assert "by the names of the columns, since nothing beside" in capsys.readouterr().out
+    assert written["ignore_orientation"] is None
+
+
+def test_tables_of_scores_that_do_not_fit(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def table(*rows: str) -> Path:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
-        path.write_text(text)
+        path.write_text("path,width,height,piqe,niqe.a,niqe.b,error\n" + "\n".join(rows) + "\n")
         return path
 
+    mos = tmp_path / "mos.csv"
+    mos.write_text("image,mos\n" + "".join(f"{n}.png,{n}\n" for n in range(4)))
+    rows = [f"in/{n}.png,64,64,{n * n},{n},{-n}," for n in range(4)]
     for arguments, message in (
-        (("--ratings", rated / "mos.csv"), "--images DIR"),
-        (("--ratings", rated / "none.csv", "--images", rated), "cannot be read (No such file or directory)"),
-        (("--ratings", rated / "mos.csv", "--images", rated, "--mos-column", "x"), "has no column 'x'"),
-        (("--ratings", rated / "mos.csv", "--images", rated, "--group", "x"), "has no column 'x'"),
-        (("--ratings", table("a,b\n1,2\n"), "--images", rated), "picture names? It has a, b; pass --image-column"),
-        (("--ratings", table("image,b\n00.png,2\n"), "--images", rated), "opinion scores? It has image, b"),
+        ((table(*rows[:3]),), "line 5: 3.png is not there; expected an image of the table of scores"),
+        ((table(*rows, "other/3.png,64,64,1,1,1,"),), "3.png may be in/3.png and other/3.png; write its folder"),
+        ((table(*rows, "in/3.png,64,64,7,1,1,"),), "has two rows of in/3.png with other scores"),
+        ((table(*rows), "-m", "piq"), "has no scores 'piq'; did you mean 'piqe'?; it has piqe, niqe.a, niqe.b"),
+        ((table(*rows), "--max-pixels", 7), "--max-pixels does nothing with --scores; leave it out"),
+        ((tmp_path / "none.csv",), "none.csv cannot be read"),
     ):
+        assert cli.main(["evaluate", "--ratings", str(mos), "--scores", *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    # Rows without a score are left out; a metric's name stands for all its columns.
+    out = tmp_path / "e.json"
+    wrong = table(*rows[:3], "in/3.png,,,,,,in/3.png is broken")
+    arguments = ["--ratings", mos, "--scores", wrong, "-m", "niqe", "--json", out]
+    assert cli.main(["evaluate", *map(str, arguments)]) == 1
+    assert "1 of 4 images are left out:\n  in/3.png is broken" in capsys.readouterr().err
+    written = json.loads(out.read_text())
+    assert {name: each["n"] for name, each in written["metrics"].items()} == {"niqe.a": 3, "niqe.b": 3}
+    assert written["left_out"] == {"in/3.png": "in/3.png is broken"}
+
+
+@pytest.mark.parametrize("rows", [None, [("only one",)], [("a.png", "good")], [(3, 4.0)]])
+def test_rows_of_pyiqa_in_another_form_are_one_clear_error(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyiqas_layout(tmp_path, "spaq", "img_name,mos", ["0.png,1"])
+    dataset = types.SimpleNamespace(**({} if rows is None else {"paths_mos": rows}))
+    monkeypatch.setattr("pyiqa.data.build_dataset", lambda options: dataset)
+    with pytest.raises(
+        SettingsError, match=f"pyiqa {pyiqa.__version__} keeps the rows of its data set spaq in another"
+    ):
+        pyiqa_ratings("spaq", tmp_path)
+
+
+def test_a_missing_extra_is_one_line(
+    rated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    for arguments in (("--ratings", rated / "mos.csv", "--images", rated), ("--degradations", rated)):
         assert evaluate(*arguments) == 2
-        assert message in capsys.readouterr().err
-    for text, message in (
-        ("image,mos\n00.png,good\n", "line 2: mos is 'good'; expected a number"),
-        ("image,mos\n00.png,nan\n", "expected a finite number"),
-        ("image,mos\nx.png,3\n", "x.png is not there"),
-    ):
-        with pytest.raises(SettingsError, match=message.replace("?", r"\?")):
-            read_ratings(table(text), rated)
-    assert evaluate("--ratings", table("image,mos\n00.png,3\n"), "--images", rated) == 2
-    assert "at least 3" in capsys.readouterr().err
-    (rated / "broken.png").write_bytes(b"no picture")
-    broken = table("image,mos\nbroken.png,3\n00.png,3\n01.png,4\n")
-    assert evaluate("--ratings", broken, "--images", rated, "--json", tmp_path / "x.json") == 1
-    assert "is no picture" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+        said = capsys.readouterr().err
+        assert 'pip install "qualiclip-pyiqa[eval]"' in said and said.count("\n") == 1
+
+
+# ---------------------------------------------------------------- plots
+
+NAMES = ("cash$$7", r"a\frac{1}{2}_x", "_hidden", "国立 写真", "$x", "\U0001f4f7", "line\nbreak", "lat\udce9in")
+
+
+def drawn_with(names: Sequence[str], tmp_path: Path) -> None:
+    values = {name: np.linspace(0, 1, 6) for name in names}
+    plots.scatter(tmp_path / "s.png", values, [1, 2, 3, 4, 5, 7], dict.fromkeys(names, "$n$ = 6"))
+    ladders = {name: {"lens_blur": [5.0, 4, 3, 2, 1, 0]} for name in names}
+    plots.levels(tmp_path / "l.pdf", ladders, {name: {"lens_blur": True} for name in names})
+    photo = tmp_path / "国$立_$.png"
+    Image.new("RGB", (40, 60), "red").save(photo)
+    plots.duels(tmp_path / "d.svg", [plots.Pair(photo, photo, name, name) for name in names])
+
+
+def test_names_are_drawn_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: set[str] = set()
+    save = plots._save
+
+    def watched(figure: Any, path: Path) -> None:
+        save(figure, path)
+        found = figure.findobj(matplotlib.text.Text)
+        assert not any(text.get_parse_math() or text.get_usetex() for text in found)
+        texts.update(text.get_text() for text in found)
+
+    monkeypatch.setattr(plots, "_save", watched)
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn_with(NAMES, tmp_path)
+    assert {"cash$$7", r"a\frac{1}{2}_x", "_hidden", "$x"} <= texts
+    assert {r"\U0001f4f7", r"'line\nbreak'", r"'lat\udce9in'"} <= texts
+    known = set().union(*(points for _, points in plots._fonts()))
+    assert ("国立 写真" in texts) == ({*map(ord, "国立写真")} <= known)
+    assert any("\\u56fd$\\u7acb_$.png" in text or "国$立_$.png" in text for text in texts)
+
+
+def test_plots_leave_pyplot_and_the_backend_alone(tmp_path: Path) -> None:
+    code = f"""
+import matplotlib, sys
+from pathlib import Path
+matplotlib.use("svg")
+from qualiclip_pyiqa.evaluation import plots
+plots.check(Path("x.png"))
+plots.scatter(Path({str(tmp_path / "p.png")!r}), {{"m": range(6)}}, range(6), {{"m": "note"}})
+assert "matplotlib.pyplot" not in sys.modules
+print(matplotlib.get_backend())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip().lower() == "svg" and (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_a_plot_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, part: Path, **_: object) -> None:
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(SettingsError, match=r"p\.png cannot be written \(No space left on device\)"):
+        plots.scatter(tmp_path / "p.png", {"m": range(6)}, range(6), {"m": ""})
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_images_are_drawn_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = tmp_path / "large.png"
+    Image.new("RGB", (2500, 700), (255, 128, 0)).save(photo)
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
+    plots.duels(tmp_path / "p.png", [plots.Pair(photo, photo, "", "")])
+    assert drawn[0].get_array().shape == (233, 833, 3)
+    assert np.allclose(drawn[0].get_array()[0, 0], [1, 128 / 255, 0])

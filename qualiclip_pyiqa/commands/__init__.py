@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
@@ -19,6 +19,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEFAULT_METRIC = "qualiclip-mini"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
+READ_OPTIONS = ("ignore_orientation", "allow_truncated", "max_pixels", "decode_timeout")
 
 
 class Screen:
@@ -82,6 +83,31 @@ def add_rating_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Scorer` that say how image files become pixels; each is None unless it is given."""
+    parser.add_argument(
+        "--ignore-orientation",
+        action="store_const",
+        const=True,
+        help="take pixels as they are stored, not as EXIF orientation turns them: as published figures were made",
+    )
+    parser.add_argument(
+        "--allow-truncated",
+        action="store_const",
+        const=True,
+        help="score images whose data end early",
+    )
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
+    parser.add_argument(
+        "--decode-timeout", type=float, metavar="SECONDS", help="give up on an image after this time (default: 60)"
+    )
+
+
+def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return those of `READ_OPTIONS` that were given, by name."""
+    return {name: getattr(arguments, name) for name in READ_OPTIONS if getattr(arguments, name) is not None}
+
+
 def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> None:
     """Raise SettingsError for the first of these options that was given although it has no effect `where`."""
     given = next((name for name in names if getattr(arguments, name) is not None), None)
@@ -90,11 +116,11 @@ def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> N
         raise SettingsError(f"{option} does nothing {where}; leave it out")
 
 
-def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
-    """Read what `--ratings` and the options of `add_rating_options` name."""
+def rated(arguments: argparse.Namespace, group: str | None = None, among: Sequence[str] | None = None) -> Ratings:
+    """Read what `--ratings` and the options of `add_rating_options` name; `group`, `among`: see `read_ratings`."""
     from ..evaluation.ratings import read_ratings
 
-    if arguments.images is None:
+    if arguments.images is None and among is None:
         raise SettingsError("--ratings needs the folder of its images: --images DIR")
     return read_ratings(
         arguments.ratings,
@@ -103,4 +129,5 @@ def rated(arguments: argparse.Namespace, group: str | None = None) -> Ratings:
         arguments.mos_column,
         group,
         arguments.lower_better,
+        among,
     )

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError
 from ..files import replacing
-from ..images.convert import source_name
-from ..metrics.registry import lower_is_better
-from . import DEFAULT_METRIC, RATING_OPTIONS, Commands, add_metric_option, add_rating_options, rated, refuse
+from ..images.convert import ReadRules, source_name
+from . import (
+    DEFAULT_METRIC,
+    RATING_OPTIONS,
+    READ_OPTIONS,
+    Commands,
+    Screen,
+    add_metric_option,
+    add_rating_options,
+    add_read_options,
+    rated,
+    read_options,
+    refuse,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.agreement import Agreement
+    from ..evaluation.opinions import OpinionReport
     from ..evaluation.ratings import Ratings
+    from ..evaluation.scores import Scores
+    from ..scoring.scorer import Scorer
+    from ..scoring.tables import Record
 
-# Options that would do nothing, by what is evaluated.
+# Options that have no effect, by what is evaluated.
 USELESS: dict[str, tuple[str, ...]] = {
     "ratings": ("levels", "limit"),
     "dataset": (*(name for name in RATING_OPTIONS if name != "images"), "group", "levels", "limit"),
-    "degradations": (*RATING_OPTIONS, "group", "levels"),
-    "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "seed"),
+    "degradations": (*RATING_OPTIONS, "group", "levels", "scores", "decode_timeout"),
+    "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "seed", "scores"),
 }
-Draw = Callable[[Path], None]
+SHOWN = 10  # images that are named on the screen since they could not be scored; all are in the JSON
 
 
 def add_parser(commands: Commands) -> None:
@@ -36,220 +51,391 @@ def add_parser(commands: Commands) -> None:
         help="how well metrics agree with people, and what degradations do to them",
         description="With --ratings or --dataset: SRCC, PLCC, KRCC and RMSE with opinion scores, with bootstrap "
         "intervals; positive is agreement, whatever the directions (PLCC after a fitted logistic has no sign). "
-        "With --degradations: mean score by distortion level. With --gmad: the pairs of a gMAD competition.",
+        "With --degradations: mean score by distortion level. With --gmad: the pairs of a gMAD competition. "
+        "Exit status: 0 all images were scored, 1 some were left out, 2 wrong usage, 130 stopped by Ctrl-C.",
     )
     parser.set_defaults(run=run)
     add_metric_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores of the pictures of --images")
+    what.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores of the images of --images")
     what.add_argument("--dataset", metavar="NAME", help="a data set that pyiqa knows, such as livec, below --images")
-    what.add_argument("--degradations", type=Path, metavar="DIR", help="pristine photographs, to be degraded")
-    what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="two metrics compete on these pictures")
+    what.add_argument("--degradations", type=Path, metavar="DIR", help="pristine photographs to degrade")
+    what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="two metrics compete on these images")
     add_rating_options(parser)
-    parser.add_argument("--group", metavar="COLUMN", help="also for each value of this column alone")
+    parser.add_argument(
+        "--scores", type=Path, metavar="TABLE", help="take scores from a table of `qualiclip score`; -m chooses columns"
+    )
+    parser.add_argument("--group", metavar="COLUMN", help="also evaluate each value of this column by itself")
     parser.add_argument("--levels", type=int, metavar="N", help="--gmad: pairs per defender (default: 4)")
     parser.add_argument("--limit", type=int, metavar="N", help="--degradations: at most so many photographs")
     parser.add_argument("--seed", type=int, metavar="N", help="of the bootstrap or the degradations (default: 0)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, such as plot.png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results, such as plot.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    add_read_options(parser)
+
+
+@dataclass
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        numbers: JSON-ready.
+        lines: the same for people.
+        draw: draws it to a file.
+        images: how many images there were.
+        errors: one line for each image that was left out somewhere, by path.
+    """
+
+    numbers: dict[str, Any]
+    lines: list[str]
+    draw: Callable[[Path], None]
+    images: int
+    errors: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(arguments: argparse.Namespace) -> int:
     what = next(name for name in USELESS if getattr(arguments, name) is not None)
     refuse(arguments, USELESS[what], f"with --{what}")
+    if arguments.scores is not None:
+        refuse(arguments, ("device", *READ_OPTIONS), "with --scores")
+    _check(arguments)
+    arguments.seed = arguments.seed or 0
+    evaluate = {"gmad": _gmad, "degradations": _degradations}.get(what, _opinions)
+    return _deliver(evaluate(arguments), arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Let what can be known to fail do so before hours of scoring."""
     for name in ("levels", "limit"):
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise SettingsError(f"--{name} is {number}; expected at least 1")
-    # What can be known to fail fails before hours of scoring.
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():
-            raise SettingsError(f"{path} cannot be written: {path.parent} is no folder")
+            raise SettingsError(f"{path} cannot be written: {path.parent} is not a folder")
+        if path is not None and path.is_dir():
+            raise SettingsError(f"{path} cannot be written: it is a folder")
     if arguments.plot is not None:
         from ..evaluation import plots
 
         plots.check(arguments.plot)
-    arguments.seed = arguments.seed or 0
-    metrics = arguments.metric or [DEFAULT_METRIC]
-    if what == "gmad":
-        numbers, draw = _gmad(arguments, *arguments.gmad)
-    elif what == "degradations":
-        numbers, draw = _degradations(arguments, metrics)
-    else:
-        numbers, draw = _opinions(arguments, metrics)
-    if arguments.json is not None:
-        try:
-            with replacing(arguments.json) as part:
-                part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise SettingsError(f"{arguments.json} cannot be written ({error.strerror or error})") from error
-    if arguments.plot is not None:
-        draw(arguments.plot)
-    return 0
 
 
-def scored(paths: Sequence[Path], metrics: Any, device: str | None) -> dict[str, list[float]]:
-    """Score of every picture by column; the first one that cannot be scored is an error."""
-    from tqdm import tqdm
+def _deliver(result: Result, arguments: argparse.Namespace) -> int:
+    """Write files before the screen, and each whatever becomes of the others."""
+    failures: list[Exception] = []
+    outputs = ((arguments.json, lambda path: _write_json(path, result.numbers)), (arguments.plot, result.draw))
+    for path, write in outputs:
+        if path is not None:
+            try:
+                write(path)
+            except Exception as failure:
+                failures.append(failure)
+    print("\n".join(result.lines))
+    if result.errors:
+        say(f"qualiclip: {len(result.errors)} of {result.images} images are left out:")
+        for error in list(result.errors.values())[:SHOWN]:
+            say(f"  {error}")
+        if len(result.errors) > SHOWN:
+            say(f"  ... and {len(result.errors) - SHOWN} more: --json FILE has them all")
+    if failures:
+        raise failures[0]
+    return int(bool(result.errors))
 
+
+def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
+    try:
+        with replacing(path) as part:
+            part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def _scorer(arguments: argparse.Namespace, metrics: list[str]) -> Scorer:
     from ..scoring.scorer import Scorer
 
-    scorer = Scorer(metrics, device=device)
-    columns: dict[str, list[float]] = {column: [] for column in scorer.columns}
-    for record in tqdm(scorer.score(paths), total=len(paths), unit="picture", file=sys.stderr):
-        if record.error is not None:
-            raise ImageError(record.error)
-        for column, score in record.scores.items():
-            columns[column].append(score)
-    return columns
+    return Scorer(metrics, device=arguments.device, **read_options(arguments))
 
 
-def _opinions(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
-    from ..evaluation.agreement import agreement, compare
+def _rules(arguments: argparse.Namespace) -> ReadRules:
+    return ReadRules(bool(arguments.ignore_orientation), bool(arguments.allow_truncated), arguments.max_pixels)
 
-    ratings = _ratings(arguments)
-    scores = scored(ratings.paths, metrics, arguments.device)
-    print(f"{ratings}\n")
-    opposite = {name: lower_is_better(name) != ratings.lower_better for name in scores}
-    found = {
-        name: agreement(values, ratings.opinions, opposite[name], arguments.seed) for name, values in scores.items()
+
+def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
+    from tqdm import tqdm
+
+    return iter(tqdm(records, total=total, unit="image", file=Screen()))
+
+
+def _settings(settings: Mapping[str, Any] | None, errors: Mapping[str, str]) -> dict[str, Any]:
+    """What every JSON has besides its figures."""
+    return {
+        "settings": settings,
+        "ignore_orientation": _ignored_orientation(settings),
+        "left_out": dict(errors),
     }
-    _print_agreements(found)
-    numbers: dict[str, Any] = {name: each.as_dict() for name, each in found.items()}
-
-    names = list(scores)
-    for number, first in enumerate(names):
-        for second in names[number + 1 :]:
-            one, other = ([-v for v in scores[n]] if opposite[n] else scores[n] for n in (first, second))
-            difference = compare(one, other, ratings.opinions, arguments.seed)
-            if difference is None:
-                continue
-            low, high = difference.ci95
-            print(
-                f"\nSRCC of {first} minus that of {second}: {difference.difference:+.4f} "
-                f"(95 % interval {low:+.4f} to {high:+.4f}, p = {difference.p:.3g}, paired bootstrap)"
-            )
-            numbers[first].setdefault("versus", {})[second] = {
-                "srcc_difference": difference.difference,
-                "ci95": [low, high],
-                "p": difference.p,
-            }
-    for group in dict.fromkeys(ratings.groups):
-        members = [k for k, each in enumerate(ratings.groups) if each == group]
-        print(f"\n{arguments.group} = {group or '(empty)'}, {len(members)} pictures")
-        if len(members) < 3:
-            print("too few to correlate")
-            continue
-        part = {
-            name: agreement(
-                [values[k] for k in members], [ratings.opinions[k] for k in members], opposite[name], arguments.seed
-            )
-            for name, values in scores.items()
-        }
-        _print_agreements(part)
-        for name, each in part.items():
-            numbers[name].setdefault("groups", {})[group] = each.as_dict()
-
-    def draw(path: Path) -> None:
-        from ..evaluation import plots
-
-        notes = {name: f"SRCC {_number(each.srcc)}, n = {each.n}" for name, each in found.items()}
-        plots.scatter(path, scores, ratings.opinions, notes)
-
-    return numbers, draw
 
 
-def _ratings(arguments: argparse.Namespace) -> Ratings:
-    from ..evaluation.ratings import pyiqa_ratings
+def _ignored_orientation(settings: Mapping[str, Any] | None) -> bool | None:
+    for name, value in (settings or {}).items():
+        if name == "ignore_orientation":
+            return bool(value)
+        if isinstance(value, dict) and (found := _ignored_orientation(value)) is not None:
+            return found
+    return None
 
-    if arguments.dataset is not None:
-        return pyiqa_ratings(arguments.dataset, arguments.images)
-    return rated(arguments, arguments.group)
+
+def _orientation(settings: Mapping[str, Any] | None) -> str:
+    """How EXIF orientation was treated; it changes scores, and published figures were made without it."""
+    return {
+        None: "EXIF orientation: not known whether it was applied",
+        False: "EXIF orientation: applied, images are scored as viewers show them",
+        True: "EXIF orientation: ignored, as in published figures",
+    }[_ignored_orientation(settings)]
 
 
-def _print_agreements(found: Mapping[str, Agreement]) -> None:
-    print("| metric | n | SRCC | 95 % interval | PLCC | PLCC after logistic | KRCC | RMSE after logistic |")
-    print("|---|---|---|---|---|---|---|---|")
+# ---------------------------------------------------------------- opinion scores
+
+
+def _opinions(arguments: argparse.Namespace) -> Result:
+    import numpy as np
+
+    from ..evaluation.agreement import LEAST
+    from ..evaluation.opinions import report_opinions
+    from ..evaluation.scores import read_scores, score_images
+    from ..optional import require
+
+    require("scipy.stats", "eval", "a correlation")
+    table = None if arguments.scores is None else read_scores(arguments.scores, arguments.metric)
+    ratings = _ratings(arguments, table)
+    images = list(dict.fromkeys(ratings.images))
+    if len(images) < LEAST:
+        raise SettingsError(f"{ratings}; expected at least {LEAST} images")
+    scores = table
+    if scores is None:
+        scores = score_images(_scorer(arguments, arguments.metric or [DEFAULT_METRIC]), images, _bar)
+    errors = {path: scores.errors[path] for path in map(str, images) if path in scores.errors}
+    if not any(np.isfinite(values).any() for values in scores.of(images).values()):
+        raise ImageError(f"none of {len(images)} images could be scored; the first: {next(iter(errors.values()))}")
+    report = report_opinions(scores, ratings, arguments.seed)
+    numbers = {
+        "ratings": {
+            "rows": len(ratings.paths),
+            "images": len(images),
+            "columns": ratings.columns,
+            "lower_better": ratings.lower_better,
+            "because": ratings.because,
+        },
+        "directions": scores.directions,
+        **_settings(scores.settings, errors),
+        "metrics": {
+            name: {"lower_better": scores.lower_better[name], **each} for name, each in report.as_dict().items()
+        },
+    }
+    lines = [str(ratings), _orientation(scores.settings)]
+    if table is not None:
+        lines.append(f"scores: {arguments.scores}; their directions: {scores.directions}")
+    return Result(
+        numbers,
+        [*lines, "", *_opinion_lines(report, arguments.group, ratings)],
+        lambda path: _draw_scatter(path, scores, ratings, report),
+        len(images),
+        errors,
+    )
+
+
+def _ratings(arguments: argparse.Namespace, table: Scores | None) -> Ratings:
+    from ..evaluation.datasets import pyiqa_ratings
+
+    if arguments.dataset is None:
+        return rated(arguments, arguments.group, None if table is None else table.paths)
+    ratings = pyiqa_ratings(arguments.dataset, arguments.images)
+    return ratings if table is None else table.known(ratings)
+
+
+def _opinion_lines(report: OpinionReport, column: str | None, ratings: Ratings) -> list[str]:
+    lines = _agreement_lines(report.agreements)
+    if len({each.n for each in report.agreements.values()}) > 1:
+        lines.append("the metrics are of different images: compare them by the differences below")
+    for (first, second), difference in report.differences.items():
+        low, high = difference.ci95
+        lines += [
+            "",
+            f"SRCC of {source_name(first)} minus that of {source_name(second)}: {difference.difference:+.4f} "
+            f"(95 % interval {low:+.4f} to {high:+.4f}, p = {difference.p:.3g}, paired bootstrap)",
+        ]
+    for group, part in report.groups.items():
+        count = len(ratings.mean_opinions(group))
+        lines += ["", f"{column} = {source_name(group) or '(empty)'}, {count} images", *_agreement_lines(part)]
+    return lines
+
+
+def _agreement_lines(found: Mapping[str, Agreement]) -> list[str]:
+    from ..evaluation.agreement import LEAST
+
+    lines = [
+        "| metric | n | SRCC | 95 % interval | PLCC | PLCC after logistic | KRCC | RMSE after logistic |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, each in found.items():
         interval = "-" if each.srcc_ci95 is None else f"{each.srcc_ci95[0]:.4f} to {each.srcc_ci95[1]:.4f}"
         cells = [_number(each.srcc), interval, *map(_number, (each.plcc, each.plcc_logistic, each.krcc, each.rmse))]
-        print(f"| {name} | {each.n} | " + " | ".join(cells) + " |")
-        if each.srcc is None:
-            print(f"{name}: all scores or all opinion scores are the same, so there is no correlation")
+        lines.append(f"| {_cell(name)} | {each.n} | " + " | ".join(cells) + " |")
+    for name, each in found.items():
+        if each.n < LEAST:
+            lines.append(f"{source_name(name)}: too few images to correlate")
+        elif each.srcc is None:
+            lines.append(f"{source_name(name)}: all scores or all opinion scores are the same: there is no correlation")
+    return lines
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _degradations(arguments: argparse.Namespace, metrics: list[str]) -> tuple[dict[str, Any], Draw]:
-    """Mean score by level for every type, as QualiCLIP's first figure shows it."""
+def _cell(name: str) -> str:
+    """A name as one cell of a Markdown table."""
+    return source_name(name).replace("|", "\\|")
+
+
+def _draw_scatter(path: Path, scores: Scores, ratings: Ratings, report: OpinionReport) -> None:
+    from ..evaluation import plots
+
+    opinions = ratings.mean_opinions()
+    notes = {name: f"SRCC {_number(each.srcc)}, n = {each.n}" for name, each in report.agreements.items()}
+    plots.scatter(path, scores.of(opinions), list(opinions.values()), notes)
+
+
+# ---------------------------------------------------------------- degradations
+
+
+def _degradations(arguments: argparse.Namespace) -> Result:
     from ..degradations.bank import DEGRADATIONS
     from ..evaluation.ladders import score_degraded
-    from ..images.paths import find_pictures
+    from ..evaluation.scores import shim_directions, shim_settings
+    from ..optional import require
 
-    paths = find_pictures([str(arguments.degradations)]).paths
+    require("kornia", "eval", "--degradations")
+    paths, errors = _images(arguments.degradations)
     if arguments.limit is not None:
         paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
-    if not paths:
-        raise SettingsError(f"no pictures in {arguments.degradations}")
-
-    numbers: dict[str, Any] = {}
-    for column, found in score_degraded(paths, metrics, arguments.device, arguments.seed).items():
-        types = {
-            name: asdict(each) | {"monotone_by_design": DEGRADATIONS[name].monotone} for name, each in found.items()
-        }
+    scorer = _scorer(arguments, arguments.metric or [DEFAULT_METRIC])
+    report = score_degraded(scorer, paths, arguments.seed, _rules(arguments), _bar)
+    metrics: dict[str, Any] = {}
+    settings = shim_settings(scorer)
+    lines = [_orientation(settings)]
+    for column, found in report.behaviours.items():
         falling = sum(each.falls for each in found.values())
-        numbers[column] = {"photographs": len(paths), "types_falling": falling, "types": types}
-        print(f"\n{column}, {len(paths)} photographs: worse at every level for {falling} of {len(types)} types")
-        print("in order: pairs of levels of one photograph, pristine included, as far as one is known to be worse")
-        print("\n| type | pristine | 1 | 2 | 3 | 4 | 5 | falls | in order |\n|---|---|---|---|---|---|---|---|---|")
+        count = report.photographs[column]
+        metrics[column] = {
+            "photographs": count,
+            "lower_better": shim_directions(scorer)[column],
+            "types_falling": falling,
+            "types": {
+                name: asdict(each) | {"monotone_by_design": DEGRADATIONS[name].monotone} for name, each in found.items()
+            },
+        }
+        lines += [
+            "",
+            f"{source_name(column)}, {count} photographs: worse at every level for {falling} of {len(found)} types",
+            "in order: share of the pairs of levels of one photograph, pristine included, that are ranked as known",
+            "",
+            "| type | pristine | 1 | 2 | 3 | 4 | 5 | falls | in order |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
         for name, each in found.items():
-            cells = " | ".join(f"{mean:.3f}" for mean in each.means)
-            print(f"| {name} | {cells} | {'yes' if each.falls else 'no'} | {each.in_order:.3f} |")
+            means = " | ".join(f"{mean:.3f}" for mean in each.means)
+            lines.append(f"| {name} | {means} | {'yes' if each.falls else 'no'} | {each.in_order:.3f} |")
 
     def draw(path: Path) -> None:
         from ..evaluation import plots
 
         plots.levels(
             path,
-            {c: {n: t["means"] for n, t in each["types"].items()} for c, each in numbers.items()},
-            {c: {n: t["falls"] for n, t in each["types"].items()} for c, each in numbers.items()},
+            {c: {name: each.means for name, each in found.items()} for c, found in report.behaviours.items()},
+            {c: {name: each.falls for name, each in found.items()} for c, found in report.behaviours.items()},
         )
 
-    return numbers, draw
+    errors |= report.errors
+    return Result({**_settings(settings, errors), "metrics": metrics}, lines, draw, len(paths), errors)
 
 
-def _gmad(arguments: argparse.Namespace, first: str, second: str, folder: str) -> tuple[dict[str, Any], Draw]:
-    from ..evaluation.agreement import gmad
+def _images(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The images of a folder, and what could not be listed."""
     from ..images.paths import find_pictures
 
-    paths = [Path(path) for path in find_pictures([folder]).paths]
-    scores = scored(paths, [first, second], arguments.device)
-    found = gmad(scores, {name: lower_is_better(name) for name in scores}, arguments.levels or 4)
-    print("| defender | at | attacker | finds better | and worse | attacker's gap | defender's gap |")
-    print("|---|---|---|---|---|---|---|")
+    if not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder; expected one with images")
+    found = find_pictures([str(folder)])
+    if not found.paths and not found.unreadable:
+        raise SettingsError(f"no images in {folder}")
+    return found.paths, {
+        path: f"{source_name(path)} cannot be listed ({why}); expected a folder that can be read"
+        for path, why in found.unreadable.items()
+    }
+
+
+# ---------------------------------------------------------------- gMAD
+
+
+def _gmad(arguments: argparse.Namespace) -> Result:
+    import numpy as np
+
+    from ..evaluation.gmad import gmad, images_needed
+    from ..evaluation.scores import score_images
+
+    first, second, folder = arguments.gmad
+    levels = arguments.levels or 4
+    paths, errors = _images(Path(folder))
+    if len(paths) < images_needed(levels):
+        raise SettingsError(
+            f"{len(paths)} images in {folder}; a gMAD competition at {levels} levels needs at least "
+            f"{images_needed(levels)}"
+        )
+    scorer = _scorer(arguments, [first, second])
+    if len(scorer.columns) != 2:
+        raise SettingsError(f"a gMAD competition is between two scores, not {', '.join(scorer.columns)}")
+    scores = score_images(scorer, paths, _bar)
+    errors |= scores.errors
+    both = np.flatnonzero(np.isfinite(np.stack(list(scores.values.values()))).all(axis=0))
+    kept = [Path(paths[number]) for number in both]
+    if len(kept) < images_needed(levels):
+        reason = next(iter(errors.values()))
+        raise ImageError(
+            f"{len(kept)} of {len(paths)} images could be scored; a gMAD competition at {levels} levels needs at least "
+            f"{images_needed(levels)}; the first of the others: {reason}"
+        )
+    found = gmad({name: values[both].tolist() for name, values in scores.values.items()}, scores.lower_better, levels)
+    lines = [
+        _orientation(scores.settings),
+        "",
+        "| defender | at | attacker | finds better | and worse | attacker's gap | defender's gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for duel in found:
-        print(
-            f"| {duel.defender} | {duel.level:.4f} | {duel.attacker} | {source_name(paths[duel.better])} | "
-            f"{source_name(paths[duel.worse])} | {duel.attacker_gap:.4f} | {duel.defender_gap:.4f} |"
+        lines.append(
+            f"| {_cell(duel.defender)} | {duel.level:.4f} | {_cell(duel.attacker)} | {_cell(str(kept[duel.better]))} | "
+            f"{_cell(str(kept[duel.worse]))} | {duel.attacker_gap:.4f} | {duel.defender_gap:.4f} |"
         )
 
     def draw(path: Path) -> None:
         from ..evaluation import plots
 
-        plots.duels(
-            path,
-            [
-                (
-                    f"defender {d.defender}: alike, {d.level:.3f} (gap {d.defender_gap:.3f})",
-                    paths[d.better],
-                    paths[d.worse],
-                    f"attacker {d.attacker}: gap {d.attacker_gap:.3f}",
-                )
-                for d in found
-            ],
-        )
+        pairs = [
+            plots.Pair(
+                kept[duel.better],
+                kept[duel.worse],
+                f"defender {source_name(duel.defender)}: alike, {duel.level:.3f} (gap {duel.defender_gap:.3f})",
+                f"attacker {source_name(duel.attacker)}: gap {duel.attacker_gap:.3f}",
+            )
+            for duel in found
+        ]
+        plots.duels(path, pairs, _rules(arguments))
 
-    pairs = [{**asdict(d), "better": str(paths[d.better]), "worse": str(paths[d.worse])} for d in found]
-    return {"pairs": pairs}, draw
+    pairs = [{**asdict(duel), "better": str(kept[duel.better]), "worse": str(kept[duel.worse])} for duel in found]
+    numbers = {
+        **_settings(scores.settings, errors),
+        "lower_better": scores.lower_better,
+        "pairs": pairs,
+    }
+    return Result(numbers, lines, draw, len(paths), errors)

@@ -1,28 +1,25 @@
-"""Photographs at every type and level of the degradation bank, and whether scores follow: QualiCLIP's first figure."""
+"""Photographs at every type and level of a degradation bank, and whether scores follow: QualiCLIP's first figure."""
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
-from tqdm import tqdm
 
 from ..degradations.bank import DEGRADATIONS, degrade
-from ..degradations.base import LEVELS
+from ..degradations.base import LEVELS, Bank
 from ..errors import ImageError
-from ..images.convert import source_name
+from ..images.convert import ReadRules, source_name
 from ..images.tensors import load_image
-from ..metrics.registry import lower_is_better
+from ..optional import require
 from ..scoring.scorer import Scorer
-
-STEPS = 1 + LEVELS * len(DEGRADATIONS)  # pictures that one photograph makes
+from .scores import Watch, shim_directions, unwatched
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Behaviour:
     Attributes:
         means: over photographs, at level 0 (the photograph itself) to LEVELS.
         falls: whether the mean is worse at each of levels 2 to LEVELS than at the one before it.
-        in_order: share, in 0..1, of the pairs of levels of one photograph of which one is known to be worse
+        in_order: share, 0..1, of the pairs of levels of one photograph of which one is known to be worse
             (`Degradation.pairs`) whose scores say so.
     """
 
@@ -41,54 +38,130 @@ class Behaviour:
     in_order: float
 
 
-def behaviour(name: str, scores: ArrayLike, lower_better: bool = False) -> Behaviour:
-    """Of degradation `name`; scores: (V, LEVELS + 1) of V photographs at level 0 to LEVELS."""
+@dataclass(frozen=True)
+class LadderReport:
+    """What scores do under degradation.
+
+    Attributes:
+        behaviours: by metric and type.
+        photographs: how many photographs these are of, by metric.
+        errors: one line for each photograph that some metric could not score, by path.
+    """
+
+    behaviours: dict[str, dict[str, Behaviour]]
+    photographs: dict[str, int]
+    errors: dict[str, str]
+
+
+def steps(bank: Bank = DEGRADATIONS) -> int:
+    """Return the number of images that one photograph makes: itself, and every type at every level."""
+    return 1 + LEVELS * len(bank)
+
+
+def behaviour(name: str, scores: ArrayLike, lower_better: bool = False, bank: Bank = DEGRADATIONS) -> Behaviour:
+    """Summarise scores under one type of degradation.
+
+    Args:
+        name: the type.
+        scores: (V, LEVELS + 1), of V photographs at levels 0 to LEVELS.
+        lower_better: whether a lower score is better.
+        bank: where the type is from.
+    """
     levels = np.asarray(scores, dtype=np.float64)
     means = levels.mean(0)
     sign = -1 if lower_better else 1
-    right = [sign * levels[:, i] > sign * levels[:, j] for i, j in DEGRADATIONS[name].pairs]
+    right = [sign * levels[:, i] > sign * levels[:, j] for i, j in bank[name].pairs]
     falls = all(sign * a > sign * b for a, b in pairwise(means[1:]))
     return Behaviour(means.tolist(), falls, float(np.mean(right)))
 
 
-def ladder(rgb: Tensor, seed: int) -> Iterator[Tensor]:
-    """A photograph (3, H, W) in 0..1 -> the same, then every type at levels 1 to LEVELS, as files of 8 bits hold them:
-    STEPS pictures (3, H, W) in 0..1."""
+def ladder(rgb: Tensor, seed: int, bank: Bank = DEGRADATIONS) -> Iterator[Tensor]:
+    """Yield a photograph, then every type at levels 1 to LEVELS, rounded as files of 8 bits are.
+
+    Args:
+        rgb: (3, H, W), float, RGB in 0..1.
+        seed: of the random choices.
+        bank: the types.
+
+    Yields:
+        `steps(bank)` images (3, H, W) in 0..1.
+    """
     yield rgb
-    for name in DEGRADATIONS:
+    for name in bank:
         for level in range(1, LEVELS + 1):
-            yield (degrade(rgb[None], name, level, seed=seed)[0] * 255).round() / 255
+            yield (degrade(rgb[None], name, level, seed, bank)[0] * 255).round() / 255
 
 
-def behaviours(scores: ArrayLike, lower_better: bool = False) -> dict[str, Behaviour]:
-    """By type; scores: (V * STEPS,), those of each photograph's `ladder` in turn."""
-    table = np.asarray(scores).reshape(-1, STEPS)
+def behaviours(scores: ArrayLike, lower_better: bool = False, bank: Bank = DEGRADATIONS) -> dict[str, Behaviour]:
+    """Summarise scores by type; scores: (V * steps(bank),), those of each photograph's `ladder` in turn."""
+    table = np.asarray(scores).reshape(-1, steps(bank))
     return {
-        name: behaviour(name, table[:, [0, *range(first, first + LEVELS)]], lower_better)
-        for name, first in zip(DEGRADATIONS, range(1, STEPS, LEVELS), strict=True)
+        name: behaviour(name, table[:, [0, *range(first, first + LEVELS)]], lower_better, bank)
+        for name, first in zip(bank, range(1, steps(bank), LEVELS), strict=True)
     }
 
 
 def score_degraded(
-    paths: Sequence[str | Path], metrics: Any, device: str | None = None, seed: int = 0
-) -> dict[str, dict[str, Behaviour]]:
-    """By metric and type.
+    scorer: Scorer,
+    paths: Sequence[str | Path],
+    seed: int = 0,
+    rules: ReadRules | None = None,
+    watch: Watch = unwatched,
+    bank: Bank = DEGRADATIONS,
+) -> LadderReport:
+    """Score photographs at every type and level.
+
+    A photograph that a metric could not score at every step is left out of that metric's figures.
 
     Args:
-        paths: pristine photographs, at least one.
-        metrics, device: as `Scorer` takes them.
-        seed: of the first photograph's degradations; the next one has the next.
+        scorer: the metrics.
+        paths: pristine photographs.
+        seed: of the first photograph's degradations; each next one has the next.
+        rules: how photographs are read.
+        watch: what the records pass through, such as a progress bar.
+        bank: the types.
 
     Raises:
-        ImageError: a photograph cannot be scored.
+        ImageError: no photograph could be scored. SettingsError: kornia is not installed.
     """
-    scorer = Scorer(metrics, device=device, workers=0)
-    pictures = (rgb for number, path in enumerate(paths) for rgb in ladder(load_image(path), seed + number))
+    require("kornia", "eval", "degrading images")
+    rules = rules or ReadRules()
+    each = steps(bank)
+    errors: dict[str, str] = {}
+    read: list[str] = []
+
+    def images() -> Iterator[Tensor]:
+        for number, source in enumerate(paths):
+            path = os.fspath(source)
+            try:
+                rgb = load_image(
+                    path,
+                    ignore_orientation=rules.ignore_orientation,
+                    allow_truncated=rules.allow_truncated,
+                    max_pixels=rules.max_pixels,
+                )
+            except ImageError as error:
+                errors[path] = str(error)
+                continue
+            read.append(path)
+            yield from ladder(rgb, seed + number, bank)
+
     scores: dict[str, list[float]] = {column: [] for column in scorer.columns}
-    watched = tqdm(scorer.score(pictures), total=STEPS * len(paths), unit="picture", file=sys.stderr)
-    for number, record in enumerate(watched):
+    for number, record in enumerate(watch(scorer.score(images()), each * len(paths))):
+        path = read[number // each]
         if record.error is not None:
-            raise ImageError(f"{source_name(paths[number // STEPS])}: {record.error}")
-        for column, score in record.scores.items():
-            scores[column].append(score)
-    return {column: behaviours(found, lower_is_better(column)) for column, found in scores.items()}
+            errors.setdefault(path, f"{source_name(path)}: {record.error}")
+        for column, values in scores.items():
+            values.append(record.scores.get(column, np.nan))
+    found: dict[str, dict[str, Behaviour]] = {}
+    counts: dict[str, int] = {}
+    for column, values in scores.items():
+        table = np.array(values, float).reshape(-1, each)
+        whole = table[np.isfinite(table).all(1)]
+        counts[column] = len(whole)
+        if len(whole):
+            found[column] = behaviours(whole, shim_directions(scorer)[column], bank)
+    if not found:
+        first = next(iter(errors.values()), "no images were given")
+        raise ImageError(f"no photograph of {len(paths)} could be scored; the first: {first}")
+    return LadderReport(found, counts, errors)

@@ -1,120 +1,217 @@
-"""Figures of an evaluation. Needs matplotlib (the extra `plots`); everything is drawn to a file, never to a screen."""
+"""Figures of an evaluation, drawn to files by matplotlib (the extra `plots`).
+
+pyplot is not used, so that a caller's figures and backend stay as they are. Names are drawn letter by letter: none is
+taken for mathematics or TeX, and letters that no font has are written as `\\uXXXX`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
 from ..errors import SettingsError
+from ..files import replacing
+from ..images.convert import ReadRules, source_name
+from ..images.tensors import load_image
+from ..optional import require
+from .agreement import fitted_logistic
+
+#: Draws something to a file.
+Draw: TypeAlias = Callable[[Path], None]
+
+LONGEST = 1000  # pixels of a side of an image in a figure
+# Fonts with Chinese, Japanese and Korean letters, as systems have them.
+CJK_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans JP",
+    "Noto Sans SC",
+    "Noto Sans KR",
+    "Source Han Sans",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "IPAGothic",
+    "NanumGothic",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Arial Unicode MS",
+)
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise SettingsError('plots need matplotlib: pip install "qualiclip-pyiqa[plots]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+def _matplotlib(module: str) -> Any:
+    return require(f"matplotlib.{module}", "plots", "a plot")
 
 
 def check(path: Path) -> None:
-    """What can be known before there is anything to draw.
+    """Check what can be checked before there is anything to draw.
 
     Raises:
-        SettingsError: matplotlib is missing, or cannot write files of that suffix.
+        SettingsError: matplotlib is not installed, or cannot write files of that suffix.
     """
-    known = _pyplot().figure().canvas.get_supported_filetypes()
-    _pyplot().close()
+    require("matplotlib", "plots", "a plot")
+    known = _matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise SettingsError(f"{path} cannot be written; expected a suffix of {', '.join(sorted(known))}")
 
 
-def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror or error})") from error
-    finally:
-        _pyplot().close(figure)
+def scatter(path: Path, scores: Mapping[str, ArrayLike], opinions: Sequence[float], notes: Mapping[str, str]) -> None:
+    """Draw opinion score against score, one panel per metric, with the fitted logistic.
 
+    Args:
+        path: file to write, whole or not at all.
+        scores: by metric; NaN where an image was not scored.
+        opinions: of the same images.
+        notes: what stands below a metric's name.
 
-def scatter(
-    path: Path, scores: Mapping[str, Sequence[float]], opinions: Sequence[float], notes: Mapping[str, str]
-) -> None:
-    """Opinion score against score, one panel per metric, with the fitted logistic."""
-    import numpy as np
-
-    from .agreement import fitted_logistic
-
+    Raises:
+        SettingsError: the file cannot be written.
+    """
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
-    figure, axes = _pyplot().subplots(rows, columns, figsize=(4.6 * columns, 4.2 * rows), squeeze=False)
+    figure, axes = _figure(rows, columns, (4.6 * columns, 4.2 * rows))
     for axis in axes.flat[len(scores) :]:
         axis.set_axis_off()
     for axis, (name, values) in zip(axes.flat, scores.items(), strict=False):
-        axis.scatter(values, opinions, s=10, alpha=0.5, linewidths=0)
-        mapping = fitted_logistic(values, opinions)
+        x, y = np.asarray(values, float), np.asarray(opinions, float)
+        x, y = x[np.isfinite(x)], y[np.isfinite(x)]
+        axis.scatter(x, y, s=10, alpha=0.5, linewidths=0)
+        mapping = fitted_logistic(x, y) if len(x) >= 5 else None
         if mapping is not None:
-            along = np.linspace(min(values), max(values), 200)
+            along = np.linspace(x.min(), x.max(), 200)
             axis.plot(along, mapping(along), color="tab:red", linewidth=1.5)
-        axis.set_title(f"{name}\n{notes[name]}", fontsize=10)
+        axis.set_title(_drawable(f"{source_name(name)}\n{notes[name]}"), fontsize=10)
         axis.set_xlabel("score")
         axis.set_ylabel("opinion score")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     _save(figure, path)
 
 
 def levels(
     path: Path, means: Mapping[str, Mapping[str, Sequence[float]]], falls: Mapping[str, Mapping[str, bool]]
 ) -> None:
-    """Mean score against distortion level 0 (pristine) to 5, one panel per type, one line per metric."""
+    """Draw mean score against distortion level, one panel per type, one line per metric.
+
+    Args:
+        path: file to write, whole or not at all.
+        means: by metric and type, at level 0 (pristine) and up.
+        falls: by metric and type, whether the line is solid.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
     types = list(next(iter(means.values())))
     columns = 6
     rows = -(-len(types) // columns)
-    figure, axes = _pyplot().subplots(
-        rows,
-        columns,
-        figsize=(2.5 * columns, 2.2 * rows),
-        sharex=True,
-        sharey=len(means) == 1,  # several metrics have scales of their own
-        squeeze=False,
-    )
+    # Several metrics have scales of their own.
+    figure, axes = _figure(rows, columns, (2.5 * columns, 2.2 * rows), sharex=True, sharey=len(means) == 1)
     for number, (metric, by_type) in enumerate(means.items()):
         for axis, name in zip(axes.flat, types, strict=False):
             style = "-" if falls[metric][name] else ":"
-            axis.plot(
-                range(len(by_type[name])), by_type[name], style, marker="o", ms=3, color=f"C{number}", label=metric
-            )
+            axis.plot(range(len(by_type[name])), by_type[name], style, marker="o", ms=3, color=f"C{number}")
     for axis, name in zip(axes.flat, types, strict=False):
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(types) :]:
         axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+    # Older versions of matplotlib leave out labels that begin with "_".
+    lines, numbers = axes.flat[0].get_lines(), [str(number) for number in range(len(means))]
+    legend = figure.legend(lines, numbers, loc="outside upper center", ncols=3, frameon=False)
+    for text, metric in zip(legend.get_texts(), means, strict=True):
+        text.set_text(_drawable(source_name(metric)))
     figure.supxlabel("distortion level (0: pristine); dotted: does not fall from level to level", fontsize=10)
     figure.supylabel("mean score", fontsize=10)
-    figure.tight_layout(rect=(0.01, 0.01, 1, 0.97))
     _save(figure, path)
 
 
-def duels(path: Path, rows: Sequence[tuple[str, Path, Path, str]]) -> None:
-    """Pairs of pictures side by side: (title, left, right, what stands below)."""
-    from ..images.tensors import load_image
+@dataclass(frozen=True)
+class Pair:
+    """Two images side by side.
 
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(len(rows), 2, figsize=(8, 3.4 * len(rows)), squeeze=False)
-    for (left_axis, right_axis), (title, left, right, below) in zip(axes, rows, strict=True):
-        for axis, file, side in ((left_axis, left, "attacker: better"), (right_axis, right, "attacker: worse")):
-            axis.imshow(load_image(file).movedim(0, -1).numpy())  # as it was scored
+    Attributes:
+        left, right: files.
+        title: text above the left one.
+        note: text above the right one.
+    """
+
+    left: Path
+    right: Path
+    title: str
+    note: str
+
+
+def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> None:
+    """Draw pairs of images.
+
+    Args:
+        path: file to write, whole or not at all.
+        pairs: from top to bottom.
+        rules: how the images were read when they were scored.
+
+    Raises:
+        SettingsError: the file cannot be written. ImageError: an image cannot be read any more.
+    """
+    rules = rules or ReadRules()
+    figure, axes = _figure(len(pairs), 2, (8, 3.4 * len(pairs)))
+    for row, pair in zip(axes, pairs, strict=True):
+        for axis, file, side in zip(row, (pair.left, pair.right), ("better", "worse"), strict=True):
+            rgb = load_image(
+                file,
+                ignore_orientation=rules.ignore_orientation,
+                allow_truncated=rules.allow_truncated,
+                max_pixels=rules.max_pixels,
+            )
+            shrink = max(1, -(-max(rgb.shape[1:]) // LONGEST))
+            shown = F.avg_pool2d(rgb, shrink) if shrink > 1 else rgb
+            axis.imshow(shown.movedim(0, -1).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_xlabel(f"{side}\n{file.name}", fontsize=8)
-        left_axis.set_title(title, fontsize=9, loc="left")
-        right_axis.set_title(below, fontsize=9, loc="left")
-    figure.tight_layout()
+            axis.set_xlabel(_drawable(f"attacker: {side}\n{source_name(file.name)}"), fontsize=8)
+        row[0].set_title(_drawable(pair.title), fontsize=9, loc="left")
+        row[1].set_title(_drawable(pair.note), fontsize=9, loc="left")
     _save(figure, path)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure without pyplot, and its axes (rows, columns)."""
+    figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
+    _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _save(figure: Any, path: Path) -> None:
+    families = [family for family, _ in _fonts()]
+    for text in figure.findobj(_matplotlib("text").Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+        text.set_fontfamily(families)
+    try:
+        with replacing(path) as part:
+            figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def _drawable(text: str) -> str:
+    """Text without letters that no font has, which matplotlib would warn of and draw as boxes."""
+    known = {ord("\n")}.union(*(points for _, points in _fonts()))
+    return "".join(each if ord(each) in known else each.encode("unicode_escape").decode() for each in text)
+
+
+@cache
+def _fonts() -> list[tuple[str, frozenset[int]]]:
+    """Families to draw with, in the order in which a letter is looked up, and the code points that each has."""
+    manager = _matplotlib("font_manager")
+    there = set(manager.get_font_names())
+    families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]  # matplotlib brings the first
+    return [(family, frozenset(manager.get_font(manager.findfont(family)).get_charmap())) for family in families]

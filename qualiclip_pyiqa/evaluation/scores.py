@@ -1,0 +1,162 @@
+"""Scores of a set of images: computed here, or read from a table that `qualiclip score` wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..errors import SettingsError, did_you_mean
+from ..images.convert import source_name
+from ..images.identity import image_key
+from ..metrics.registry import lower_is_better
+from ..scoring.scorer import Scorer
+from ..scoring.tables import Record, read_table
+from .agreement import Floats
+from .ratings import Ratings
+
+#: Passes records on, such as a progress bar; called with them and their number.
+Watch: TypeAlias = Callable[[Iterable[Record], int], Iterable[Record]]
+
+
+def unwatched(records: Iterable[Record], total: int) -> Iterable[Record]:
+    """Pass records on."""
+    return records
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of images by column.
+
+    Attributes:
+        paths: the images, each once.
+        values: (n,) by column, in the order of `paths`; NaN where the image was not scored.
+        lower_better: whether a lower score is better, by column.
+        errors: one line for each image that some metric could not score, by path.
+        settings: what the scores depend on besides the images, as `Scorer.describe` says it; None if not known.
+        directions: where `lower_better` is from; for people.
+    """
+
+    paths: list[str]
+    values: dict[str, Floats]
+    lower_better: dict[str, bool]
+    errors: dict[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
+    directions: str = "as the metrics say"
+
+    def of(self, paths: Iterable[str | Path]) -> dict[str, Floats]:
+        """Look up the scores of some of the images, by column."""
+        number = {Path(path): k for k, path in enumerate(self.paths)}
+        rows = [number[Path(path)] for path in paths]
+        return {column: values[rows] for column, values in self.values.items()}
+
+    def known(self, ratings: Ratings) -> Ratings:
+        """Give rated files the paths that they have here.
+
+        Raises:
+            SettingsError: one is not among these images.
+        """
+        spelled = {image_key(path): Path(path) for path in self.paths}
+        keys = [image_key(str(path)) for path in ratings.paths]
+        missing = [path for path, key in zip(ratings.paths, keys, strict=True) if key not in spelled]
+        if missing:
+            raise SettingsError(
+                f"{len(missing)} of {len(keys)} rated images are not in the table of scores, such as "
+                f"{source_name(missing[0])}"
+            )
+        return replace(ratings, paths=[spelled[key] for key in keys])
+
+
+def score_images(scorer: Scorer, paths: Sequence[str | Path], watch: Watch = unwatched) -> Scores:
+    """Score images; one that cannot be scored is an entry of `errors` and stops nothing.
+
+    Args:
+        scorer: the metrics and how they read images.
+        paths: the images, each once.
+        watch: what the records pass through, such as a progress bar.
+    """
+    names = [os.fspath(path) for path in paths]
+    values = {column: np.full(len(names), np.nan) for column in scorer.columns}
+    errors: dict[str, str] = {}
+    for number, record in enumerate(watch(scorer.score(names), len(names))):
+        if record.error is not None:
+            errors[names[number]] = record.error
+        for column, score in record.scores.items():
+            values[column][number] = score
+    return Scores(names, values, shim_directions(scorer), errors, shim_settings(scorer))
+
+
+def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
+    """Read a table that `qualiclip score` wrote.
+
+    Args:
+        table: `*.csv`, `*.jsonl` or `*.parquet`. Directions are those that `NAME.meta.json` beside it states; where
+            that is missing, those that the columns' names have in the registry of metrics.
+        columns: scores to read, or metrics whose scores to read. None: all.
+
+    Raises:
+        SettingsError: not a table of scores, no such column, or an image with two different scores.
+    """
+    found = read_table(table)
+    chosen = list(found.columns) if columns is None else _chosen(table, found.columns, columns)
+    rows: dict[str, Record] = {}
+    for record in found:
+        if record.path is None:
+            raise SettingsError(f"{table} has a row without a path; expected the scores of files")
+        before = rows.setdefault(record.path, record)
+        if before != record and before.error is None and record.error is None:
+            raise SettingsError(
+                f"{table} has two rows of {source_name(record.path)} with other scores; expected one row per image"
+            )
+        if before.error is not None:
+            rows[record.path] = record
+    directions = {column: found.lower_better(column) for column in chosen}
+    unknown = [column for column, lower in directions.items() if lower is None]
+    return Scores(
+        paths=list(rows),
+        values={c: np.array([row.scores.get(c, np.nan) for row in rows.values()], float) for c in chosen},
+        lower_better={c: lower_is_better(c) if lower is None else lower for c, lower in directions.items()},
+        errors={
+            path: row.error or f"{source_name(path)} has no score of {next(c for c in chosen if c not in row.scores)}"
+            for path, row in rows.items()
+            if any(column not in row.scores for column in chosen)
+        },
+        settings=found.meta,
+        directions=f"by the names of the columns, since nothing beside {table} states that of {unknown[0]}"
+        if unknown
+        else f"as stated beside {table}",
+    )
+
+
+def _chosen(table: Path, names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Columns by their own name, or by that of a metric of several attributes."""
+    chosen: dict[str, None] = {}
+    for column in columns:
+        found = [name for name in names if name == column] or [
+            name for name in names if name.rpartition(".")[0] == column
+        ]
+        if not found:
+            raise SettingsError(
+                f"{table} has no scores {column!r}{did_you_mean(column, names)}; it has {', '.join(names) or 'none'}"
+            )
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def shim_directions(scorer: Scorer) -> dict[str, bool]:
+    """TEMPORARY until Scorer states its directions."""
+    there = getattr(scorer, "lower_better", None)
+    if there is not None:
+        return dict(there)
+    network = scorer.networks[0]
+    found = {name: bool(metric.lower_better) for name, metric in network.others}
+    return {column: found.get(column, False) for column in scorer.columns}
+
+
+def shim_settings(scorer: Scorer) -> dict[str, Any] | None:
+    """TEMPORARY until Scorer describes itself."""
+    return scorer.describe() if hasattr(scorer, "describe") else None
