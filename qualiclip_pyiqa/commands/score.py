@@ -6,18 +6,23 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..errors import SettingsError
+from ..errors import ImageError, SettingsError
 from ..images.convert import source_name
+from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_pictures, matches
 from ..metrics.registry import lower_is_better
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
 from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, say
 from .summary import Summary
+
+if TYPE_CHECKING:
+    from ..scoring.scorer import Scorer
 
 # Options that are passed on to `Scorer`.
 OPTIONS = (
@@ -58,7 +63,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "paths", metavar="PATH", nargs="+", help="file, folder, pattern such as 'a/**/*.jpg', or - for a list on stdin"
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="file, folder, pattern such as 'a/**/*.jpg', .parquet file with images, or - for a list on stdin",
     )
     add_metric_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".csv, .jsonl or .parquet (default: stdout)")
@@ -89,11 +97,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not found.paths and not found.unreadable:
         others = f" ({found.others} files are not images)" if found.others else ""
         raise SettingsError(f"no images in {', '.join(arguments.paths)}{others}")
-    engine = _engine(arguments, arguments.metric or [DEFAULT_METRIC])
+    files = {path: ParquetImages(path) for path in found.paths if is_parquet(path)}
+    if files and arguments.engine == "ray":
+        raise SettingsError(
+            f"{next(iter(files))} holds images itself; score it without --engine ray, "
+            "or by qualiclip_pyiqa.scoring.ray.score_dataset"
+        )
+    engine = _engine(arguments, arguments.metric or [DEFAULT_METRIC], files)
     summary = Summary(engine.columns, engine.lower_better)
     try:
         with _table(arguments, engine) as table:
-            _fill(table, found, engine.score, summary)
+            _fill(table, found, files, engine.score, summary)
     except KeyboardInterrupt:
         kept = _how_to_go_on(arguments.output, summary)
         say(f"qualiclip: stopped after {summary.rows} rows{kept}")
@@ -113,7 +127,13 @@ def _table(arguments: argparse.Namespace, engine: Engine) -> ScoreTable | CsvStr
     return ScoreTable(arguments.output, engine.columns, arguments.resume, engine.describe())
 
 
-def _fill(table: ScoreTable | CsvStream, found: FoundPaths, score: Score, summary: Summary) -> None:
+def _fill(
+    table: ScoreTable | CsvStream,
+    found: FoundPaths,
+    files: Mapping[str, ParquetImages],
+    score: Score,
+    summary: Summary,
+) -> None:
     """Score what the table does not hold yet, each image once."""
     from tqdm import tqdm
 
@@ -132,13 +152,39 @@ def _fill(table: ScoreTable | CsvStream, found: FoundPaths, score: Score, summar
         for folder, why in found.unreadable.items()
         if is_new(folder)
     ]
-    todo = [path for path in found.paths if is_new(path)]
+    names = chain.from_iterable(files[path].names if path in files else [path] for path in found.paths)
+    todo = [name for name in names if is_new(name)]
     total = summary.rows + len(failed) + len(todo)
     with tqdm(total=total, initial=summary.rows, unit="image", file=Screen()) as bar:
         for record in chain(failed, score(todo) if todo else ()):
             table.write([record])
             summary.add(record)
             bar.update()
+
+
+def _scored(scorer: Scorer, files: Mapping[str, ParquetImages], names: Iterable[str]) -> Iterator[Record]:
+    """Score images by their names, those inside of Parquet files too."""
+    if not files:
+        yield from scorer.score(names)
+        return
+    names = list(names)
+    for name, record in zip(names, scorer.score(_sources(names, files)), strict=True):
+        if record.path == name:
+            yield record
+        else:
+            yield replace(record, path=name, error=record.error and f"{source_name(name)}: {record.error}")
+
+
+def _sources(names: Iterable[str], files: Mapping[str, ParquetImages]) -> Iterator[str | bytes | ImageError]:
+    def file_of(name: str) -> str:
+        path = name.rpartition("#")[0]
+        return path if path in files else ""
+
+    for path, group in groupby(names, file_of):
+        if path:
+            yield from files[path].read(int(name.rpartition("#")[2]) for name in group)
+        else:
+            yield from group
 
 
 def _how_to_go_on(output: Path | None, summary: Summary) -> str:
@@ -177,7 +223,7 @@ def _listed(data: bytes, null: bool) -> list[str]:
     return [name for name in names if name and not name.isspace()]
 
 
-def _engine(arguments: argparse.Namespace, metrics: list[str]) -> Engine:
+def _engine(arguments: argparse.Namespace, metrics: list[str], files: Mapping[str, ParquetImages]) -> Engine:
     options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     if arguments.engine == "ray":
         from ..scoring.ray import score_paths
@@ -187,5 +233,5 @@ def _engine(arguments: argparse.Namespace, metrics: list[str]) -> Engine:
         from ..scoring.scorer import Scorer
 
         scorer = Scorer(metrics, **options)
-        columns, score = scorer.columns, scorer.score
+        columns, score = scorer.columns, partial(_scored, scorer, files)
     return Engine(score, columns, {column: lower_is_better(column) for column in columns}, lambda: None)
