@@ -50,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
         picture(tmp_path / "photos" / f"{number}.png", 48 + number % 2, 40)
     picture(tmp_path / "photos" / "sub" / "deep.jpg")
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    (tmp_path / "photos" / "._0.png").touch()
     return tmp_path / "photos"
 
 
@@ -72,6 +73,7 @@ def test_table_summary_and_status(folder: Path, tmp_path: Path, capsys: pytest.C
     assert f"  worst: {min(scores):.4f} {table[int(np.argmin(scores))]['path']}" in captured.err
     assert "piqe (lower is better)" in captured.err
     assert "files skipped in folders, since their suffix is not an image's: 1" in captured.err
+    assert "hidden entries skipped in folders (name them to score them): 1" in captured.err
     assert "5/5" in captured.err  # the progress bar
 
 

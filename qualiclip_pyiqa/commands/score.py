@@ -95,8 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
         names = expand_urls(names)
     found = find_pictures(names)
     if not found.paths and not found.unreadable:
-        others = f" ({found.others} files are not images)" if found.others else ""
-        raise SettingsError(f"no images in {', '.join(arguments.paths)}{others}")
+        counts = {"files are not images": found.others, "entries are hidden": found.hidden}
+        skipped = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        raise SettingsError(f"no images in {', '.join(arguments.paths)}{f' ({skipped})' if skipped else ''}")
     files = {path: ParquetImages(path) for path in found.paths if is_parquet(path)}
     if files and arguments.engine == "ray":
         raise SettingsError(
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     except OSError as error:
         raise OSError(f"{error}{_how_to_go_on(arguments.output, summary)}") from error
-    for line in summary.lines(found.others):
+    for line in summary.lines(found.others, found.hidden):
         say(line)
     return int(summary.errors > 0)
 

@@ -40,8 +40,8 @@ class Summary:
             self._scores[column].append(score)
             self._paths[column].append(record.path or "")
 
-    def lines(self, others: int) -> Iterator[str]:
-        """Yield the summary; `others` is the number of files in folders that were skipped."""
+    def lines(self, others: int, hidden: int) -> Iterator[str]:
+        """Yield the summary; `others` and `hidden` are what was skipped in folders, see `FoundPaths`."""
         yield f"{self.rows} images: {self.rows - self.errors} scored, {self.errors} with an error"
         for error in self._first_errors:
             yield f"  {error}"
@@ -49,6 +49,8 @@ class Summary:
             yield f"  ... and {self.errors - len(self._first_errors)} more: see the column `error`"
         if others:
             yield f"files skipped in folders, since their suffix is not an image's: {others}"
+        if hidden:
+            yield f"hidden entries skipped in folders (name them to score them): {hidden}"
         for column, scores in self._scores.items():
             if scores:
                 yield from self._column(column, np.asarray(scores))
