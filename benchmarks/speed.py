@@ -67,8 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.repeat, options.compile = 1, False
-    if options.keep_freed_memory:
-        keep_freed_memory()
+    if options.keep_freed_memory and not keep_freed_memory():
+        parser.error("--keep-freed-memory has no effect with this C library")
     with common.weights(options.weights) as folder, torch.no_grad():
         rows = on_gpu(folder, options) if options.device.startswith("cuda") else on_cpu(folder, options)
     common.report(options, rows, options.device, options.weights and options.weights.name)
