@@ -18,7 +18,7 @@ from test_cli_score import picture, rows
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.scoring.ray import _share, _source, expand_urls, score_dataset
+from qualiclip_pyiqa.scoring.ray import ScoreStage, _fetch, _share, expand_urls, score_dataset
 from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record, ScoreTable
 
@@ -46,8 +46,8 @@ def expected(photos: Path) -> dict[str, float | None]:
     return {str(record.path): record.scores.get("qualiclip-mini") for record in records}
 
 
-def check(table: list[dict[str, object]], expected: dict[str, float | None]) -> None:
-    assert sorted(str(row["path"]) for row in table) == sorted(expected)  # nothing lost, nothing twice
+def check(table: list[dict[str, object]], expected: dict[str, float | None], times: int = 1) -> None:
+    assert sorted(str(row["path"]) for row in table) == sorted([*expected] * times)  # nothing lost, nothing twice
     for row in table:
         score = expected[str(row["path"])]
         if score is None:
@@ -72,6 +72,42 @@ def test_folders_and_parquet_with_image_bytes(photos: Path, expected: dict[str, 
     table = score_dataset(dataset, "qualiclip-mini", image="photo", actors=1, batch_size=3).take_all()
     check(table, expected)
     assert all(row["caption"] == Path(row["path"]).stem and "photo" not in row for row in table)
+
+
+def test_images_in_other_forms(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
+    """Hugging Face's `{bytes, path}`, paths and URLs; what is not an image is an error of its row."""
+    paths = [str(path) for path in sorted(photos.iterdir())]
+    by_url = [f"file://{path}" for path in paths]
+    cells = [
+        *({"bytes": Path(path).read_bytes(), "path": "0001.png"} for path in paths),
+        *({"bytes": None, "path": path} for path in (*paths, *by_url)),
+        None,
+        {"bytes": None, "path": None},
+    ]
+    packed = pyarrow.table({"image": cells, "caption": [*paths, *paths, *paths, "none", "neither"]})
+    pyarrow.parquet.write_table(packed, tmp_path / "train-00000-of-00001.parquet")
+    stage = ScoreStage("qualiclip-mini", "image", torch.get_num_threads(), workers=0, device="cpu")
+    table = stage(pyarrow.parquet.read_table(tmp_path / "train-00000-of-00001.parquet")).to_pylist()
+    assert list(table[0]) == ["caption", "width", "height", "qualiclip-mini", "error"]
+    assert [row["error"].partition(";")[0] for row in table[-2:]] == ["nothing instead of an image"] * 2
+    check([{**row, "path": row["caption"]} for row in table[:-2]], expected, times=3)
+
+    (row,) = stage(pyarrow.table({"image": [5], "path": paths[:1]})).to_pylist()
+    assert row["error"].startswith("int value instead of an image; expected bytes") and row["path"] == paths[0]
+    scored, none = stage(pyarrow.table({"path": [paths[0], None]})).to_pylist()
+    assert (
+        scored["qualiclip-mini"] == pytest.approx(expected[paths[0]], abs=2e-6) and "instead of a path" in none["error"]
+    )
+
+
+def test_arrays_and_rules_for_reading(photos: Path, expected: dict[str, float | None]) -> None:
+    whole = {path: score for path, score in expected.items() if score is not None}
+    arrays = ray.data.read_images(list(whole), include_paths=True)
+    check(score_dataset(arrays, "qualiclip-mini", image="image", actors=1).take_all(), whole)
+
+    paths = ray.data.from_items([{"path": str(photos / name)} for name in ("0.png", "1.png")])
+    table = score_dataset(paths, "qualiclip-mini", actors=1, workers=0, max_pixels=48 * 40).take_all()
+    assert {Path(row["path"]).name: row["error"] is None for row in table} == {"0.png": True, "1.png": False}
 
 
 def test_a_killed_worker_costs_nothing(photos: Path, tmp_path: Path) -> None:
@@ -159,11 +195,13 @@ def test_urls_of_folders(tmp_path: Path) -> None:
     for name in names:
         picture(folder / name)
     (folder / "notes.txt").touch()
+    for hidden in ("._a b.png", ".Trash/x.png", "sub/@eaDir/y.png", "__MACOSX/z.png"):
+        picture(folder / hidden)
     for slash in ("", "/"):
         urls = list(expand_urls(["local.png", f"file://{tmp_path}/my%20photos{slash}"]))
         assert urls[0] == "local.png"
         assert urls[1] == f"file://{tmp_path}/my%20photos/a%20b.png"
-        assert [_source(url) for url in urls[1:]] == [(folder / name).read_bytes() for name in names]
+        assert [_fetch(url) for url in urls[1:]] == [(folder / name).read_bytes() for name in names]
         assert list(expand_urls(urls)) == urls
     picture(folder / "x.png").rename(folder / os.fsdecode(b"\xff.png"))
     with pytest.raises(SettingsError, match=r"cannot be listed .*utf-8"):

@@ -226,10 +226,12 @@ def _listed(data: bytes, null: bool) -> list[str]:
 
 def _engine(arguments: argparse.Namespace, metrics: list[str], files: Mapping[str, ParquetImages]) -> Engine:
     options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    score: Score
     if arguments.engine == "ray":
-        from ..scoring.ray import score_paths
+        from ..scoring.ray import RayScorer
 
-        columns, score = score_paths(metrics, **options)
+        ray_scorer = RayScorer(metrics, **options)
+        columns, score = ray_scorer.columns, ray_scorer.score
     else:
         from ..scoring.scorer import Scorer
 

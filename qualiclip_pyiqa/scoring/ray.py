@@ -1,4 +1,4 @@
-"""The scorer as a stage of Ray Data: folders, Parquet with image bytes and object stores, on one machine or a cluster.
+"""Score with Ray Data: folders, Parquet with image bytes and object stores, on one machine or a cluster.
 
     import ray
     from qualiclip_pyiqa.scoring.ray import score_dataset
@@ -6,30 +6,39 @@
     photos = ray.data.read_binary_files("s3://bucket/photos", include_paths=True)
     score_dataset(photos, ["qualiclip", "clipiqa"]).write_parquet("s3://bucket/scores")
 
-Ray starts a stage again whose worker was killed, from the same rows: nothing is lost and nothing is there twice. Needs
-the extra `ray`: pip install "qualiclip-pyiqa[ray]".
+When a worker is killed Ray runs its rows again: none is lost and none is there twice. Needs the extra `ray`:
+pip install "qualiclip-pyiqa[ray]".
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import numpy as np
+
 from ..errors import ImageError, SettingsError
+from ..optional import require
 from .allocator import keep_freed_memory
 from .tables import Record
 
-# Rows of a block: what a worker scores at a time, and what is done again if it is killed.
+if TYPE_CHECKING:
+    import pyarrow
+    from ray.data import Dataset
+
+    from .scorer import Scorer
+
+# Rows that a worker scores at a time, and that are scored again if it is killed.
 BLOCK = 64
-# CPU cores of a worker that has no GPU: beyond four, small batches gain little from more.
+# CPU cores of a worker without a GPU: beyond four, small batches gain little from more.
 CORES = 4
 
 
 def score_dataset(
-    dataset: Any,
+    dataset: Dataset,
     metrics: Any,
     *,
     image: str = "bytes",
@@ -37,81 +46,81 @@ def score_dataset(
     batch_size: int | None = None,
     device: str | None = None,
     **options: Any,
-) -> Any:
-    """Score the pictures of a Ray dataset.
+) -> Dataset:
+    """Score the images of a Ray dataset.
 
     Args:
-        dataset: a `ray.data.Dataset` with encoded pictures in the column `image`, or with local paths or URLs in a
-            column `path` (text, or bytes where names are not UTF-8); all other columns are kept.
-        metrics: what `Scorer` takes.
-        image: the column of encoded pictures; it is not in the result.
-        actors: workers, one per GPU of the cluster at most; without GPUs as many as find CPU cores. Default: one per
-            GPU; without GPUs one per four CPU cores.
-        batch_size, device, options: `Scorer`'s, whose defaults are a worker's own.
+        dataset: images in the column `image`, or local paths or URLs in a column `path` (text, or bytes where names are
+            not UTF-8). All other columns are kept.
+        metrics: as for `Scorer`.
+        image: column of images; it is not in the result. An image is encoded bytes, a path or URL, a structure
+            `{bytes, path}` as Hugging Face's `datasets` writes it into Parquet, of which the bytes are taken if they
+            are there, or an array as `ray.data.read_images` gives it.
+        actors: number of workers: one per GPU of the cluster at most; without GPUs as many as find CPU cores. Default:
+            one per GPU; without GPUs one per four CPU cores.
+        batch_size, device, options: as for `Scorer`, with the defaults of the worker's machine.
 
     Returns:
-        A dataset, computed when it is read, with the rows and columns of `dataset` and `width`, `height`, one column
-        per score, and `error`.
+        A dataset, computed when it is read: the rows and columns of `dataset`, and `width`, `height`, one column per
+        score, and `error` (null, or why there is no score). `Scorer(metrics).lower_better` says which way each score
+        points, `Scorer(metrics).describe()` what else decides it.
 
     Raises:
-        SettingsError: neither column is there, a column of the result would be there already, or more workers than
-            the cluster has room for; and what `Scorer` raises.
+        SettingsError: neither column is there, a column of the result is there already, more workers than the cluster
+            has room for, or Ray is missing; and what `Scorer` raises.
     """
     _ray()
     names = dataset.columns() or []
     if image not in names and "path" not in names:
-        raise SettingsError(f"the dataset has the columns {', '.join(names)}; expected {image!r} or 'path'")
-    for added in ("width", "height", *_columns(metrics, batch_size=batch_size, **options), "error"):
+        raise SettingsError(
+            f"the dataset has the columns {', '.join(names)}; expected {image!r} or 'path', or name the column of "
+            "images with image="
+        )
+    columns = _checked(metrics, batch_size=batch_size, device=device, **options).columns
+    for added in ("width", "height", *columns, "error"):
         if added in names:
             raise SettingsError(f"the dataset has a column {added!r} already; rename it before scoring")
     return _scored(dataset, metrics, image, actors, batch_size=batch_size, device=device, **options)
 
 
-def _columns(metrics: Any, **options: Any) -> tuple[str, ...]:
-    """The names of the scores. Settings and weights are checked here, before the workers build their own."""
-    from .scorer import Scorer
+class RayScorer:
+    """Scores paths and URLs on a Ray cluster; what `qualiclip score --engine ray` uses in place of `Scorer`.
 
-    return Scorer(metrics, **{**options, "device": "cpu", "compile": False}).columns
+    Args:
+        metrics, options: as for `Scorer`.
+    """
 
+    def __init__(self, metrics: Any, **options: Any) -> None:
+        _ray()
+        self._metrics, self._options = metrics, options
+        scorer = _checked(metrics, **options)
+        #: Names of the scores.
+        self.columns = scorer.columns
 
-def _scored(dataset: Any, metrics: Any, image: str, actors: int | None, device: str | None, **options: Any) -> Any:
-    ray = _ray()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
-    cores = [int(node.get("CPU", 0)) for node in nodes]
-    most = gpus or max(1, 2 * sum(cores) - 1)
-    if actors is None:
-        actors = gpus or max(1, sum(cores) // CORES)
-    elif not 1 <= actors <= most:  # Ray would wait for ever
-        raise SettingsError(f"actors is {actors}; expected 1..{most}, {'one per GPU' if gpus else 'two per CPU core'}")
-    threads = max(1, min(max(cores), sum(cores) // actors))
-    resources: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": _share(cores, actors)}
-    return dataset.map_batches(
-        ScoreStage,
-        fn_constructor_kwargs={
-            "metrics": metrics,
-            "image": image,
-            "threads": threads,
-            "device": device,
-            **options,
-        },
-        batch_format="pyarrow",
-        batch_size=BLOCK,
-        zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        **resources,
-    )
+    def score(self, paths: Iterable[str]) -> Iterator[Record]:
+        """Yield one record per path, in input order."""
+        import pyarrow
 
-
-def _share(nodes: Sequence[int], actors: int) -> float:
-    """CPU cores of a worker, so that each finds a node, and that one is left for whatever feeds them."""
-    total = sum(nodes)
-    fitting = (k for k in range(max(nodes), 0, -1) if k * actors < total and sum(n // k for n in nodes) >= actors)
-    return next(fitting, 0.5)
+        ray = _ray()
+        names = list(paths)
+        blocks = [
+            pyarrow.table(
+                {
+                    "number": list(range(start, min(start + BLOCK, len(names)))),
+                    "path": pyarrow.array(map(os.fsencode, names[start : start + BLOCK]), pyarrow.binary()),
+                }
+            )
+            for start in range(0, len(names), BLOCK)
+        ]
+        scored = _scored(ray.data.from_arrow(blocks), self._metrics, "bytes", None, **self._options)
+        scored.context.execution_options.preserve_order = True
+        for row in scored.iter_rows():
+            scores = {column: row[column] for column in self.columns if row[column] is not None}
+            yield Record(names[row["number"]], row["width"], row["height"], scores, row["error"])
 
 
 class ScoreStage:
-    """What `score_dataset` runs in each worker: an Arrow table in, the same rows with scores out."""
+    """What each worker runs: an Arrow table in, the same rows with scores out."""
 
     def __init__(self, metrics: Any, image: str, threads: int, workers: int | None = None, **options: Any) -> None:
         import torch
@@ -123,16 +132,14 @@ class ScoreStage:
         self.image = image
         self.scorer = Scorer(metrics, workers=1 if workers is None else workers, **options)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         import pyarrow
 
-        paths = table.column("path").to_pylist() if "path" in table.column_names else [None] * len(table)
-        paths = [os.fsdecode(path) if isinstance(path, bytes) else path for path in paths]
         if self.image in table.column_names:
-            images: Iterable[Any] = [b"" if data is None else data for data in table.column(self.image).to_pylist()]
+            images = map(_image, table.column(self.image).to_pylist())
             table = table.drop_columns([self.image])
         else:
-            images = map(_source, paths)
+            images = map(_fetch, table.column("path").to_pylist())
         records = list(self.scorer.score(images))
         added = {
             "width": pyarrow.array([record.width for record in records], pyarrow.int32()),
@@ -148,41 +155,14 @@ class ScoreStage:
         return table
 
 
-def score_paths(
-    metrics: list[str], **options: Any
-) -> tuple[tuple[str, ...], Callable[[Iterable[str]], Iterator[Record]]]:
-    """The engine of `qualiclip score --engine ray`: the names of the scores, and paths to records, in input order."""
-    _ray()
-    columns = _columns(metrics, **options)
-
-    def score(paths: Iterable[str]) -> Iterator[Record]:
-        import pyarrow
-
-        ray = _ray()
-        names = list(paths)
-        blocks = [
-            pyarrow.table(
-                {
-                    "number": list(range(start, min(start + BLOCK, len(names)))),
-                    "path": pyarrow.array(map(os.fsencode, names[start : start + BLOCK]), pyarrow.binary()),
-                }
-            )
-            for start in range(0, len(names), BLOCK)
-        ]
-        scored = _scored(ray.data.from_arrow(blocks), metrics, "bytes", None, **options)
-        scored.context.execution_options.preserve_order = True
-        for row in scored.iter_rows():
-            scores = {column: row[column] for column in columns if row[column] is not None}
-            yield Record(names[row["number"]], row["width"], row["height"], scores, row["error"])
-
-    return columns, score
-
-
 def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
-    """Folders of an object store, given as URLs, become the pictures below them; everything else stays."""
-    from pyarrow import fs
+    """Replace folders of an object store, given as URLs, by the images below them; everything else stays.
 
-    from ..images.paths import is_picture
+    As on a disk, hidden entries are left out, and files whose suffix is not an image's.
+    """
+    fs = require("pyarrow.fs", "ray", "a URL")
+
+    from ..images.paths import is_hidden, is_picture
 
     for argument in arguments:
         if "://" not in argument:
@@ -192,22 +172,75 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
             system, path = fs.FileSystem.from_uri(argument)
             folder = system.get_file_info(path).type == fs.FileType.Directory
             below = system.get_file_info(fs.FileSelector(path, recursive=True)) if folder else []
-            pictures = sorted(each.path for each in below if each.is_file and is_picture(each.path))
+            names = sorted(each.path.removeprefix(path).lstrip("/") for each in below if each.is_file)
         except (OSError, ValueError) as error:
             raise SettingsError(f"{argument} cannot be listed ({' '.join(str(error).split())})") from error
         if not folder:
             yield argument
             continue
         root, mark, query = argument.partition("?")
-        for picture in pictures:
-            name = quote(picture.removeprefix(path).lstrip("/"))  # a path is no URL: it may have spaces, # and %
-            yield f"{root.rstrip('/')}/{name}{mark}{query}"
+        for name in names:
+            if is_picture(name) and not any(map(is_hidden, name.split("/"))):
+                # A path is not a URL: it may have spaces, # and %.
+                yield f"{root.rstrip('/')}/{quote(name)}{mark}{query}"
 
 
-def _source(path: str | None) -> Any:
-    """A local path as it is, the bytes behind a URL, or what is wrong with it."""
-    if path is None or "://" not in path:
-        return b"" if path is None else path
+def _checked(metrics: Any, **options: Any) -> Scorer:
+    """Build a scorer here, so that wrong settings and missing weights are found before workers build theirs."""
+    from .scorer import Scorer
+
+    return Scorer(metrics, **{**options, "device": "cpu", "compile": False})
+
+
+def _scored(dataset: Dataset, metrics: Any, image: str, actors: int | None, device: str | None, **options: Any) -> Any:
+    ray = _ray()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    most = gpus or max(1, 2 * sum(cores) - 1)
+    if actors is None:
+        actors = gpus or max(1, sum(cores) // CORES)
+    elif not 1 <= actors <= most:  # Ray would wait for ever
+        raise SettingsError(f"actors is {actors}; expected 1..{most}, {'one per GPU' if gpus else 'two per CPU core'}")
+    threads = max(1, min(max(cores), sum(cores) // actors))
+    resources: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": _share(cores, actors)}
+    return dataset.map_batches(
+        ScoreStage,
+        fn_constructor_kwargs={"metrics": metrics, "image": image, "threads": threads, "device": device, **options},
+        batch_format="pyarrow",
+        batch_size=BLOCK,
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **resources,
+    )
+
+
+def _share(nodes: Sequence[int], actors: int) -> float:
+    """CPU cores of a worker: each worker must fit on a node, and one core is left for what feeds them."""
+    total = sum(nodes)
+    fitting = (k for k in range(max(nodes), 0, -1) if k * actors < total and sum(n // k for n in nodes) >= actors)
+    return next(fitting, 0.5)
+
+
+def _image(cell: object) -> Any:
+    """Turn a cell of the column of images into what `Scorer.score` takes, or into the error that its row gets."""
+    if isinstance(cell, dict):
+        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+    if isinstance(cell, str):
+        return _fetch(cell)
+    if isinstance(cell, bytes | np.ndarray):
+        return cell
+    found = "nothing" if cell is None else f"{type(cell).__name__} value"
+    return ImageError(f"{found} instead of an image; expected bytes, a path, a URL, {{bytes, path}} or an array")
+
+
+def _fetch(path: str | bytes | None) -> Any:
+    """Return a local path as it is, the bytes behind a URL, or the error that its row gets."""
+    if path is None:
+        return ImageError("nothing instead of a path; expected a path or URL")
+    path = os.fsdecode(path)
+    if "://" not in path:
+        return path
     from pyarrow import fs
 
     try:
@@ -215,15 +248,12 @@ def _source(path: str | None) -> Any:
         with system.open_input_file(name) as file:
             return file.read()
     except (OSError, ValueError) as error:
-        return ImageError(f"{path} cannot be read ({' '.join(str(error).split())}); expected a picture file")
+        return ImageError(f"{path} cannot be read ({' '.join(str(error).split())}); expected an image file")
 
 
 def _ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise SettingsError('Ray is not installed: pip install "qualiclip-pyiqa[ray]"') from None
+    ray = require("ray", "ray", "scoring with Ray")
+    require("ray.data", "ray", "scoring with Ray")
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
