@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,11 @@ from synthetic import synthetic_photograph
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS, degrade
-from qualiclip_pyiqa.errors import ImageError, SettingsError
+from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.metrics.prompts import QUALITY_SETS
+from qualiclip_pyiqa.pretrained.write import write_safetensors
 from qualiclip_pyiqa.towers.mini import (
     BLOCKS,
     CELL,
@@ -47,12 +49,16 @@ from qualiclip_pyiqa.towers.mini import (
     detail_and_top,
     log_energies,
 )
+from qualiclip_pyiqa.training import checkpoint as checkpoint_module
+from qualiclip_pyiqa.training import losses as losses_module
 from qualiclip_pyiqa.training import run as trainer
 from qualiclip_pyiqa.training import stacks as stacks_module
 from qualiclip_pyiqa.training.alignment import Aligned, build, similarities
+from qualiclip_pyiqa.training.checkpoint import Progress, State, read_checkpoint, write_checkpoint
 from qualiclip_pyiqa.training.config import CONFIGS, Config, load_config, make_config
-from qualiclip_pyiqa.training.losses import across_loss, centre_loss, consistency_loss, ranking_loss
-from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of, list_photographs
+from qualiclip_pyiqa.training.losses import across_loss, alignment_losses, centre_loss, consistency_loss, ranking_loss
+from qualiclip_pyiqa.training.photographs import list_photographs
+from qualiclip_pyiqa.training.stacks import Stack, Stacks, batch_of
 
 TOY = load_config("toy")
 NOISE = {name: float(each.group == "noise") for name, each in DEGRADATIONS.items()}
@@ -145,7 +151,7 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_what_it_says() -> None:
         "severity": torch.ones(2, 1),
     }
     aligned = Aligned(torch.nn.Identity(), torch.eye(2), 1.0, 0.0, {})
-    found = trainer.losses(lambda pictures: features.flatten(0, 2), aligned, batch, config)
+    found = alignment_losses(lambda pictures: features.flatten(0, 2), aligned, batch, config)
 
     def mean(terms: list[float]) -> float:
         return sum(terms) / len(terms)
@@ -402,6 +408,10 @@ def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def same_bytes(first: Path, second: Path) -> bool:
+    return first.read_bytes() == second.read_bytes()
+
+
 def same_tensors(first: Path, second: Path) -> bool:
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -485,8 +495,9 @@ def test_commands_take_the_model_file_as_a_metric(
     assert "none.safetensors" in capsys.readouterr().err
 
 
-def test_same_seed_same_model_whoever_reads_and_degrades(folder: Path, tmp_path: Path) -> None:
+def test_same_seed_same_file_whoever_reads_and_degrades(folder: Path, tmp_path: Path) -> None:
     runs = [trainer.train(short(), folder, tmp_path / "a"), trainer.train(short(), folder, tmp_path / "b")]
+    assert same_bytes(*runs)  # hence one hash
     runs.append(trainer.train(short(workers=2), folder, tmp_path / "c"))
     runs.append(trainer.train(short(degrade_on="device"), folder, tmp_path / "d"))
     assert all(same_tensors(runs[0], run) for run in runs[1:])
@@ -665,7 +676,7 @@ def test_all_that_is_trained_has_a_gradient(backbone: str, folder: Path, familie
         config = of_backbone(backbone, families_folder)
     aligned = build(config, seed=0)
     batch = batch_of(Stacks(paths_of(folder), config, seed=0)[0], config)
-    trainer.losses(aligned.tower, aligned, batch, config)["loss"].backward()
+    alignment_losses(aligned.tower, aligned, batch, config)["loss"].backward()
     without = [name for name, p in aligned.tower.named_parameters() if p.requires_grad and p.grad is None]
     still = [name for name, p in aligned.tower.named_parameters() if not p.requires_grad]
     assert not without and len(still) == UNUSED.get(backbone, 1)
@@ -720,7 +731,7 @@ def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            trainer.losses(aligned.tower.train(), aligned, batch, config)
+            alignment_losses(aligned.tower.train(), aligned, batch, config)
         kept.append(sum(storages.values()))
     assert same_tensors(*models)
     assert kept[1] < 0.7 * kept[0]
@@ -780,8 +791,14 @@ def command(config: Path, folder: Path, out: Path, *more: str) -> list[str]:
     return ["-m", "qualiclip_pyiqa", *run]
 
 
+def fail_at(patch: pytest.MonkeyPatch, step: int, kept: int = 0) -> None:
+    """Let the loss of a step be NaN, in a run that starts after step `kept`."""
+    calls = iter([1.0] * (step - 1 - kept) + [math.nan])
+    patch.setattr(losses_module, "centre_loss", lambda difference: centre_loss(difference) * next(calls))
+
+
 def steps_kept(run: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
+    return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*.safetensors")), default=0)
 
 
 def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
@@ -799,7 +816,7 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL
         assert not (run / "model.safetensors").exists()
     assert subprocess.run(arguments, capture_output=True).returncode == 0
-    assert same_tensors(expected, run / "model.safetensors")
+    assert same_bytes(expected, run / "model.safetensors")
     time_free = [
         [{k: v for k, v in line.items() if k not in ("seconds", "waiting")} for line in lines_of(path)]
         for path in (expected.parent, run)
@@ -814,36 +831,171 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
         trainer.train(config, folder, run, seed=6, resume=True)
 
 
-def test_checkpoint_that_was_not_finished_is_none(
+class Payload:
+    """What a pickle makes a directory of when it is opened carelessly."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after its checkpoint of step 2; its tests take copies."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, 3)
+        with pytest.raises(trainer.DivergedError):
+            trainer.train(short(), folder, run)
+    return run
+
+
+@pytest.mark.parametrize("way", ["pickle", "zip"])
+def test_nothing_in_a_checkpoint_is_executed(way: str, stopped_run: Path, folder: Path, tmp_path: Path) -> None:
+    """Whatever file of the checkpoint is replaced, and however it is pickled."""
+    (checkpoint,) = stopped_run.glob("checkpoint-*")
+    files = [path for path in (checkpoint, *checkpoint.rglob("*")) if path.is_file()]
+    assert files
+    for number, path in enumerate(files):
+        run, ran = tmp_path / str(number), tmp_path / f"executed {path.name}"
+        shutil.copytree(stopped_run, run)
+        hostile = run / path.relative_to(stopped_run)
+        if way == "pickle":
+            hostile.write_bytes(pickle.dumps(Payload(ran)))
+        else:
+            torch.save(Payload(ran), hostile)
+        with pytest.raises(WeightsError, match=r"is damaged or not a checkpoint \(.*\); delete it") as caught:
+            trainer.train(short(), folder, run, resume=True)
+        assert "\n" not in str(caught.value) and not ran.exists(), path
+
+
+def rewrite(path: Path, **change: object) -> None:
+    """Write a checkpoint with some tensors or metadata replaced; None leaves one out."""
+    with safe_open(path, "pt") as file:
+        values = {**{name: file.get_tensor(name) for name in file.keys()}, **file.metadata()}  # noqa: SIM118
+    progress = json.loads(values["progress"])
+    changed = {key: change.pop(key) for key in list(change) if key in progress}
+    values |= {"progress": json.dumps(progress | changed)} | change
+    tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    write_safetensors(path, tensors, {key: value for key, value in values.items() if isinstance(value, str)})
+
+
+def small_state(seed: int = 0) -> State:
+    """Of a run whose tower is three layers, the last of which is not trained; with fp16's scaler, on a CPU."""
+    torch.manual_seed(seed)
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(2, 2))
+    tower[2].requires_grad_(False)
+    tower = tower.to(memory_format=torch.channels_last)
+    parameters = [p for p in tower.parameters() if p.requires_grad]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15 + seed, growth_interval=7)
+    return State(tower, copy.deepcopy(tower), optimiser, scaler, Progress("a" * 64))
+
+
+def stepped_state() -> State:
+    state = small_state(1)
+    for _ in range(3):
+        state.optimiser.zero_grad()
+        state.scaler.scale(state.tower[:2](torch.rand(2, 3, 8, 8)).square().sum()).backward()
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
+    state.progress = Progress("a" * 64, 3, 1 / 3, 77, 2, {"loss": 0.1, "spent": 1e-9})
+    return state
+
+
+def test_checkpoint_keeps_every_value(tmp_path: Path) -> None:
+    fresh, state = small_state(0), stepped_state()
+    read_checkpoint(write_checkpoint(tmp_path, fresh), small_state(2), 3)  # before the first step
+    path = write_checkpoint(tmp_path, state)
+    assert list(tmp_path.iterdir()) == [path]
+    read_checkpoint(path, fresh, 3)
+    assert fresh.progress == state.progress and fresh.scaler.state_dict() == state.scaler.state_dict()
+    tensors = [each.model_tensors() | each.optimiser_tensors() for each in (fresh, state)]
+    assert len(tensors[0]) == 2 * 9 + 4 * 3 and tensors[0].keys() == tensors[1].keys()
+    for key, value in tensors[1].items():
+        assert torch.equal(tensors[0][key], value) and tensors[0][key].stride() == value.stride(), key
+    with pytest.raises(WeightsError, match="gradient scaler has other entries"):
+        read_checkpoint(path, dataclasses.replace(fresh, scaler=None), 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged or not a checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "is damaged or not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
+        (lambda path: save_file({"a": torch.ones(1)}, path), "its format is None, not 'qualiclip-pyiqa-checkpoint/1'"),
+        (lambda path: rewrite(path, **{"ema.0.bias": torch.ones(3)}), r"'ema.0.bias' has shape \[3\] .* not \[4\] "),
+        (lambda path: rewrite(path, **{"tower.0.bias": None}), "'tower.0.bias' is missing"),
+        (lambda path: rewrite(path, **{"tower.hook": torch.ones(1)}), "'tower.hook' is not of this run"),
+        (lambda path: rewrite(path, **{"optimiser.0.bias.step": None}), "'optimiser.0.bias.step' is missing"),
+        (
+            lambda path: rewrite(path, **{"optimiser.0.bias.exp_avg": torch.zeros(4).half()}),
+            r"'optimiser.0.bias.exp_avg' has .* torch.float16, not .* torch.float32",
+        ),
+        (lambda path: rewrite(path, progress=None), "KeyError: 'progress'"),
+        (lambda path: rewrite(path, progress="{"), "JSONDecodeError"),
+        (lambda path: rewrite(path, progress="[" * 100_000), "RecursionError"),
+        (lambda path: rewrite(path, progress="[1]"), "progress has other entries"),
+        (lambda path: rewrite(path, step=-1), "not counted in whole numbers"),
+        (lambda path: rewrite(path, log_bytes=0.5), "not counted in whole numbers"),
+        (lambda path: rewrite(path, step=4), "progress is 4 of 3 steps"),
+        (lambda path: rewrite(path, seconds=math.nan), "a value that is not a number"),
+        (lambda path: rewrite(path, sums={"step": 1.0}), "unknown sums"),
+        (lambda path: rewrite(path, scaler='{"scale": 2.0}'), "gradient scaler has other entries"),
+        (
+            lambda path: path.rename(path.with_suffix("")) and path.symlink_to(path.with_suffix("")),
+            "not a regular file",
+        ),
+        (lambda path: path.unlink() or path.mkdir(), "not a regular file"),
+        (lambda path: path.unlink() or os.mkfifo(path), "not a regular file"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_one_line_and_changes_nothing(
+    spoil: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    path, state = write_checkpoint(tmp_path, stepped_state()), small_state()
+    spoil(path)
+    before = copy.deepcopy(state)
+    with pytest.raises(WeightsError, match=rf"checkpoint-000000003-aaaaaaaa\.safetensors .*{said}") as caught:
+        read_checkpoint(path, state, 3)
+    assert "\n" not in str(caught.value)
+    assert state.progress == before.progress and not state.optimiser_tensors()
+    assert all(torch.equal(value, before.model_tensors()[key]) for key, value in state.model_tensors().items())
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_last_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, saved = tmp_path / "run", trainer.Accelerator.save_state
+    run, write = tmp_path / "run", checkpoint_module.write_safetensors
 
-    def torn(self: trainer.Accelerator, path: str) -> None:
-        saved(self, path)
+    def full(path: Path, tensors: dict, metadata: dict) -> None:
         if steps_kept(run) == 2:
-            (Path(path) / "optimizer.bin").write_bytes(b"half")
+            Path(f"{path}.0123456789ab.part").write_bytes(b"half")
             raise OSError(28, "No space left on device")
+        write(path, tensors, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Accelerator, "save_state", torn)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoint_module, "write_safetensors", full)
+        with pytest.raises(SettingsError, match=r"cannot be written \(No space .*\); make room, then pass --resume"):
             trainer.train(short(), folder, run)
-    assert steps_kept(run) == 2 and (run / "checkpoint.part").is_dir()
+    assert steps_kept(run) == 2
     resumed = trainer.train(short(), folder, run, resume=True)
-    assert same_tensors(resumed, trainer.train(short(), folder, tmp_path / "whole"))
+    assert same_bytes(resumed, trainer.train(short(), folder, tmp_path / "whole"))
     assert not list(run.glob("checkpoint*"))
 
 
 def test_log_of_a_run_that_stops_twice_has_each_line_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, centre = tmp_path / "run", trainer.centre_loss
+    run = tmp_path / "run"
     config = dataclasses.replace(short(), steps=6, validate_every=100)
     for step in (3, 5):  # each after a checkpoint, whose log has no line about it
-        calls = iter([1.0] * (step - 1 - steps_kept(run)) + [math.nan])
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "centre_loss", lambda difference, calls=calls: centre(difference) * next(calls))
+            fail_at(patch, step, steps_kept(run))
             with pytest.raises(trainer.DivergedError, match=f"at step {step};"):
                 trainer.train(config, folder, run, resume=True)
         assert [line.get("stopped") for line in lines_of(run)] == [None, "centre"]
@@ -851,29 +1003,28 @@ def test_log_of_a_run_that_stops_twice_has_each_line_once(
     assert [(line.get("step"), line.get("stopped")) for line in lines_of(run)] == [(None, None), (6, None), (6, None)]
 
 
-# Where a process is killed: at the first step, and in what makes the model and tidies up after the last checkpoint.
-# Each is killed as a fork of one process, which has everything imported and no thread yet.
+# Where a process is killed: in the first step, while a checkpoint or the model is written, and before the last
+# checkpoint is deleted. Each is a fork of one process, which has everything imported and no thread yet.
 FATES = """
-import os, shutil, signal, sys
+import os, signal, sys
 from pathlib import Path
-from qualiclip_pyiqa import cli
-from qualiclip_pyiqa.training import train as t
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.training import checkpoint, losses, run as t
 
-place, delete = Path.replace, shutil.rmtree
+place, delete = Path.replace, Path.unlink
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-def when_the_model_is_written():
-    Path.replace = lambda path, to: die() if path.name.startswith("model.safetensors.") else place(path, to)
-def while_the_last_checkpoint_is_deleted():
-    def fatal(path, ignore_errors=False):
-        delete(path, ignore_errors) if ignore_errors or not list(Path(path).parent.glob("model.*")) else die()
-    shutil.rmtree = fatal
+def when_it_is_written(name):
+    Path.replace = lambda path, to: die() if path.name.startswith(name) else place(path, to)
+def before_the_last_checkpoint_is_deleted():
+    Path.unlink = lambda path: die() if path.name.startswith("checkpoint-000000004") else delete(path)
 run = Path(sys.argv[sys.argv.index("--out") + 1])
 for fate in (
-    lambda: setattr(t, "centre_loss", die),
+    lambda: setattr(losses, "centre_loss", die),
+    lambda: when_it_is_written("checkpoint-000000004"),
     lambda: setattr(t, "recalibrate", die),
-    when_the_model_is_written,
-    while_the_last_checkpoint_is_deleted,
+    lambda: when_it_is_written("model.safetensors"),
+    before_the_last_checkpoint_is_deleted,
 ):
     child = os.fork()
     if child == 0:
@@ -887,16 +1038,20 @@ def test_run_killed_at_every_stage_is_the_same_and_leaves_nothing(folder: Path, 
     config, run = write_config(short(), tmp_path / "config.toml"), tmp_path / "run"
     line = command(config, folder, run, "--resume")[2:]
     done = subprocess.run([sys.executable, "-c", FATES, *line], capture_output=True, text=True)
-    left = [re.sub(r"(?<=000000004)-\w+|(?<=tensors.)[0-9a-f]+| tensorboard", "", x) for x in done.stdout.splitlines()]
+    left = [
+        re.sub(r"(?<=00000[24])-\w+|(?<=tensors.)[0-9a-f]{12}| tensorboard", "", x) for x in done.stdout.splitlines()
+    ]
+    two, four = "checkpoint-000000002.safetensors", "checkpoint-000000004.safetensors"
     assert left == [
         "9 log.jsonl",
-        "9 checkpoint-000000004 log.jsonl",
-        "9 checkpoint-000000004 log.jsonl model.safetensors..part",
-        "9 checkpoint.part log.jsonl model.safetensors",
+        f"9 {two} {four}..part log.jsonl",
+        f"9 {four} log.jsonl",
+        f"9 {four} log.jsonl model.safetensors..part",
+        f"9 {four} log.jsonl model.safetensors",
     ], done.stderr[-1000:]
     finished = trainer.train(short(), folder, run, resume=True)
     assert {path.name for path in run.iterdir()} == {"log.jsonl", "model.safetensors", "tensorboard"}
-    assert same_tensors(finished, trainer.train(short(), folder, tmp_path / "whole"))
+    assert same_bytes(finished, trainer.train(short(), folder, tmp_path / "whole"))
 
 
 def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
@@ -904,7 +1059,7 @@ def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
 ) -> None:
     run, calls = tmp_path / "run", iter([0.0, 0.0, math.nan])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "centre_loss", lambda difference: difference.mean() * next(calls))
+        patch.setattr(losses_module, "centre_loss", lambda difference: difference.mean() * next(calls))
         with pytest.raises(trainer.DivergedError, match="step 3"):
             trainer.train(short(), folder, run)
     assert steps_kept(run) == 2
@@ -920,19 +1075,55 @@ def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
     assert b"\0" not in (run / "log.jsonl").read_bytes()  # it began anew
 
 
-def test_two_processes_train_what_one_would_accumulate(folder: Path, tmp_path: Path) -> None:
+# In each of two processes: a run; one with dropout; and the same with a stop after its checkpoint of step 2.
+TOGETHER = """
+import math, os, sys
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from torch import distributed
+from qualiclip_pyiqa.training import losses
+from qualiclip_pyiqa.training.config import load_config
+from qualiclip_pyiqa.training.run import DivergedError, train
+
+config, folder, out, numbers = load_config(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), count()
+def run(config, name, **options):
+    # torchrun's own meeting point serves one group of processes only
+    meeting, rank = f"file://{out}/meeting{next(numbers)}", int(os.environ["RANK"])
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    try:
+        return train(config, folder, out / name, device="cpu", **options)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+run(config, "two")
+run(replace(config, dropout=0.5), "whole")
+centre, calls = losses.centre_loss, iter([1, 1, math.nan])
+losses.centre_loss = lambda difference: centre(difference) * next(calls)
+try:
+    run(replace(config, dropout=0.5), "stopped")
+except DivergedError:
+    losses.centre_loss = centre
+run(replace(config, dropout=0.5), "stopped", resume=True)
+"""
+
+
+def test_two_processes_train_what_one_would_accumulate_and_resume(folder: Path, tmp_path: Path) -> None:
     two = write_config(short(recalibrate=0), tmp_path / "two.toml")
+    (tmp_path / "together.py").write_text(TOGETHER)
     launch = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, *command(two, folder, tmp_path / "two")],
+        [*launch, str(tmp_path / "together.py"), str(two), str(folder), str(tmp_path)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [str(tmp_path / "two" / "model.safetensors")]
+    two_processes, whole, stopped = (tmp_path / name / "model.safetensors" for name in ("two", "whole", "stopped"))
     assert lines_of(tmp_path / "two")[0]["processes"] == 2
+    assert same_bytes(whole, stopped) and not same_tensors(whole, two_processes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two; hinges, AdamW and normalisation make much of another order of sums
     try:
@@ -942,7 +1133,6 @@ def test_two_processes_train_what_one_would_accumulate(folder: Path, tmp_path: P
     half = trainer.train(short(recalibrate=0), folder, tmp_path / "half")
     # AdamW makes a whole step of a gradient that is nothing but rounding: hence nearly all values, within a hundredth
     # of what the rate of 5e-3 moves them by in four steps.
-    two_processes = tmp_path / "two" / "model.safetensors"
     assert share_alike(one, two_processes) > 0.98 > 0.5 > share_alike(one, half)
 
 
@@ -972,12 +1162,12 @@ def test_lists_that_name_other_files_do_not_pass_unseen(
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "sub" / "a.png")
     (tmp_path / "skip.txt").write_text("a.png\n")  # of another folder
-    with pytest.raises(SettingsError, match=r"skip\.txt: a\.png is no picture in .*; expected paths relative to"):
+    with pytest.raises(SettingsError, match=r"skip\.txt: a\.png is not an image in .*; expected paths relative to"):
         list_photographs(tmp_path, tmp_path / "skip.txt")
     # Held-out pictures need not be downloaded, so they are only counted.
     (tmp_path / "manifest.csv").write_text("file,held_out\nsub/b.png,1\nsub/c.png,0\n")
     assert [p.name for p in list_photographs(tmp_path)] == ["a.png"]
-    assert "1 held-out pictures of manifest.csv are not in" in caplog.text and "sub/b.png" in caplog.text
+    assert "1 held-out images of manifest.csv are not in" in caplog.text and "sub/b.png" in caplog.text
     with pytest.raises(SettingsError, match="repeat names 'portrait', which is not in"):
         trainer.train(short(repeat={"portrait": 3.0}), folder, tmp_path / "run")
 
@@ -1004,36 +1194,29 @@ def test_photograph_of_too_many_pixels_is_one_line_at_once(side: int, folder: Pa
 
 def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "centre_loss", lambda difference: difference.mean() * math.nan)
+        patch.setattr(losses_module, "centre_loss", lambda difference: difference.mean() * math.nan)
         with pytest.raises(trainer.DivergedError, match=r"centre .* step 1;"):
             trainer.train(TOY, folder, tmp_path / "loss")
     assert lines_of(tmp_path / "loss")[-1] == {"seconds": 0.0, "step": 1, "stopped": "centre"}
     # A finite loss whose gradient is not: the square root of zero.
-    monkeypatch.setattr(trainer, "centre_loss", lambda difference: (difference.mean() * 0).abs().sqrt())
+    monkeypatch.setattr(losses_module, "centre_loss", lambda difference: (difference.mean() * 0).abs().sqrt())
     with pytest.raises(trainer.DivergedError, match=r"gradient of the loss is (nan|inf) at step 1;"):
         trainer.train(TOY, folder, tmp_path / "gradient")
     assert lines_of(tmp_path / "gradient")[-1]["stopped"] == "gradient"
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
-def test_overflows_of_fp16_are_left_out_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[dict] = []
-    monkeypatch.setattr(trainer._Run, "_note", lambda self, **note: notes.append(note))
-    run = object.__new__(trainer._Run)
-    run.progress, run.overflows = trainer.Progress("", step=7), 0
-    run.config = dataclasses.replace(TOY, precision="fp16")
+def test_overflows_of_fp16_are_left_out_but_not_for_ever() -> None:
+    progress = Progress("", step=7)
     for _ in range(2):
         for norm in [math.inf, math.nan] * (trainer.OVERFLOWS // 2) + [1.0]:
-            run._watch_gradient(norm)
+            assert not trainer.is_lost(norm, progress, "fp16")
     for _ in range(trainer.OVERFLOWS):
-        run._watch_gradient(math.nan)
-    assert not notes
-    with pytest.raises(trainer.DivergedError, match=r"^the gradient of the loss is nan at step 7;"):
-        run._watch_gradient(math.nan)
-    assert notes == [{"step": 7, "stopped": "gradient"}]
-    run.config, run.overflows = TOY, 0
-    with pytest.raises(trainer.DivergedError):
-        run._watch_gradient(math.inf)
+        assert not trainer.is_lost(math.nan, progress, "fp16")
+    assert trainer.is_lost(math.nan, progress, "fp16")
+    assert progress.overflows == trainer.OVERFLOWS + 1
+    for precision in ("fp32", "bf16"):
+        assert trainer.is_lost(math.inf, Progress(""), precision)
 
 
 @pytest.mark.parametrize(
@@ -1089,9 +1272,9 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(SettingsError, match="not TOML"):
         load_config(tmp_path / "broken.toml")
-    with pytest.raises(SettingsError, match="no folder"):
+    with pytest.raises(SettingsError, match="not a folder"):
         trainer.train(TOY, tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(SettingsError, match="fp16, which is for a GPU"):
+    with pytest.raises(SettingsError, match="fp16, which needs a GPU"):
         trainer.train(short(precision="fp16"), folder, tmp_path / "out", device="cpu")
     with pytest.raises(SettingsError, match="photographs of at least"):
         trainer.train(dataclasses.replace(TOY, validation=50), folder, tmp_path / "out")
@@ -1100,7 +1283,7 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
     with pytest.raises(ImageError, match=r"x\.png"):
         trainer.train(TOY, tmp_path / "bad", tmp_path / "out")
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match="cannot be made"):
+    with pytest.raises(SettingsError, match="cannot be created"):
         trainer.train(TOY, folder, tmp_path / "file")
 
 
@@ -1128,7 +1311,7 @@ def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.Ca
     arguments = ["train", "--config", "toy", "--pristine", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
-    assert not said.out and "nowhere is no folder" in said.err and "Traceback" not in said.err
+    assert not said.out and "nowhere is not a folder" in said.err and "Traceback" not in said.err
     for useless in (["--images", str(tmp_path)], ["--lower-better"]):
         assert cli.main([*arguments, *useless]) == 2
         assert f"{useless[0]} does nothing without --ratings" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         ...     print(file.metadata(), file.get_tensor("b"))
         {'licence': 'CC0'} tensor([1., 1.])
     """
-    # The widest types first, so that every tensor starts at a multiple of its item size.
+    # The widest types first, so that every tensor starts at a multiple of its item's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
@@ -85,4 +85,4 @@ def _little_endian(tensor: torch.Tensor) -> memoryview:
     size = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(integers).numpy().astype(f"<i{size}", copy=False)).cast("B")
+    return flat.view(integers).numpy().astype(f"<i{size}", copy=False).data.cast("B")

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import SettingsError, WeightsError
-from ..files import replacing
 from ..metrics.prompts import QUALITY_SETS
 from ..pretrained import weights as weight_files
 from ..pretrained.model import load_model
+from ..pretrained.write import write_safetensors
 from ..towers import clip
 from ..towers.backbones import plain_name
 from ..towers.mini import BLOCKS, Head, MiniTower, RelativeSharpness
 from .config import Config
+from .recompute import recompute_activations
 
 PROMPTS = QUALITY_SETS["qualiclip"]
 TEXTS = [text for pair in PROMPTS for text in pair]
@@ -76,7 +74,7 @@ def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
     """
     aligned = _mini(config, seed, start) if config.backbone == "mini" else _clip(config, start)
     if config.recompute:
-        _recompute(aligned.tower, config)
+        recompute_activations(aligned.tower, config)
     return aligned
 
 
@@ -112,48 +110,6 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
         metadata={"backbone": "mini", "tower": json.dumps(keywords), "temperature": "1"},
         source="" if start is None else weight_files.file_sha256(start),
     )
-
-
-class Recomputed(nn.Sequential):
-    """Layers whose activations are not kept for the gradient but computed again (activation checkpointing)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        passes = (nullcontext(), self._counted())  # around the first one and the one for the gradient
-        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: passes)  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Normalisation statistics have seen this batch: its second pass leaves them as they are."""
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-
-
-def _recompute(tower: nn.Module, config: Config) -> None:
-    if isinstance(tower, clip.ViTTower):
-        tower.transformer.grad_checkpointing = True  # type: ignore[assignment]
-        return
-    if isinstance(tower, clip.TimmTower):
-        if config.statistics and any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
-            raise SettingsError(
-                f"recompute lets {config.backbone}'s normalisation see every batch twice; expected statistics = false"
-            )
-        tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
-        return
-    if isinstance(tower, MiniTower):
-        layers = list(tower.stages)
-    else:
-        layers = [tower.get_submodule(f"layer{k}") for k in (1, 2, 3, 4)]
-    for layer in layers:
-        layer.__class__ = Recomputed  # the names in its state dict stay
 
 
 def block_anchors(tower: MiniTower, seed: int) -> Tensor:
@@ -220,14 +176,14 @@ def save(
     summary: dict[str, Any],
     licence: str,
 ) -> None:
-    """Write a model in the package's own layout, whole or not at all."""
-    tensors = {f"visual.{key}": value.cpu().contiguous() for key, value in tower_state.items()}
-    # Text encoders may hold one tensor under two names, which safetensors does not write.
-    tensors |= {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in aligned.rest.items()}
-    tensors |= {
-        "prompts_features": aligned.anchors.cpu().contiguous(),
-        "logit_scale": torch.tensor(aligned.logit_scale),
-    }
+    """Write a model in the package's own layout, whole or not at all; the same model gives the same bytes.
+
+    Args:
+        tower_state: of the tower that is kept.
+        summary: what decided the run, as plain values.
+    """
+    tensors = {f"visual.{key}": value for key, value in tower_state.items()} | aligned.rest
+    tensors |= {"prompts_features": aligned.anchors, "logit_scale": torch.tensor(aligned.logit_scale)}
     metadata = aligned.metadata | {
         "format": weight_files.OWN_FORMAT,
         "prompts": json.dumps(PROMPTS),
@@ -235,5 +191,7 @@ def save(
         "source": "trained with `qualiclip train`",
         "training": json.dumps(summary),
     }
-    with replacing(path) as part:
-        part.write_bytes(serialise(tensors, metadata))
+    try:
+        write_safetensors(path, tensors, metadata)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error.strerror}); make room, then pass --resume") from error

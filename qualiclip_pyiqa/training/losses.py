@@ -1,23 +1,69 @@
-"""The alignment losses of QualiCLIP, and two of ours that make scores comparable across contents.
+"""The losses of alignment: QualiCLIP's three, and two of our own that make scores of different images comparable.
 
-Similarities c(x, t) are cosines in -1..1. Indices: b stack (one photograph), i level (ascending: 0 is the mildest of
-the stack), k crop, p antonym prompt pair. Arguments called `similarity` have shape (B, L, K, P).
+Similarities c(x, t) are cosines in -1..1. Indices: b stack (crops of one photograph), i level (ascending: 0 is the
+mildest of the stack), k crop, p antonym prompt pair. Arguments called `similarity` have shape (B, L, K, P).
 
-The form of the first three is derived from QualiCLIP's description (arXiv:2403.11176, section 3); all are means over
-their terms rather than sums, so that weights do not depend on the numbers of crops, levels and pairs.
+The first three are derived from the description in QualiCLIP's paper (arXiv:2403.11176, section 3). All losses are
+means over their terms, not sums, so that their weights do not depend on the numbers of crops, levels and pairs.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .alignment import Aligned, similarities
+from .config import Config
+
+PARTS = ("consistency", "positive", "negative", "across", "centre", "loss")  # keys of `alignment_losses`
+
+
+def alignment_losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Compute the parts of the loss of one batch, and their weighted sum under `loss`.
+
+    Args:
+        tower: images to features; `aligned.tower`, or what wraps it.
+        batch: as `stacks.batch_of` makes it.
+
+    Returns:
+        scalars by the names in `PARTS`; `across` and `centre` only where they have a weight.
+    """
+    images, level = batch["pictures"], batch["level"]
+    b, n_levels, k = images.shape[:3]
+    features = tower(images.flatten(0, 2).float().div(255))
+    c = similarities(features, aligned.anchors, aligned.unit)
+    if config.pairs == "mean":
+        c = c.mean(1, keepdim=True)
+    stacked = c.unflatten(0, (b, n_levels, k))
+    positive, negative = stacked[..., 0], stacked[..., 1]
+    parts = {
+        "consistency": consistency_loss(stacked.flatten(3), config.margin_consistency),
+        "positive": ranking_loss(positive, config.margin_rank, batch["ordered"], batch["severity"]),
+        "negative": ranking_loss(-negative, config.margin_rank, batch["ordered"], batch["severity"]),
+    }
+    difference = c[..., 0] - c[..., 1]
+    if config.weight_across:
+        each = level[:, :, None].expand(-1, -1, k).flatten()
+        # Of types whose levels are not monotone, only the undistorted crops have a known quality.
+        known = batch["monotone"][:, None].expand(-1, n_levels * k).flatten() | (each == 0)
+        number = torch.arange(b, device=level.device)[:, None].expand(-1, n_levels * k).flatten()
+        severity = each[:, None] * batch["severity"][:, None].expand(-1, n_levels * k, -1).flatten(0, 1)
+        parts["across"] = across_loss(
+            difference[known], severity[known], number[known], config.margin_across, config.gap_across
+        )
+    if config.weight_centre:
+        parts["centre"] = centre_loss(difference)
+    parts["loss"] = sum((getattr(config, f"weight_{name}") * part for name, part in parts.items()), torch.zeros(()))
+    return parts
 
 
 def consistency_loss(similarity: Tensor, margin: float) -> Tensor:
-    """L_cons = mean of max(0, |c(x_i^1, t) - c(x_i^2, t)| - margin): two crops of one level are equally good.
+    """Compute QualiCLIP's L_cons, the mean of max(0, |c(x_i^1, t) - c(x_i^2, t)| - margin).
+
+    Two crops of one level are equally good.
 
     Shape:
-        similarity: (B, L, 2, T), T prompts, positive and negative -> scalar.
+        similarity: (B, L, 2, T) for T prompts, positive and negative -> scalar.
     """
     first, second = similarity.unbind(2)
     return ((first - second).abs() - margin).clamp(min=0).mean()
@@ -26,16 +72,17 @@ def consistency_loss(similarity: Tensor, margin: float) -> Tensor:
 def ranking_loss(
     similarity: Tensor, margin: float, ordered: Tensor | None = None, severity: Tensor | None = None
 ) -> Tensor:
-    """Mean over i < j and crops k, l of max(0, margin - (c(x_i^k) - c(x_j^l))): similarity falls with the level.
+    """Compute the mean over i < j and crops k, l of max(0, margin - (c(x_i^k) - c(x_j^l))).
 
-    L_pos is `ranking_loss` of the similarities to the positive prompts, L_neg of those to the negative ones negated.
+    Similarity to a positive prompt falls as the level rises. QualiCLIP's L_pos is this loss of the similarities to the
+    positive prompts, its L_neg that of the negated similarities to the negative ones.
 
     Args:
-        ordered: (B, L, L) bool; which i < j of each stack are truly ordered. None: all.
-        severity: (B, P); factors of the margin. With 0, a pair must still not rise with the level. None: 1.
+        ordered: (B, L, L) bool, the pairs i < j of each stack that are known to be ordered. None: all.
+        severity: (B, P), factors of the margin. Where it is 0, the pair must still not rise with the level. None: 1.
 
     Shape:
-        similarity: (B, L, K, P) -> scalar (0 where nothing is ordered).
+        similarity: (B, L, K, P) -> scalar, 0 where nothing is ordered.
     """
     b, n_levels, _, _ = similarity.shape
     counted = torch.ones(n_levels, n_levels, dtype=torch.bool, device=similarity.device).triu(1).expand(b, -1, -1)
@@ -49,16 +96,20 @@ def ranking_loss(
 
 
 def across_loss(quality: Tensor, severity: Tensor, stack: Tensor, margin: float, gap: float) -> Tensor:
-    """Ours: ranks pictures of different photographs whose severities are at least `gap` apart.
+    """Rank images of different photographs whose severities are at least `gap` apart. Our own.
 
-    The ranking losses above compare only pictures of one photograph, so nothing in them makes a score of one content
-    comparable with that of another, which is what a metric is used for. Levels of different types are not equally
-    annoying, hence severities, and only those clearly apart. Mean over such pairs of
+    QualiCLIP's losses compare only images of one photograph, so they do not make scores of different photographs
+    comparable, which is what a metric is used for. Equal levels of different types are not equally annoying, so only
+    images of clearly different severity are compared. The loss is the mean over these of
     max(0, margin * (s_j - s_i) - (q_i - q_j)).
 
+    Args:
+        quality: differences c(x, positive) - c(x, negative).
+        severity: level times the severity of a level of its type.
+        stack: number of the photograph.
+
     Shape:
-        quality (M, P) differences c(x, tp) - c(x, tn), severity (M, P) level times severity of a level, stack (M,)
-        number of the photograph -> scalar.
+        quality (M, P), severity (M, P), stack (M,) -> scalar.
     """
     steps = severity[None, :] - severity[:, None]
     counted = (steps >= gap) & (stack[None, :] != stack[:, None])[..., None]
@@ -67,9 +118,9 @@ def across_loss(quality: Tensor, severity: Tensor, stack: Tensor, margin: float,
 
 
 def centre_loss(difference: Tensor) -> Tensor:
-    """Ours: the mean difference c(x, tp) - c(x, tn) of every pair over a batch is kept at zero.
+    """Compute the mean over pairs of the squared mean difference c(x, positive) - c(x, negative) of a batch. Our own.
 
-    Rankings leave an offset free; a softmax of two similarities has none to correct it with afterwards.
+    Rankings leave an offset free, and a softmax of two similarities cannot correct it afterwards.
 
     Shape:
         difference: (M, P) -> scalar.

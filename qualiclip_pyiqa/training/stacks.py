@@ -1,12 +1,9 @@
-"""Photographs in, stacks of degraded crops out: what one training step looks at."""
+"""Photographs in, stacks of degraded crops out: what one training step is computed from."""
 
 from __future__ import annotations
 
-import csv
-import logging
 import math
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,94 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..degradations.bank import DEGRADATIONS, jpeg
 from ..degradations.base import LEVELS, blur
 from ..degradations.compose import degrade_all, draw_types
-from ..errors import ImageError, SettingsError
-from ..images.convert import read_size
-from ..images.tensors import load_image
-from ..towers.mini import log_energies
 from .config import Config
+from .photographs import read_photograph
 
-log = logging.getLogger(__name__)
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-
-# The groups whose degradations train a prompt pair of the mini tower, in the order of its blocks; None: all. The second
-# block sees only log energies and learns only from blur: asked to rank noise too, so few numbers say nothing of either.
+# Groups of degradations that train each prompt pair of the mini tower, in the order of its blocks; None: all. The
+# second block sees only log energies, too few numbers to rank both blur and noise, so it learns from blur alone.
 PAIR_GROUPS: tuple[frozenset[str] | None, ...] = (None, frozenset({"blur"}), None, None, None, None, None)
 
 
-def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """The pictures under a folder in a fixed order, less those not to be trained on.
-
-    Args:
-        folder: searched recursively. If it holds a `manifest.csv` with columns `file` and `held_out`, rows whose
-            `held_out` is 1 are left out; those that are not there (not downloaded, say) are counted in a warning.
-        exclude: a text file with one path, relative to the folder, per line to be left out too.
-
-    Raises:
-        SettingsError: no such folder, an unreadable list, an `exclude` that names no picture here, or none left.
-    """
-    if not folder.is_dir():
-        raise SettingsError(f"{folder} is no folder; expected one with photographs to train on")
-    held_out: set[str] = set()
-    excluded: set[str] = set()
-    try:
-        if (folder / "manifest.csv").is_file():
-            with (folder / "manifest.csv").open(newline="", encoding="utf-8") as file:
-                held_out = {row["file"] for row in csv.DictReader(file) if row.get("held_out") == "1"}
-        if exclude is not None:
-            excluded = {line.strip() for line in exclude.read_text(encoding="utf-8").splitlines()} - {""}
-    except (OSError, UnicodeDecodeError, KeyError) as error:
-        raise SettingsError(f"the list of photographs not to train on cannot be read: {error!r}") from None
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    names = {p: p.relative_to(folder).as_posix() for p in found}
-    if missing := sorted(excluded - set(names.values())):  # a wrong path must not put a picture into the training
-        raise SettingsError(f"{exclude}: {missing[0]} is no picture in {folder}; expected paths relative to it")
-    if missing := sorted(held_out - set(names.values())):
-        log.warning("%d held-out pictures of manifest.csv are not in %s, such as %s", len(missing), folder, missing[0])
-    paths = [p for p in found if names[p] not in held_out | excluded]
-    if not paths:
-        raise SettingsError(f"{folder} holds no photographs to train on; expected {', '.join(sorted(SUFFIXES))}")
-    return paths
-
-
-def shorter_side(path: Path, where: str = "--exclude") -> int:
-    """In pixels, from the file's header alone; `where` a picture that cannot be read may be left out, for people."""
-    try:
-        return min(read_size(path))
-    except ImageError as error:
-        raise ImageError(f"{error}; leave it out ({where})") from None
-
-
-def read_photograph(path: Path) -> Tensor:
-    """Decode one file to (3, H, W) uint8 RGB."""
-    try:
-        return (load_image(path) * 255).round().to(torch.uint8)
-    except ImageError as error:
-        raise ImageError(f"{error}; leave it out (--exclude)") from None
-
-
-def read_energies(paths: Sequence[Path], silent: bool = False) -> Tensor:
-    """`log_energies` of photographs as they are -> (N, ENERGIES)."""
-    watched = tqdm(paths, desc="undistorted", unit="picture", file=sys.stderr, leave=False, disable=silent)
-    return torch.cat([log_energies(read_photograph(path)[None].float() / 255) for path in watched])
-
-
-def laplacian_log_variance(pictures: Tensor) -> Tensor:
-    """Log variance of the Laplacian of luma, (N, 3, H, W) in 0..1 -> (N,): the classic sharpness measure."""
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=pictures.dtype)
-    luma = (pictures * weights[:, None, None]).sum(1)
+def laplacian_log_variance(images: Tensor) -> Tensor:
+    """Compute the classic sharpness measure, log variance of the Laplacian of luma: (N, 3, H, W) in 0..1 -> (N,)."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype)
+    luma = (images * weights[:, None, None]).sum(1)
     centre = 4 * luma[:, 1:-1, 1:-1]
     laplacian = centre - luma[:, :-2, 1:-1] - luma[:, 2:, 1:-1] - luma[:, 1:-1, :-2] - luma[:, 1:-1, 2:]
     return (laplacian.flatten(1).var(1) + 1e-8).log()
 
 
 def _draw_region(rng: random.Random, photograph: Tensor, size: int, config: Config) -> Tensor:
-    """The sharpest of a few random regions at one random scale -> (1, 3, size, size) in 0..1, or smaller."""
+    """Cut the sharpest of a few random regions at one random scale -> (1, 3, size, size) in 0..1, or smaller."""
     height, width = photograph.shape[1:]
     scale = 1.0 if rng.random() < config.native else rng.uniform(config.smallest_scale, 1.0)
     scale = max(scale, min(1.0, size / min(height, width)))
@@ -118,9 +50,9 @@ def _draw_region(rng: random.Random, photograph: Tensor, size: int, config: Conf
 
 
 def _bokeh(rng: random.Random, region: Tensor, size: int) -> Tensor:
-    """Throw all but an ellipse at the middle, which both crops of that size share, out of focus: no fault at all.
+    """Put all but an ellipse in the middle, which both crops of that size share, out of focus. This is not a fault.
 
-    Without it a tower learns that little detail is low quality, and photographs with a quiet background score low.
+    Without it a tower learns that little detail means low quality, and scores photographs with a quiet background low.
     """
     h, w = region.shape[-2:]
     y = torch.arange(h)[:, None] - h / 2 - rng.uniform(-0.15, 0.15) * size
@@ -133,7 +65,7 @@ def _bokeh(rng: random.Random, region: Tensor, size: int) -> Tensor:
 
 
 def _camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
-    """Mild changes that all levels of a stack share: what good photographs differ by, and must not be judged by."""
+    """Apply mild changes that all levels of a stack share: good photographs differ by these, so scores must not."""
     if rng.random() < probability:
         region = region.clamp(0, 1) ** rng.uniform(0.9, 1.1)
     if rng.random() < probability:
@@ -153,7 +85,7 @@ def _camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
 
 
 def _two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
-    """Two overlapping crops at random places of a region (1, 3, H, W) -> (2, 3, size, size)."""
+    """Cut two overlapping crops at random places of a region (1, 3, H, W) -> (2, 3, size, size)."""
     height, width = region.shape[-2:]
     crops = []
     for _ in range(2):
@@ -164,17 +96,17 @@ def _two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """One photograph's two crops and what will be done to them.
+    """Two crops of one photograph and the degradations that will be applied to them.
 
     Attributes:
         crops: (2, 3, T, T) uint8.
-        types: degradation types, in the order in which they are applied, all at the same level.
+        types: degradation types, applied in this order, all at the same level.
         levels: ascending; 0 is pristine.
-        seeds: of each level; one seed gives both crops the same angle and positions, two give each its own. Levels of
-            equal seeds share them and the noise too.
-        size: S of the pictures. Where T is larger, they are scaled down after the degradation, alike at all levels:
-            photographs reach a viewer smaller than they were taken, and noise that was scaled down is correlated.
-        quality: of the JPEG they are then saved as, alike at all levels, or None.
+        seeds: one per level. A single number gives both crops the same angle and positions, a pair gives each its own.
+            Levels with equal seeds also share the noise.
+        size: side S of the images. Where T is larger, all levels are scaled down after the degradation: photographs
+            reach a viewer smaller than they were taken, and scaling makes noise correlated.
+        quality: JPEG quality at which all levels are then saved; None: they are not.
     """
 
     crops: Tensor
@@ -199,16 +131,16 @@ class Stack:
         return torch.stack(out)
 
     def ordered(self) -> list[list[bool]]:
-        """[i][j]: whether the j-th level is worse than the i-th, by every one of the types."""
+        """Return at [i][j] whether the j-th level is worse than the i-th by every one of the types."""
         return [[all(DEGRADATIONS[t].ordered(i, j) for t in self.types) for j in self.levels] for i in self.levels]
 
     @property
     def monotone(self) -> bool:
-        """Whether a level says how bad a picture is."""
+        """Whether a higher level of these types is always worse."""
         return all(DEGRADATIONS[name].monotone for name in self.types)
 
     def severity(self, config: Config) -> list[float]:
-        """Of a level, for each prompt pair that ranks; 0 for a pair without an opinion on these types."""
+        """Return the margin multiplier per level, one per prompt pair; 0 for pairs not trained on these types."""
         groups = {DEGRADATIONS[name].group for name in self.types}
         severity = max(config.severity.get(group, 1.0) for group in groups)
         if config.pairs == "mean":
@@ -217,11 +149,12 @@ class Stack:
 
 
 def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What a step of the losses takes, on the device.
+    """Degrade stacks on a device and collect them into the batch that `losses.alignment_losses` takes.
 
     Returns:
-        `pictures` (B, L, 2, 3, S, S) uint8; `level` (B, L) float, ascending; `ordered` (B, L, L) bool, which pairs
-        i < j of a stack are truly ordered; `monotone` (B,) bool; `severity` (B, P) float, of a level.
+        `pictures` (B, L, 2, 3, S, S) uint8; `level` (B, L) float, ascending; `ordered` (B, L, L) bool, the pairs
+        i < j of a stack that are known to be ordered; `monotone` (B,) bool; `severity` (B, P) float, see
+        `Stack.severity`.
     """
     return {
         "pictures": torch.stack([stack.pictures(device) for stack in stacks]),
@@ -233,10 +166,10 @@ def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str
 
 
 class Stacks(Dataset[list[Stack]]):
-    """Item n is decided by (seed, n) alone, so that workers, processes and resumption change nothing.
+    """Batches of stacks. Number n is decided by (seed, n) alone, so workers, processes and resuming change nothing.
 
     Args:
-        paths: photographs, both sides at least `config.smallest_photograph`.
+        paths: photographs, both sides at least `config.smallest_photograph` pixels.
         crops: sizes to draw from instead of the configuration's.
     """
 
@@ -274,7 +207,7 @@ class Stacks(Dataset[list[Stack]]):
 
 
 class Degraded(Dataset[dict[str, Tensor]]):
-    """The same items as batches, degraded by whoever asks for them: the workers of a loader."""
+    """The batches of `Stacks`, degraded by the process that asks for them: a worker of a loader."""
 
     def __init__(self, stacks: Stacks) -> None:
         self.stacks = stacks

@@ -60,7 +60,7 @@ class Validation:
             ]
         )
 
-    def look(self, tower: nn.Module, aligned: Aligned) -> tuple[dict[str, float], float]:
+    def evaluate(self, tower: nn.Module, aligned: Aligned) -> tuple[dict[str, float], float]:
         """Ranking accuracy per type (`Behaviour.in_order`); the part of types that fall (`Behaviour.falls`)."""
         tower.eval()
         pristine = differences(tower, aligned, self.pristine).mean(1)

@@ -1,0 +1,60 @@
+"""Activation checkpointing: activations are computed again for the gradient and not kept, for less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import SettingsError
+from ..towers import clip
+from ..towers.mini import MiniTower
+from .config import Config
+
+
+class Recomputed(nn.Sequential):
+    """Layers in a row whose activations are computed again for the gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        passes = (nullcontext(), self._frozen_statistics())  # contexts of the first pass and of the second
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: passes)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _frozen_statistics(self) -> Iterator[None]:
+        """Keep BatchNorm's running statistics as they are: the first pass has counted this batch."""
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def recompute_activations(tower: nn.Module, config: Config) -> None:
+    """Let a tower recompute the activations of its stages or blocks. Names and values of its state stay.
+
+    Raises:
+        SettingsError: its normalisation would count every batch twice.
+    """
+    if isinstance(tower, clip.ViTTower):
+        tower.transformer.grad_checkpointing = True  # type: ignore[assignment]
+    elif isinstance(tower, clip.TimmTower):
+        if config.statistics and any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+            raise SettingsError(
+                f"recompute would let {config.backbone}'s normalisation count every batch twice; "
+                "expected statistics = false"
+            )
+        tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+    elif isinstance(tower, MiniTower):
+        tower.stages = nn.ModuleList(Recomputed(*stage) for stage in tower.stages)  # type: ignore[misc]
+    else:
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(tower, name, Recomputed(*tower.get_submodule(name)))  # type: ignore[misc]
