@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import ImageError, SettingsError
 from ..images.convert import read_size
-from ..images.paths import find_pictures
+from ..images.paths import list_images
 from ..images.tensors import load_image
 from ..towers.mini import log_energies
 from .config import Config
@@ -29,7 +29,7 @@ def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
     """List the images under a folder, sorted by path, less those that must not be trained on.
 
     Args:
-        folder: searched as every command searches one, see `images.paths.find_pictures`. If it holds a `manifest.csv`,
+        folder: searched as every command searches one, see `images.paths.list_images`. If it holds a `manifest.csv`,
             the images that `read_held_out` names are left out; those that are not there (not downloaded, say) are
             counted in a warning.
         exclude: a text file with one more path to leave out per line, relative to the folder.
@@ -38,15 +38,9 @@ def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
         SettingsError: no such folder, a folder or list that cannot be read, an `exclude` that names a file which is
             not among the images, or no image left.
     """
-    if not folder.is_dir():
-        raise SettingsError(f"{folder} is not a folder; expected one with photographs to train on")
+    names = {path: path.relative_to(folder).as_posix() for path in sorted(list_images(folder))}
     held_out = read_held_out(folder)
     excluded = set() if exclude is None else _read_lines(exclude)
-    found = find_pictures([str(folder)])
-    if found.unreadable:
-        name, reason = next(iter(found.unreadable.items()))
-        raise SettingsError(f"{name} cannot be listed ({reason}); make it readable, or move it out of {folder}")
-    names = {path: path.relative_to(folder).as_posix() for path in sorted(map(Path, found.paths))}
     if missing := sorted(excluded - set(names.values())):  # a wrong path must not put an image into the training
         raise SettingsError(
             f"{exclude}: {missing[0]} is not an image in {folder}; expected paths relative to that folder"
