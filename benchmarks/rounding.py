@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qualiclip_pyiqa.towers import clip
+from qualiclip_pyiqa.towers.resnet import ResNetTower
+from qualiclip_pyiqa.towers.text import tokenize
 
 OURS, FOLDED, THEIRS = "this package", "its folded weights, else exact", "pyiqa"
 
@@ -77,13 +78,13 @@ def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, flo
 
 
 def exactly(name: str) -> nn.Module:
-    with patch.object(clip, "_fold_batchnorm", lambda tower: None), patch.object(clip.ResNetTower, "fuse"):
+    with patch.object(ResNetTower, "prepare_to_freeze"):
         exact = pyiqa.create_metric(name, device="cpu").net.double()
     model = exact.origin.reload()
     texts = exact.prompts.texts
     if not all(text in model.stored_features for text in texts):  # else the prompts' features are the file's
         text = model.text_tower().eval().double()
-        exact.prompt_features = F.normalize(text.encode(clip.tokenize(texts, text.context_length)), dim=-1)
+        exact.prompt_features = F.normalize(text.encode(tokenize(texts, text.context_length)), dim=-1)
     return exact
 
 

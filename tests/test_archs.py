@@ -30,8 +30,8 @@ from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
 from qualiclip_pyiqa.metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.pretrained import weights
-from qualiclip_pyiqa.towers import clip
 from qualiclip_pyiqa.towers.backbones import MEAN, STD
+from qualiclip_pyiqa.towers.text import TextTower
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ["tiny-resnet", "tiny-vit", "tiny-resnet-pos", "tiny-context", "qualiclip-mini"]
@@ -150,7 +150,7 @@ def test_attributes(tiny_folder: Path) -> None:
 
 def test_score_is_the_formula(tiny_folder: Path) -> None:
     """Against the formula of CLIP-IQA written out with open_clip's own model (224 x 224, positional table on)."""
-    from qualiclip_pyiqa.towers.clip import tokenize
+    from qualiclip_pyiqa.towers.text import tokenize
 
     model = open_clip.CLIP(**upstream.TINY_RESNET).eval()
     model.load_state_dict(torch.load(tiny_folder / "tiny-resnet.pt"))
@@ -356,8 +356,8 @@ def test_memory_grows_linearly_with_the_picture(tiny_folder: Path, kind: str) ->
 
 def test_fixed_prompts_are_encoded_once(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    forward = clip.TextTower.forward
-    monkeypatch.setattr(clip.TextTower, "forward", lambda *args: calls.append(1) or forward(*args))
+    forward = TextTower.forward
+    monkeypatch.setattr(TextTower, "forward", lambda *args: calls.append(1) or forward(*args))
     fixed, learned = build("tiny-resnet", tiny_folder), build("tiny-context", tiny_folder)
     assert fixed.text_tower is None
     x = upstream.pictures(1, 64, 64)

@@ -17,9 +17,9 @@ from torch import nn
 
 from qualiclip_pyiqa import OpenCLIPIQA
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
-from qualiclip_pyiqa.towers import clip
+from qualiclip_pyiqa.towers import timm_tower
 from qualiclip_pyiqa.towers.backbones import MEAN, STD, encode_texts, find_backbone, image_tower
-from qualiclip_pyiqa.towers.clip import freeze
+from qualiclip_pyiqa.towers.base import freeze
 
 FAMILIES = list(upstream.families(Path()))
 WITHOUT_TABLE = {"tiny-convnext", "tiny-mlp", "tiny-fastvit"}
@@ -148,7 +148,7 @@ def test_a_metric_does_not_change_its_tower_while_it_scores(
 ) -> None:
     """Several threads may score with one."""
     net, x = build("tiny-siglip", families_folder), upstream.pictures(2, 64, 96)
-    monkeypatch.delattr(clip, "functional_call")
+    monkeypatch.delattr(timm_tower, "functional_call")
     assert net(x).shape == (2, 1)
 
 
@@ -193,7 +193,7 @@ def test_a_tower_for_one_size_is_refused(name: str) -> None:
     config = open_clip.get_model_config(name)
     small = config["text_cfg"] | {"layers": 1, "vocab_size": 4}
     state = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], small).visual.state_dict()
-    with pytest.raises(SettingsError, match="takes pictures of one size only") as caught:
+    with pytest.raises(SettingsError, match="takes images of one size only") as caught:
         image_tower(find_backbone(name), state, False, "file")
     assert "\n" not in str(caught.value)
 
@@ -224,4 +224,4 @@ def test_what_cannot_be_is_one_clear_line(families_folder: Path, tmp_path: Path)
     odd["vision_cfg"] = odd["vision_cfg"] | {"attentional_pool": "parallel"}
     (tmp_path / "odd.json").write_text(json.dumps(odd))
     open_clip.add_model_config(tmp_path)
-    refused(SettingsError, "pooling that is not known", "odd", weights=families_folder / "tiny-coca.pt")
+    refused(SettingsError, "pooling that is not supported", "odd", weights=families_folder / "tiny-coca.pt")

@@ -20,7 +20,7 @@ class BlindMetric(nn.Module):
     `encode`. Input checks, windows (`tile`), dtypes, eval mode of the frozen tower and the common part of `describe`
     are here. Metrics whose towers are equal and whose `encode` is the same share their features in a `Scorer`.
 
-    A tower is frozen: its tensors should be buffers that are not persistent (`towers.clip.freeze`), so that a state
+    A tower is frozen: its tensors should be buffers that are not persistent (`towers.base.freeze`), so that a state
     dict holds what was learned for the metric and nothing else.
 
     Args:

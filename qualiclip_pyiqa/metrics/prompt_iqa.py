@@ -18,7 +18,9 @@ from torch import Tensor
 from ..errors import PromptError, SettingsError, WeightsError
 from ..pretrained import weights as weight_files
 from ..pretrained.model import LoadedModel, WeightFile, load_model
-from ..towers import backbones, clip
+from ..towers import backbones
+from ..towers.base import freeze
+from ..towers.text import TextTower
 from .base import BlindMetric
 from .prompt_learner import PromptLearner
 from .prompts import Prompts, resolve_prompts
@@ -92,11 +94,11 @@ class PromptIQA(BlindMetric):
         own = model.temperature if temperature in (None, spec.temperature) else None
         self.temperature = float(own or temperature or spec.temperature)
 
-        self.tower = clip.freeze(model.image_tower(self.pos_embedding))
+        self.tower = freeze(model.image_tower(self.pos_embedding))
         self.logit_scale = float(torch.tensor(model.logit_scale, dtype=torch.float32).exp())
         self.prompts = resolve_prompts(spec.prompts if prompts is None else prompts)
         self.prompt_learner: PromptLearner | None = None
-        self.text_tower: clip.TextTower | None = None
+        self.text_tower: TextTower | None = None
         self.context_file: WeightFile | None = None
         if spec.context is None:
             if not isinstance(pretrained, bool):
@@ -230,7 +232,7 @@ class PromptIQA(BlindMetric):
                     f"{len(self.prompts.texts)} prompts: {' '.join(str(error).split())}"
                 ) from error
         del text.token_embedding  # 25 of its 63 million values, and the learner has taken what it needs
-        clip.freeze(text)
+        freeze(text)
         self.text_tower = text
         self._refresh()
         self.register_load_state_dict_post_hook(_refresh_after_load)

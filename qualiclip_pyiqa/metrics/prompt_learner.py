@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..towers.clip import TextTower, tokenize
+from ..towers.text import TextTower, tokenize
 
 
 class PromptLearner(nn.Module):

@@ -15,7 +15,8 @@ from . import weights as weight_files
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..towers import backbones, clip
+    from ..towers import backbones
+    from ..towers.text import TextTower
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ class LoadedModel(ModelOrigin):
             SettingsError: a positional table was asked of a tower that has none.
             WeightsError: the file holds another tower.
         """
-        from ..towers import backbones, clip
+        from ..towers import backbones
+        from ..towers.base import load_into
 
         visual = {key.removeprefix("visual."): value for key, value in self.state.items() if key.startswith("visual.")}
         if self.backbone == "mini":
@@ -145,7 +147,7 @@ class LoadedModel(ModelOrigin):
             if pos_embedding:
                 raise SettingsError("the mini tower has no positional table; expected pos_embedding=False")
             tower = MiniTower(**self.tower_options)
-            clip.load_into(tower, visual, str(self.path))
+            load_into(tower, visual, str(self.path))
             return tower
         return backbones.image_tower(self.tower_definition(), visual, pos_embedding, str(self.path))
 
@@ -156,7 +158,7 @@ class LoadedModel(ModelOrigin):
 
         return backbones.has_text_tower(self.state)
 
-    def text_tower(self) -> clip.TextTower:
+    def text_tower(self) -> TextTower:
         """The text tower.
 
         Raises:

@@ -29,6 +29,7 @@ from ..images.decoding import decode
 from ..images.tensors import Source, from_pixels, load_image
 from ..images.workers import DecodedImage, Decoder
 from ..metrics.prompt_iqa import PromptIQA
+from ..towers.onednn import use_onednn
 from ..towers.streaming import LARGE_PIXELS
 from .precision import PRECISIONS, tf32
 from .tables import Record
@@ -266,6 +267,8 @@ class Network:
         firsts: list[PromptIQA] = []  # those whose features the others share
         for name, net in own:
             net.to(device=device, dtype=PRECISIONS[precision])
+            if not compile:
+                use_onednn(net.tower)
             index = next(
                 (k for k, first in enumerate(firsts) if (first.tower, first.tile) == (net.tower, net.tile)), -1
             )

@@ -1,7 +1,7 @@
-"""Large pictures in little memory: a network over strips of rows, with the values of the whole.
+"""Large images in little memory: a network over strips of rows, with the values of the whole.
 
-Its steps take a picture's rows from top to bottom, a strip at a time, give those rows of their result that nothing
-below can change, and keep what the next ones depend on. Nothing is computed twice.
+The steps of a network take an image's rows from top to bottom, a strip at a time, return those rows of their result
+that no later row can change, and keep what later rows depend on. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -13,44 +13,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Pictures of more pixels go through a network in strips of about this many.
+from .torch_hooks import has_global_hooks, has_hooks
+
+# Images of more pixels go through a network in strips of about this many.
 LARGE_PIXELS = 2**21
-# On a CPU in strips of this many, unless they are wider than 12,500: 64 bytes a pixel, the most that a ResNet50 makes
-# of one at once, are then less than the 32 MiB from which on glibc gives every block back to the system, whose fresh
-# pages would take half of the time.
+# On a CPU, strips have this many unless the image is wider than 12,500 pixels. A ResNet50 holds at most 64 bytes per
+# pixel at once, which is then less than 32 MiB: larger blocks are given back to the system by glibc every time, and
+# their fresh pages would take half of the time.
 CPU_STRIP_PIXELS = 400_000
-# A strip has a multiple of these rows, so that after five halvings all but the first and the last are still of one
-# size: oneDNN orders weights for a size.
+# Strips have a multiple of this many rows. So after five halvings all but the first and the last still have one size,
+# and oneDNN orders weights for a size.
 MULTIPLE = 32
 
-# The next rows (N, C, h, W), None if there are none yet, and whether they are the last ones -> rows of the result, or
-# None. What goes in from the first call to the last is the whole, and so is what comes out. No tensor has zero rows.
+# A step maps the next rows (N, C, h, W), or None if there are none, to the output rows that are now complete, or None
+# if none are. The flag marks the final call. Concatenating all inputs, or all outputs, gives the whole. No tensor has
+# zero rows.
 Step: TypeAlias = Callable[[Tensor | None, bool], Tensor | None]
 
 
 def rows_at_once(network: nn.Module, x: Tensor) -> int | None:
-    """Rows of the strips in which pictures (N, 3, H, W) are to go through `network`; None: they go in one piece.
+    """Rows of the strips in which images (N, 3, H, W) should go through `network`; None for whole images.
 
-    That is so for small pictures, and where a gradient in `x` is wanted, a graph is compiled or a part of the network
-    has a hook. Memory grows with the width: a strip has at least MULTIPLE rows.
+    Small images go through whole, and so do all where a gradient in `x` is wanted, a graph is compiled or traced, or a
+    part of the network has a hook. Memory grows with the width: a strip has at least MULTIPLE rows.
     """
     height, width = x.shape[2:]
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or (torch.is_grad_enabled() and x.requires_grad)
         or height * width <= LARGE_PIXELS
-        or any(watched(module) for module in network.modules() if module is not network)
+        or has_global_hooks()
+        or any(has_hooks(module) for module in network.modules() if module is not network)
     ):
         return None
     at_once = CPU_STRIP_PIXELS if x.device.type == "cpu" else LARGE_PIXELS
     return max(MULTIPLE, at_once // width // MULTIPLE * MULTIPLE)
 
 
-def through(steps: Sequence[Step], picture: Tensor, rows: int) -> Iterator[Tensor]:
-    """What comes out of the last one of `steps` for a picture (1, 3, H, W) that goes in by strips of `rows` rows."""
-    height = picture.shape[2]
+def stream(steps: Sequence[Step], image: Tensor, rows: int) -> Iterator[Tensor]:
+    """Send an image (1, 3, H, W) through `steps` in strips of `rows` rows, and yield what the last step returns."""
+    height = image.shape[2]
     for start in range(0, height, rows):
-        x: Tensor | None = picture[:, :, start : start + rows]
+        x: Tensor | None = image[:, :, start : start + rows]
         for step in steps:
             x = step(x, start + rows >= height)
         if x is not None:
@@ -58,42 +63,37 @@ def through(steps: Sequence[Step], picture: Tensor, rows: int) -> Iterator[Tenso
 
 
 def in_strips(steps: Callable[[], Sequence[Step]], x: Tensor, rows: int, stride: int) -> Tensor:
-    """A network's result, strip by strip: the values of the whole but for rounding.
+    """Compute a network strip by strip: the values of the whole but for rounding.
 
     Args:
-        steps: makes the steps, anew for each picture.
+        steps: makes the steps, anew for each image.
         x: (N, 3, H, W).
         rows: see `rows_at_once`.
-        stride: by how much the result is smaller: it has at most ceil(H / stride) rows.
+        stride: by how much the result is smaller; it has at most ceil(H / stride) rows.
     """
     out, end = None, 0
-    for n, picture in enumerate(x.split(1)):  # of several, rows are no block of memory
+    for n, image in enumerate(x.split(1)):  # rows of several images are not one piece of memory
         end = 0
-        for part in through(steps(), picture, rows):
+        for part in stream(steps(), image, rows):
             if out is None:
                 shape = (len(x), part.shape[1], -(-x.shape[2] // stride), part.shape[3])
                 out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
             out[n : n + 1, :, end : end + part.shape[2]] = part
             end += part.shape[2]
-    assert out is not None  # a picture has at least `stride` rows
+    assert out is not None  # an image has at least `stride` rows
     return out[:, :, :end]
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether the module has a hook of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 class Window:
-    """A step of what looks at some rows around each, such as a convolution.
+    """A step in which each output row depends on some rows around it, such as a convolution.
 
     Args:
-        run: (N, C, h, W) -> (N, C', h', W') with no padding above and below: h' is (h - kernel) // stride + 1, or that
-            divided by `group` if rows of the result are pooled.
-        kernel: rows that one of the result depends on; kernel // 2 are padded above and below.
-        group: `run` is to make a multiple of these rows. What is over at the end is left out,
-        ceil: unless this is true: as in a pool's `ceil_mode`.
-        replicate: padding repeats the outermost row and is not zero.
+        run: (N, C, h, W) -> (N, C', h', W') without padding above and below: h' is (h - kernel) // stride + 1, divided
+            by `group` if output rows are pooled.
+        kernel: input rows that an output row depends on; kernel // 2 rows are padded above and below.
+        group: emit output rows in multiples of this.
+        ceil: also emit a partial final group (a pool's `ceil_mode`).
+        replicate: pad with the outermost row, not with zeros.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Window:
         count = max(0, (held.shape[2] - self.kernel) // self.stride + 1)
         if not (last and self.ceil):
             count -= count % self.group
-        self.kept = rest(held, count * self.stride)
+        self.kept = tail(held, count * self.stride)
         return self.run(held[:, :, : (count - 1) * self.stride + self.kernel]) if count else None
 
     def _padding(self, row: Tensor) -> list[Tensor]:
@@ -128,17 +128,17 @@ class Window:
 
 
 def valid(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution with no padding above and below."""
+    """Convolve without padding above and below."""
     assert not isinstance(conv.padding, str)
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, conv.padding[1]), conv.dilation, conv.groups)
 
 
 def joined(*pieces: Tensor | None) -> Tensor | None:
-    """The rows of what there is of them."""
+    """Concatenate the rows of those pieces that are not None; None if all are."""
     given = [piece for piece in pieces if piece is not None]
     return torch.cat(given, dim=2) if len(given) > 1 else given[0] if given else None
 
 
-def rest(x: Tensor, start: int) -> Tensor | None:
-    """Rows from `start` on, if there are any, in memory of their own, so that the others may go."""
+def tail(x: Tensor, start: int) -> Tensor | None:
+    """Copy the rows from `start` on, so that the memory of the others can be freed; None if there are none."""
     return x[:, :, start:].clone() if start < x.shape[2] else None

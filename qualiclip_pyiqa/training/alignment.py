@@ -18,9 +18,9 @@ from ..metrics.prompts import QUALITY_SETS
 from ..pretrained import weights as weight_files
 from ..pretrained.model import load_model
 from ..pretrained.write import write_safetensors
-from ..towers import clip
 from ..towers.backbones import plain_name
-from ..towers.mini import BLOCKS, Head, MiniTower, RelativeSharpness
+from ..towers.mini import BLOCKS, MiniTower, RelativeSharpness
+from ..towers.timm_tower import TimmTower
 from .config import Config
 from .recompute import recompute_activations
 
@@ -80,10 +80,7 @@ def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
 
 def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
     torch.manual_seed(seed)
-    tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS)
-    for head in tower.modules():
-        if isinstance(head, Head):
-            head.dropout = config.dropout
+    tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS, config.dropout)
     anchors = block_anchors(tower, seed)
     if start is not None:
         state, _ = weight_files.read(start, layout="qualiclip-pyiqa")
@@ -151,7 +148,7 @@ def _clip(config: Config, start: Path | None) -> Aligned:
     else:
         raise WeightsError(f"{model.path} has no text tower; expected a whole CLIP or a trained model")
     backbone = model.tower_definition()
-    if not isinstance(tower, clip.TimmTower):  # oneDNN crashes in the gradient of FastViT's first layer (torch 2.15)
+    if not isinstance(tower, TimmTower):  # oneDNN crashes in the gradient of FastViT's first layer (torch 2.15)
         tower = tower.to(memory_format=torch.channels_last)
     return Aligned(
         tower=tower,

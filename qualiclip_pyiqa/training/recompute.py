@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import SettingsError
-from ..towers import clip
 from ..towers.mini import MiniTower
+from ..towers.timm_tower import TimmTower
+from ..towers.vit import ViTTower
 from .config import Config
 
 
@@ -44,9 +45,9 @@ def recompute_activations(tower: nn.Module, config: Config) -> None:
     Raises:
         SettingsError: its normalisation would count every batch twice.
     """
-    if isinstance(tower, clip.ViTTower):
+    if isinstance(tower, ViTTower):
         tower.transformer.grad_checkpointing = True  # type: ignore[assignment]
-    elif isinstance(tower, clip.TimmTower):
+    elif isinstance(tower, TimmTower):
         if config.statistics and any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
             raise SettingsError(
                 f"recompute would let {config.backbone}'s normalisation count every batch twice; "

@@ -17,7 +17,7 @@ from ..degradations.base import LEVELS
 from ..evaluation.ladders import behaviour
 from ..evaluation.ratings import Ratings
 from ..images.tensors import load_image
-from ..towers.clip import freeze
+from ..towers.base import freeze
 from .alignment import Aligned, similarities
 from .config import Config
 

@@ -1,0 +1,213 @@
+"""OpenAI's modified ResNets: a tower, and its frozen form, which takes large images in strips of rows."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Tower, fold_batchnorm, resize_flat
+from .streaming import Step, Window, in_strips, joined, rows_at_once, tail, valid
+from .torch_hooks import has_global_hooks, has_hooks
+
+_LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class ResNetTower(Tower):
+    """OpenAI's ModifiedResNet with an attention pool whose only query is the mean token."""
+
+    conv1: nn.Module
+    conv2: nn.Module
+    conv3: nn.Module
+    bn1: nn.Module
+    bn2: nn.Module
+    bn3: nn.Module
+    act1: nn.Module
+    act2: nn.Module
+    act3: nn.Module
+    avgpool: nn.Module
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+    attnpool: nn.Module  # open_clip's AttentionPool2d, of which only the weights are used
+
+    def forward_features(self, rgb: Tensor) -> Tensor:
+        """Compute the feature map: (N, 3, H, W) -> (N, C, H // 32, W // 32)."""
+        rows = rows_at_once(self, rgb) if isinstance(self.layer1, FoldedLayer) else None
+        return self._whole(rgb) if rows is None else in_strips(self._steps, rgb, rows, stride=32)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Pool a feature map by attention: (N, C, h, w) -> (N, D).
+
+        Exact, and linear in h*w. With one query q the key projection can be moved to the query's side (q.(Wk x + bk) =
+        (Wk^T q).x + const, and the softmax drops the constant), and the value projection behind the weighted mean (the
+        weights sum to one).
+        """
+        pool: Any = self.attnpool
+        tokens = features.flatten(2).transpose(1, 2)  # (N, L, C)
+        mean = tokens.mean(dim=1, keepdim=True)  # the first token, kept apart from the others, which are large
+        if self.add_table:
+            table = resize_flat(pool.positional_embedding, 1 + tokens.shape[1])
+            mean, tokens = mean + table[:1], tokens + table[1:]
+        heads, width = pool.num_heads, tokens.shape[2]
+        size = width // heads
+        query = (pool.q_proj(mean[:, 0]) * size**-0.5).unflatten(1, (heads, size))
+        query = torch.einsum("nhd,hdc->nhc", query, pool.k_proj.weight.view(heads, size, width))
+        weights = torch.cat([query @ mean.transpose(1, 2), query @ tokens.transpose(1, 2)], dim=2).softmax(dim=-1)
+        mixed = weights[:, :, :1] * mean + weights[:, :, 1:] @ tokens  # (N, heads, C)
+        value = torch.einsum("nhc,hdc->nhd", mixed, pool.v_proj.weight.view(heads, size, width))
+        pooled: Tensor = pool.c_proj(value.flatten(1) + pool.v_proj.bias)
+        return pooled
+
+    def prepare_to_freeze(self) -> None:
+        """Fold every BatchNorm, and join each convolution with what follows it."""
+        fold_batchnorm(self)
+        for name in ("conv1", "conv2", "conv3"):
+            setattr(self, name, FoldedConv(getattr(self, name)))
+        for name in ("bn1", "bn2", "bn3", "act1", "act2", "act3"):
+            setattr(self, name, nn.Identity())
+        for name in _LAYERS:
+            setattr(self, name, FoldedLayer(*map(FoldedBottleneck, getattr(self, name))))
+
+    def _whole(self, rgb: Tensor) -> Tensor:
+        x = self.normalise(rgb)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.act3(self.bn3(self.conv3(x)))
+        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
+        return features
+
+    def _steps(self) -> list[Step]:
+        """The steps of `_whole` over strips."""
+        return [
+            Window(self.normalise, kernel=1),
+            Window(lambda x: self.conv1(x, inner=True), kernel=3, stride=2),
+            Window(lambda x: self.conv2(x, inner=True), kernel=3),
+            Window(lambda x: self.avgpool(self.conv3(x, inner=True)), kernel=3, group=2),
+            *(StreamedLayer(getattr(self, name)) for name in _LAYERS),
+        ]
+
+
+class Kernel(Protocol):
+    """Another way to compute a `FoldedConv`; see `onednn`."""
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor, relu: bool, inner: bool) -> Tensor: ...
+
+    def add(self, conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor: ...
+
+
+class FoldedConv(nn.Module):
+    """A frozen convolution, whose BatchNorm is folded in, with the ReLU or the addition that follows it.
+
+    Args:
+        conv: the convolution; it has a bias, which is the folded BatchNorm's.
+
+    Attributes:
+        kernel: computes it in another way; None, the default, for PyTorch's public functions.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.kernel: Kernel | None = None
+
+    def forward(self, x: Tensor, relu: bool = True, inner: bool = False) -> Tensor:
+        """Convolve, and clip at zero if `relu`: (N, C, H, W) -> (N, C', H', W').
+
+        With `inner`, only those rows are computed that depend on no padding above or below.
+        """
+        if self.kernel is not None:
+            return self.kernel.convolve(self.conv, x, relu, inner)
+        y: Tensor = valid(self.conv, x) if inner else self.conv(x)
+        return F.relu_(y) if relu else y
+
+    def add(self, x: Tensor, other: Tensor, overwrite: bool = False) -> Tensor:
+        """Convolve, add `other` and clip at zero. With `overwrite` the result is written to the memory of `other`."""
+        if self.kernel is not None:
+            return self.kernel.add(self.conv, x, other if overwrite else other.clone())
+        y: Tensor = self.conv(x)
+        return F.relu_(other.add_(y) if overwrite else y.add_(other))
+
+
+class FoldedBottleneck(nn.Module):
+    """A bottleneck of ModifiedResNet whose BatchNorms are folded.
+
+    Args:
+        block: open_clip's bottleneck; its convolutions are taken over.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = map(FoldedConv, (block.conv1, block.conv2, block.conv3))
+        self.avgpool = block.avgpool
+        self.stride = 1
+        self.shortcut: FoldedConv | None = None
+        if block.downsample is not None:
+            pool, conv, _ = block.downsample
+            self.stride = pool.kernel_size
+            # A pool over one pixel would only copy.
+            self.shortcut_pool = nn.Identity() if self.stride == 1 else pool
+            self.shortcut = FoldedConv(conv)
+
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'). With `overwrite` the memory of what is added to is used for the result."""
+        y = self.avgpool(self.conv2(self.conv1(x)))
+        return self.conv3.add(y, x if self.shortcut is None else self.widen(x), overwrite)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """The shortcut of a layer's first block."""
+        assert self.shortcut is not None
+        widened: Tensor = self.shortcut(self.shortcut_pool(x), relu=False)
+        return widened
+
+    def window(self) -> Window:
+        """The part between the 1x1 convolutions, over strips."""
+        return Window(lambda x: self.avgpool(self.conv2(x, inner=True)), kernel=3, group=self.stride)
+
+
+class FoldedLayer(nn.Sequential):
+    """Bottlenecks; with a kernel each may overwrite the result of the one before it, which no hook has seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks: list[Any] = list(self)
+        may_overwrite = blocks[0].conv3.kernel is not None and not (
+            has_global_hooks() or any(map(has_hooks, self.modules()))
+        )
+        for number, block in enumerate(blocks):
+            x = block(x, overwrite=may_overwrite and (number > 0 or block.shortcut is not None))
+        return x
+
+
+class StreamedLayer:
+    """A `FoldedLayer` as a step over one image's strips.
+
+    What the blocks add to is one piece of memory. Each block has got less far down in it than the one before.
+    """
+
+    def __init__(self, layer: nn.Sequential) -> None:
+        self.blocks: list[Any] = list(layer)
+        first = self.blocks[0]
+        self.widen = Window(first.widen, kernel=1, group=first.stride)
+        self.windows = [block.window() for block in self.blocks]
+        self.sums: Tensor | None = None
+        self.done = [0] * len(self.blocks)  # rows of `sums` that each block has added to
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        sums = joined(self.sums, self.widen(rows, last))
+        for k, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            y = window(None if rows is None else block.conv1(rows), last)
+            rows = None
+            if y is not None and sums is not None:
+                rows = sums[:, :, self.done[k] : self.done[k] + y.shape[2]]
+                block.conv3.add(y, rows, overwrite=True)
+                self.done[k] += y.shape[2]
+        complete = self.done[-1]
+        if sums is None or not complete:
+            self.sums = sums
+            return None
+        self.sums = tail(sums, complete)
+        self.done = [done - complete for done in self.done]
+        return sums[:, :, :complete]

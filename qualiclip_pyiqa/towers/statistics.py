@@ -1,0 +1,135 @@
+"""Statistics of an image and of feature maps that need no learning: log energies, mean, spread and percentiles."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .streaming import Window
+
+SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
+FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged
+CELL = 16  # side of the cells, in pixels of the image, that percentiles are taken over
+PERCENTILES = (10, 50, 90, 98)
+# Variance of the Laplacian (coefficients 4, -1, -1, -1, -1) of rounding an image to 8 bits: 20 * (1/255)^2 / 12.
+ROUNDING_ENERGY = 20.0 / 12.0 / 255.0**2
+UNRANKED = 3 * SCALES + 6  # of `log_energies`, what comes before the percentiles
+ENERGIES = UNRANKED + len(PERCENTILES) * SCALES
+
+
+def log_energies(rgb: Tensor) -> Tensor:
+    """Measure sharpness by octave, exposure and colour of photographs: what needs no learning.
+
+    Per octave the log of the mean Laplacian energy (the classic sharpness measure; dominated by the strongest edges),
+    the mean of the local log energy (dominated by flat parts, where noise and blocking show) and its standard
+    deviation; then mean and standard deviation of luma, log spread of two opponent colours, dark and bright fractions;
+    then per octave the PERCENTILES of the log energy of cells.
+
+    Shape:
+        rgb: (N, 3, H, W) in 0..1, float32 or float64, H, W >= 32 -> (N, ENERGIES).
+    """
+    red, green, blue = rgb.unbind(1)
+    luma = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    stats, ranked = [], []
+    octave = luma
+    for scale in range(SCALES):
+        if scale:
+            octave = F.avg_pool2d(octave, 2)
+        p = F.pad(octave, (1, 1, 1, 1), mode="replicate")
+        laplacian = 4 * octave - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
+        squared = laplacian.square()
+        del laplacian  # as large as the image
+        energy = F.avg_pool2d(squared, FINE).flatten(1)
+        local = (energy + ROUNDING_ENERGY).log()
+        cells = F.avg_pool2d(squared, max(FINE, CELL >> scale), ceil_mode=True)
+        ranked.append(percentiles((cells + ROUNDING_ENERGY).log()))
+        stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), std(local)]
+    flat = luma.flatten(1)
+    stats += [flat.mean(1), std(flat)]
+    stats += [std((red - green).flatten(1)).log(), std((0.5 * (red + green) - blue).flatten(1)).log()]
+    stats += [torch.sigmoid((0.08 - flat) * 50).mean(1), torch.sigmoid((flat - 0.92) * 50).mean(1)]
+    return torch.cat([torch.stack(stats, dim=1), *ranked], dim=1)
+
+
+def detail_and_top(energies: Tensor) -> Tensor:
+    """Pick the amount of detail and the sharpness of the sharpest parts out of `log_energies`.
+
+    They are the median and the 98th percentile of the log energy of cells, averaged over the first two octaves: in the
+    first octave alone, strong noise is sharper than weak noise.
+
+    Shape:
+        (N, ENERGIES) -> (N, 2).
+    """
+    first, second = energies[:, UNRANKED:].unflatten(1, (SCALES, len(PERCENTILES))).unbind(1)[:2]
+    both = (first + second) / 2
+    return torch.stack([both[:, PERCENTILES.index(50)], both[:, PERCENTILES.index(98)]], dim=1)
+
+
+def percentiles(cells: Tensor) -> Tensor:
+    """PERCENTILES of every channel, linear between order statistics: (N, C, H, W) -> (N, Q * C)."""
+    ranked = cells.flatten(2).sort(dim=-1).values  # torch.quantile takes 16 million values at most
+    last = ranked.shape[-1] - 1
+    out = []
+    for percent in PERCENTILES:
+        below = percent * last // 100
+        # An index in brackets would tie a compiled graph to this number of cells.
+        lower, upper = ranked.select(-1, below), ranked.select(-1, min(below + 1, last))
+        out.append(lower + (percent * last % 100 / 100) * (upper - lower))
+    return torch.cat(out, dim=1)
+
+
+def pooled(x: Tensor, cell: int) -> Tensor:
+    """Mean, log standard deviation and percentiles of cells' means: (N, C, H, W) -> (N, (2 + Q) * C)."""
+    flat = x.flatten(2)
+    return summary(flat.mean(-1), flat.var(dim=-1, correction=0), F.avg_pool2d(x, cell, ceil_mode=True))
+
+
+def summary(mean: Tensor, variance: Tensor, cells: Tensor) -> Tensor:
+    """Join what `pooled` returns: mean and variance (N, C), means of cells (N, C, h, w)."""
+    return torch.cat([mean, root(variance).log(), percentiles(cells)], dim=1)
+
+
+def std(x: Tensor) -> Tensor:
+    """Standard deviation over the last dimension, never zero."""
+    return root(x.var(dim=-1, correction=0))
+
+
+def root(variance: Tensor) -> Tensor:
+    """Square root with a finite gradient at zero."""
+    return (variance + 1e-5).sqrt()
+
+
+class StreamedPooling:
+    """`pooled` as a step over strips, which returns them unchanged; only the means of cells are kept."""
+
+    def __init__(self, cell: int) -> None:
+        self.cells = Window(partial(F.avg_pool2d, kernel_size=cell, ceil_mode=True), kernel=1, group=cell, ceil=True)
+        self.means: list[Tensor] = []
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.deviation: Tensor | float = 0.0  # sum of squared differences from the mean
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        precise = None if rows is None else rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if precise is not None:
+            # Mean and variance of two groups together, from those of each (Chan, Golub, LeVeque, 1979).
+            variance, mean = torch.var_mean(precise.flatten(2), dim=-1, correction=0)
+            new = precise.shape[2] * precise.shape[3]
+            share = new / (self.count + new)
+            off = mean - self.mean
+            self.deviation = self.deviation + variance * new + off.square() * (self.count * share)
+            self.mean = self.mean + off * share
+            self.count += new
+        means = self.cells(precise, last)
+        if means is not None:
+            self.means.append(means)
+        return rows
+
+    def summary(self) -> Tensor:
+        """`pooled` of everything that went past."""
+        assert isinstance(self.mean, Tensor) and isinstance(self.deviation, Tensor)
+        cells = torch.cat(self.means, dim=2)
+        return summary(self.mean, self.deviation / self.count, cells)
