@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
-from scipy import stats
+from scipy import optimize, stats
 from test_cli_score import picture
 
 from qualiclip_pyiqa.commands import cli
@@ -35,6 +36,7 @@ from qualiclip_pyiqa.evaluation.ladders import score_degraded
 from qualiclip_pyiqa.evaluation.opinions import report_opinions
 from qualiclip_pyiqa.evaluation.ratings import read_ratings
 from qualiclip_pyiqa.evaluation.scores import score_images
+from qualiclip_pyiqa.images.paths import find_pictures
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables.meta import write_meta
@@ -79,6 +81,35 @@ def test_the_logistic_is_fitted() -> None:
     assert falling.srcc == pytest.approx(found.srcc) and falling.rmse == pytest.approx(found.rmse, rel=1e-4)
     assert falling.plcc_logistic == pytest.approx(found.plcc_logistic, rel=1e-4)
     assert agreement(X[:4], Y[:4]).rmse is None  # fewer points than make sense
+
+
+def test_a_fit_warns_of_nothing_and_changes_no_filter() -> None:
+    """A step is fitted by any narrow logistic: SciPy's `curve_fit` warns that its covariance is unknown."""
+    x = np.arange(6.0)
+    y = np.array([1.0, 1, 1, 2, 2, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        assert agreement(x, y).rmse < 1e-6
+        assert warnings.filters == before
+    with pytest.warns(optimize.OptimizeWarning):
+        optimize.curve_fit(logistic, x, y, p0=(2, 1, 2.5, x.std()), maxfev=20_000)
+
+
+def test_equal_to_scipy() -> None:
+    for n in (3, 5, 50, 200):
+        for ties in (False, True):
+            x, y = (np.round(v[:n], 1) if ties else v[:n] for v in (X, Y))
+            found = agreement(x, y)
+            assert found.srcc == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-12)
+            assert found.plcc == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-12)
+            assert found.krcc == pytest.approx(stats.kendalltau(x, y)[0], abs=1e-12)
+            if n >= 50:
+                top, bottom = y.max(), y.min()
+                fit, _ = optimize.curve_fit(logistic, x, y, p0=(top, bottom, np.median(x), x.std()), maxfev=20_000)
+                mapped = logistic(x, *fit)
+                assert found.plcc_logistic == pytest.approx(stats.pearsonr(mapped, y)[0], abs=1e-9)
+                assert found.rmse == pytest.approx(np.sqrt(np.mean((mapped - y) ** 2)), abs=1e-9)
 
 
 def test_the_interval_is_the_bootstraps() -> None:
@@ -222,6 +253,16 @@ def test_command_with_a_data_set_of_pyiqa(
         by_pyiqa["metrics"]["qualiclip-mini"]["srcc"]
         == json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"]
     )
+    table = tmp_path / "scores.csv"
+    assert cli.main(["score", str(images), "-o", str(table), "--device", "cpu"]) == 0
+    arguments = ["--dataset", "spaq", "--images", str(root), "--scores", str(table)]
+    assert cli.main(["evaluate", *arguments, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["metrics"]["qualiclip-mini"]
+    assert found["srcc"] == pytest.approx(by_pyiqa["metrics"]["qualiclip-mini"]["srcc"])
+    table.write_text("\n".join(table.read_text().splitlines()[:-2]) + "\n")
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert "2 of 16 rated images are not in the table of scores, such as" in capsys.readouterr().err
+    assert evaluate("--dataset", "spaq", "--images", root) == 0
     assert "16 images (spaq, all of it; higher opinion scores are better, as pyiqa says)" in capsys.readouterr().out
     for arguments, message in (
         (("--dataset", "spaqq"), "did you mean 'spaq'"),
@@ -305,6 +346,14 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| lens_blur |" in capsys.readouterr().out
     with Image.open(plot) as drawn:
         assert drawn.width > 1000
+    # A photograph that cannot be read is left out, and the others have the figures they had.
+    (folder / "unreadable.png").write_bytes(b"broken")
+    assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 1
+    assert "1 of 3 images are left out:" in capsys.readouterr().err
+    written = json.loads(out.read_text())
+    assert written["metrics"]["qualiclip-mini"] == numbers
+    assert list(written["left_out"]) == [str(folder / "unreadable.png")]
+    (folder / "unreadable.png").unlink()
     # Of a single photograph the means are its scores, and the pairs that are known to be ordered can be counted.
     assert evaluate("--degradations", folder, "--limit", 1, "--json", out) == 0
     for name, each in json.loads(out.read_text())["metrics"]["qualiclip-mini"]["types"].items():
@@ -313,7 +362,7 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
         assert each["in_order"] == pytest.approx(right / len(pairs)), name
 
 
-def test_command_with_gmad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_with_gmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(12):
         picture(tmp_path / "photos" / f"{number}.png", 64, 48 + number)
     out, plot = tmp_path / "g.json", tmp_path / "g.png"
@@ -324,6 +373,32 @@ def test_command_with_gmad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(Path(pair["better"]).is_file() and pair["better"] != pair["worse"] for pair in pairs)
     with Image.open(plot) as drawn:
         assert drawn.height > 800
+    # An image that cannot be scored, or a folder that cannot be listed, takes part in no pair and is named.
+    (tmp_path / "photos" / "00.png").write_bytes(b"broken")
+    found = find_pictures([str(tmp_path / "photos")])
+    found.unreadable["locked"] = "Permission denied"
+    monkeypatch.setattr("qualiclip_pyiqa.images.paths.find_pictures", lambda folders: found)
+    assert evaluate(*command, "--json", out) == 1
+    said = capsys.readouterr().err
+    assert "2 of 13 images are left out:" in said and "locked cannot be listed (Permission denied)" in said
+    assert json.loads(out.read_text())["pairs"] == pairs
+    assert evaluate("--gmad", "piqe", "piqe", tmp_path / "photos", "--levels", 2) == 2
+    assert evaluate("--gmad", "qualiclip-mini", "piqe", tmp_path / "photos") == 2
+    assert "a gMAD competition at 4 levels needs at least 18" in capsys.readouterr().err
+
+
+def test_names_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+    for number in range(6):
+        picture(tmp_path / "写真" / f"{number}|国.png", 64, 48 + number)
+    command = ["--gmad", "qualiclip-mini", "piqe", str(tmp_path / "写真"), "--levels", "1", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qualiclip_pyiqa", "evaluate", *command, "--json", str(tmp_path / "g.json")],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u5199\u771f" in done.stdout and rb"\|\u56fd.png |" in done.stdout
+    assert len(json.loads((tmp_path / "g.json").read_text())["pairs"]) == 2
 
 
 @pytest.mark.parametrize(

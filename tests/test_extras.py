@@ -19,11 +19,10 @@ real_import, real_import_module = builtins.__import__, importlib.import_module
 def refuse(name):
     if name.partition(".")[0] in extras:
         raise ModuleNotFoundError(f"No module named {{name!r}}")
-def bare_import(name, globals=None, *rest):
-    level = rest[2] if len(rest) > 2 else 0
+def bare_import(name, globals=None, locals=None, fromlist=(), level=0):
     if not level and str((globals or {{}}).get("__name__")).startswith("qualiclip_pyiqa"):
         refuse(name)
-    return real_import(name, globals, *rest)
+    return real_import(name, globals, locals, fromlist, level)
 builtins.__import__ = bare_import
 import qualiclip_pyiqa.optional as optional
 def bare_import_module(name, *rest):

@@ -28,7 +28,6 @@ from . import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation.agreement import Agreement
     from ..evaluation.opinions import OpinionReport
     from ..evaluation.ratings import Ratings
     from ..evaluation.scores import Scores
@@ -169,29 +168,13 @@ def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
 
 def _settings(settings: Mapping[str, Any] | None, errors: Mapping[str, str]) -> dict[str, Any]:
     """What every JSON has besides its figures."""
+    from ..evaluation import text
+
     return {
         "settings": settings,
-        "ignore_orientation": _ignored_orientation(settings),
+        "ignore_orientation": text.ignored_orientation(settings),
         "left_out": dict(errors),
     }
-
-
-def _ignored_orientation(settings: Mapping[str, Any] | None) -> bool | None:
-    for name, value in (settings or {}).items():
-        if name == "ignore_orientation":
-            return bool(value)
-        if isinstance(value, dict) and (found := _ignored_orientation(value)) is not None:
-            return found
-    return None
-
-
-def _orientation(settings: Mapping[str, Any] | None) -> str:
-    """How EXIF orientation was treated; it changes scores, and published figures were made without it."""
-    return {
-        None: "EXIF orientation: not known whether it was applied",
-        False: "EXIF orientation: applied, images are scored as viewers show them",
-        True: "EXIF orientation: ignored, as in published figures",
-    }[_ignored_orientation(settings)]
 
 
 # ---------------------------------------------------------------- opinion scores
@@ -200,6 +183,7 @@ def _orientation(settings: Mapping[str, Any] | None) -> str:
 def _opinions(arguments: argparse.Namespace) -> Result:
     import numpy as np
 
+    from ..evaluation import text
     from ..evaluation.agreement import LEAST
     from ..evaluation.opinions import report_opinions
     from ..evaluation.scores import read_scores, score_images
@@ -232,12 +216,12 @@ def _opinions(arguments: argparse.Namespace) -> Result:
             name: {"lower_better": scores.lower_better[name], **each} for name, each in report.as_dict().items()
         },
     }
-    lines = [str(ratings), _orientation(scores.settings)]
+    lines = [str(ratings), text.orientation(scores.settings)]
     if table is not None:
         lines.append(f"scores: {arguments.scores}; their directions: {scores.directions}")
     return Result(
         numbers,
-        [*lines, "", *_opinion_lines(report, arguments.group, ratings)],
+        [*lines, "", *text.opinions(report, ratings, arguments.group)],
         lambda path: _draw_scatter(path, scores, ratings, report),
         len(images),
         errors,
@@ -253,56 +237,11 @@ def _ratings(arguments: argparse.Namespace, table: Scores | None) -> Ratings:
     return ratings if table is None else table.known(ratings)
 
 
-def _opinion_lines(report: OpinionReport, column: str | None, ratings: Ratings) -> list[str]:
-    lines = _agreement_lines(report.agreements)
-    if len({each.n for each in report.agreements.values()}) > 1:
-        lines.append("the metrics are of different images: compare them by the differences below")
-    for (first, second), difference in report.differences.items():
-        low, high = difference.ci95
-        lines += [
-            "",
-            f"SRCC of {source_name(first)} minus that of {source_name(second)}: {difference.difference:+.4f} "
-            f"(95 % interval {low:+.4f} to {high:+.4f}, p = {difference.p:.3g}, paired bootstrap)",
-        ]
-    for group, part in report.groups.items():
-        count = len(ratings.mean_opinions(group))
-        lines += ["", f"{column} = {source_name(group) or '(empty)'}, {count} images", *_agreement_lines(part)]
-    return lines
-
-
-def _agreement_lines(found: Mapping[str, Agreement]) -> list[str]:
-    from ..evaluation.agreement import LEAST
-
-    lines = [
-        "| metric | n | SRCC | 95 % interval | PLCC | PLCC after logistic | KRCC | RMSE after logistic |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, each in found.items():
-        interval = "-" if each.srcc_ci95 is None else f"{each.srcc_ci95[0]:.4f} to {each.srcc_ci95[1]:.4f}"
-        cells = [_number(each.srcc), interval, *map(_number, (each.plcc, each.plcc_logistic, each.krcc, each.rmse))]
-        lines.append(f"| {_cell(name)} | {each.n} | " + " | ".join(cells) + " |")
-    for name, each in found.items():
-        if each.n < LEAST:
-            lines.append(f"{source_name(name)}: too few images to correlate")
-        elif each.srcc is None:
-            lines.append(f"{source_name(name)}: all scores or all opinion scores are the same: there is no correlation")
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _cell(name: str) -> str:
-    """A name as one cell of a Markdown table."""
-    return source_name(name).replace("|", "\\|")
-
-
 def _draw_scatter(path: Path, scores: Scores, ratings: Ratings, report: OpinionReport) -> None:
-    from ..evaluation import plots
+    from ..evaluation import plots, text
 
     opinions = ratings.mean_opinions()
-    notes = {name: f"SRCC {_number(each.srcc)}, n = {each.n}" for name, each in report.agreements.items()}
+    notes = {name: f"SRCC {text.number(each.srcc)}, n = {each.n}" for name, each in report.agreements.items()}
     plots.scatter(path, scores.of(opinions), list(opinions.values()), notes)
 
 
@@ -310,9 +249,9 @@ def _draw_scatter(path: Path, scores: Scores, ratings: Ratings, report: OpinionR
 
 
 def _degradations(arguments: argparse.Namespace) -> Result:
-    from ..degradations.bank import DEGRADATIONS
+    from ..evaluation import text
     from ..evaluation.ladders import score_degraded
-    from ..evaluation.scores import shim_directions, shim_settings
+    from ..evaluation.scores import shim_settings
     from ..optional import require
 
     require("kornia", "eval", "--degradations")
@@ -321,31 +260,7 @@ def _degradations(arguments: argparse.Namespace) -> Result:
         paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
     scorer = _scorer(arguments, arguments.metric or [DEFAULT_METRIC])
     report = score_degraded(scorer, paths, arguments.seed, _rules(arguments), _bar)
-    metrics: dict[str, Any] = {}
     settings = shim_settings(scorer)
-    lines = [_orientation(settings)]
-    for column, found in report.behaviours.items():
-        falling = sum(each.falls for each in found.values())
-        count = report.photographs[column]
-        metrics[column] = {
-            "photographs": count,
-            "lower_better": shim_directions(scorer)[column],
-            "types_falling": falling,
-            "types": {
-                name: asdict(each) | {"monotone_by_design": DEGRADATIONS[name].monotone} for name, each in found.items()
-            },
-        }
-        lines += [
-            "",
-            f"{source_name(column)}, {count} photographs: worse at every level for {falling} of {len(found)} types",
-            "in order: share of the pairs of levels of one photograph, pristine included, that are ranked as known",
-            "",
-            "| type | pristine | 1 | 2 | 3 | 4 | 5 | falls | in order |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for name, each in found.items():
-            means = " | ".join(f"{mean:.3f}" for mean in each.means)
-            lines.append(f"| {name} | {means} | {'yes' if each.falls else 'no'} | {each.in_order:.3f} |")
 
     def draw(path: Path) -> None:
         from ..evaluation import plots
@@ -357,7 +272,8 @@ def _degradations(arguments: argparse.Namespace) -> Result:
         )
 
     errors |= report.errors
-    return Result({**_settings(settings, errors), "metrics": metrics}, lines, draw, len(paths), errors)
+    numbers = {**_settings(settings, errors), "metrics": report.as_dict()}
+    return Result(numbers, [text.orientation(settings), *text.ladders(report)], draw, len(paths), errors)
 
 
 def _images(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -381,6 +297,7 @@ def _images(folder: Path) -> tuple[list[str], dict[str, str]]:
 def _gmad(arguments: argparse.Namespace) -> Result:
     import numpy as np
 
+    from ..evaluation import text
     from ..evaluation.gmad import gmad, images_needed
     from ..evaluation.scores import score_images
 
@@ -406,17 +323,6 @@ def _gmad(arguments: argparse.Namespace) -> Result:
             f"{images_needed(levels)}; the first of the others: {reason}"
         )
     found = gmad({name: values[both].tolist() for name, values in scores.values.items()}, scores.lower_better, levels)
-    lines = [
-        _orientation(scores.settings),
-        "",
-        "| defender | at | attacker | finds better | and worse | attacker's gap | defender's gap |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for duel in found:
-        lines.append(
-            f"| {_cell(duel.defender)} | {duel.level:.4f} | {_cell(duel.attacker)} | {_cell(str(kept[duel.better]))} | "
-            f"{_cell(str(kept[duel.worse]))} | {duel.attacker_gap:.4f} | {duel.defender_gap:.4f} |"
-        )
 
     def draw(path: Path) -> None:
         from ..evaluation import plots
@@ -438,4 +344,5 @@ def _gmad(arguments: argparse.Namespace) -> Result:
         "lower_better": scores.lower_better,
         "pairs": pairs,
     }
+    lines = [text.orientation(scores.settings), "", *text.duels(found, kept)]
     return Result(numbers, lines, draw, len(paths), errors)

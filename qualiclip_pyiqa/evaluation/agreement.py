@@ -71,7 +71,7 @@ def agreement(scores: ArrayLike, opinions: ArrayLike, opposite: bool = False, se
     Example:
         >>> found = agreement([0.1, 0.4, 0.3, 0.9], [70, 40, 50, 10], opposite=True)
         >>> found.n, round(found.srcc, 6), round(found.plcc, 3)
-        (4, 1.0, 0.988)
+        (4, 1.0, 0.989)
     """
     x, y = _columns(scores, opinions)
     if np.ptp(x) == 0 or np.ptp(y) == 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -45,12 +46,28 @@ class LadderReport:
     Attributes:
         behaviours: by metric and type.
         photographs: how many photographs these are of, by metric.
+        lower_better: whether a lower score is better, by metric.
         errors: one line for each photograph that some metric could not score, by path.
     """
 
     behaviours: dict[str, dict[str, Behaviour]]
     photographs: dict[str, int]
+    lower_better: dict[str, bool]
     errors: dict[str, str]
+
+    def as_dict(self, bank: Bank = DEGRADATIONS) -> dict[str, dict[str, Any]]:
+        """Return the numbers by metric, JSON-ready; `bank` is that of the types."""
+        return {
+            column: {
+                "photographs": self.photographs[column],
+                "lower_better": self.lower_better[column],
+                "types_falling": sum(each.falls for each in found.values()),
+                "types": {
+                    name: asdict(each) | {"monotone_by_design": bank[name].monotone} for name, each in found.items()
+                },
+            }
+            for column, found in self.behaviours.items()
+        }
 
 
 def steps(bank: Bank = DEGRADATIONS) -> int:
@@ -153,6 +170,7 @@ def score_degraded(
             errors.setdefault(path, f"{source_name(path)}: {record.error}")
         for column, values in scores.items():
             values.append(record.scores.get(column, np.nan))
+    lower_better = shim_directions(scorer)
     found: dict[str, dict[str, Behaviour]] = {}
     counts: dict[str, int] = {}
     for column, values in scores.items():
@@ -160,8 +178,8 @@ def score_degraded(
         whole = table[np.isfinite(table).all(1)]
         counts[column] = len(whole)
         if len(whole):
-            found[column] = behaviours(whole, shim_directions(scorer)[column], bank)
+            found[column] = behaviours(whole, lower_better[column], bank)
     if not found:
         first = next(iter(errors.values()), "no images were given")
         raise ImageError(f"no photograph of {len(paths)} could be scored; the first: {first}")
-    return LadderReport(found, counts, errors)
+    return LadderReport(found, counts, lower_better, errors)

@@ -104,6 +104,8 @@ def read_ratings(
         SettingsError: no such file or column; a rating that is not a number; an image that is missing or ambiguous; a
             name without suffix in several rows, which is rarely an image's.
     """
+    if among is None and folder is not None and not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder; expected that of the images that {table} rates")
     names, delimiter, rows = _read(table, image_column, opinion_column)
     image = _column(table, names, delimiter, image_column, IMAGE_COLUMNS, "image names", "--image-column")
     opinion = _column(table, names, delimiter, opinion_column, OPINION_COLUMNS, "opinion scores", "--mos-column")
