@@ -20,8 +20,6 @@ from .record import Record
 
 BEFORE, AFTER = ("path", "width", "height"), ("error",)
 FIXED = (*BEFORE, *AFTER)
-# `float` also takes "1_000", "infinity" and other alphabets' digits.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _MISSING = frozenset(("", "nan", "na", "n/a", "<na>", "null", "none"))
 # An index column as pandas names it in CSV (first line), after another `read_csv`, and in Parquet.
 _INDEX = re.compile(r"|index|level_0|Unnamed: \d+|__index_level_\d+__")
@@ -130,28 +128,32 @@ def write_cells(record: Record, columns: Sequence[str]) -> dict[str, object]:
 
 
 def number(cell: object) -> float | None:
-    """The finite number of a cell; None if it has no value. Raises ValueError for anything else."""
-    if cell is None:
+    """Return the finite number of a cell, or None if it has no value. Raises ValueError for anything else."""
+    if cell is None or cell == "":
         return None
     if isinstance(cell, str):
-        text = cell.strip()
-        if text.casefold() in _MISSING:
-            return None
-        if not _NUMBER.fullmatch(text):
-            raise ValueError(f"{shown(repr(cell))} is not a number")
-        value = float(text)
+        value = _parse(cell)
     elif isinstance(cell, int | float | Decimal) and not isinstance(cell, bool):
         try:
             value = float(cell)
         except OverflowError:
             value = math.inf
-        if math.isnan(value):
-            return None
     else:
         raise ValueError(f"{shown(repr(cell))} is not a number")
     if math.isinf(value):
         raise ValueError(f"{shown(repr(cell))} is not a finite number")
-    return value
+    return None if math.isnan(value) else value
+
+
+def _parse(text: str) -> float:
+    if text.isascii() and "_" not in text:  # `float` also takes "1_000" and the digits of other scripts
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    if text.strip().casefold() in _MISSING:
+        return math.nan
+    raise ValueError(f"{shown(repr(text))} is not a number")
 
 
 def shown(text: str, longest: int = 80) -> str:
