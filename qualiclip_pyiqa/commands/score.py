@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ImageError, SettingsError
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_pictures, matches
-from ..metrics.registry import lower_is_better
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
 from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, say
 from .summary import Summary
@@ -31,7 +30,10 @@ OPTIONS = (
     "workers",
     "precision",
     "compile",
+    "ignore_orientation",
+    "allow_truncated",
     "max_pixels",
+    "decode_timeout",
 )
 Score: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
 
@@ -50,7 +52,7 @@ class Engine:
     score: Score
     columns: tuple[str, ...]
     lower_better: Mapping[str, bool]
-    describe: Callable[[], dict[str, object] | None]
+    describe: Callable[[], dict[str, Any]]
 
 
 def add_parser(commands: Commands) -> None:
@@ -77,7 +79,18 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), tf32, bf16 or fp16")
     parser.add_argument("--compile", action="store_true", help="use torch.compile, which pays for many images")
+    parser.add_argument(
+        "--ignore-orientation",
+        action="store_true",
+        help="score pixels as they are stored, not as EXIF orientation says they are shown; published results did",
+    )
+    parser.add_argument(
+        "--allow-truncated", action="store_true", help="score images whose data end early as far as they go"
+    )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
+    parser.add_argument(
+        "--decode-timeout", type=float, metavar="SECONDS", help="give up an image that takes longer (default: 60)"
+    )
     parser.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="ray: on a cluster; also takes s3:// and the like"
     )
@@ -226,15 +239,12 @@ def _listed(data: bytes, null: bool) -> list[str]:
 
 def _engine(arguments: argparse.Namespace, metrics: list[str], files: Mapping[str, ParquetImages]) -> Engine:
     options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
-    score: Score
     if arguments.engine == "ray":
         from ..scoring.ray import RayScorer
 
-        ray_scorer = RayScorer(metrics, **options)
-        columns, score = ray_scorer.columns, ray_scorer.score
-    else:
-        from ..scoring.scorer import Scorer
+        cluster = RayScorer(metrics, **options)
+        return Engine(cluster.score, cluster.columns, cluster.lower_better, cluster.describe)
+    from ..scoring.scorer import Scorer
 
-        scorer = Scorer(metrics, **options)
-        columns, score = scorer.columns, partial(_scored, scorer, files)
-    return Engine(score, columns, {column: lower_is_better(column) for column in columns}, lambda: None)
+    scorer = Scorer(metrics, **options)
+    return Engine(partial(_scored, scorer, files), scorer.columns, scorer.lower_better, scorer.describe)

@@ -96,6 +96,14 @@ class RayScorer:
         scorer = _checked(metrics, **options)
         #: Names of the scores.
         self.columns = scorer.columns
+        #: Column -> whether a lower score means a better image.
+        self.lower_better = scorer.lower_better
+        device = "cuda" if _gpus(options.get("device")) else "cpu"
+        self._description = {**scorer.describe(), "device": device}
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides the scores, as `Scorer.describe`."""
+        return self._description
 
     def score(self, paths: Iterable[str]) -> Iterator[Record]:
         """Yield one record per path, in input order."""
@@ -194,9 +202,8 @@ def _checked(metrics: Any, **options: Any) -> Scorer:
 
 def _scored(dataset: Dataset, metrics: Any, image: str, actors: int | None, device: str | None, **options: Any) -> Any:
     ray = _ray()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
-    cores = [int(node.get("CPU", 0)) for node in nodes]
+    gpus = _gpus(device)
+    cores = [int(node.get("CPU", 0)) for node in _nodes()]
     most = gpus or max(1, 2 * sum(cores) - 1)
     if actors is None:
         actors = gpus or max(1, sum(cores) // CORES)
@@ -213,6 +220,16 @@ def _scored(dataset: Dataset, metrics: Any, image: str, actors: int | None, devi
         compute=ray.data.ActorPoolStrategy(size=actors),
         **resources,
     )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node of the cluster."""
+    return [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+
+
+def _gpus(device: str | None) -> int:
+    """Number of GPUs that the workers may use."""
+    return 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in _nodes())
 
 
 def _share(nodes: Sequence[int], actors: int) -> float:

@@ -17,6 +17,8 @@ import queue
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from ..images.workers import DecodedImage, Decoder
 from ..metrics.prompt_iqa import PromptIQA
 from ..towers.onednn import use_onednn
 from ..towers.streaming import LARGE_PIXELS
+from .description import describe_metric, lower_is_better
 from .precision import PRECISIONS, tf32
 from .tables import Record
 
@@ -69,7 +72,9 @@ class Scorer:
             process that may not start others.
         precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16".
         compile: whether the networks go through `torch.compile`, which pays from a few hundred pictures on.
-        max_pixels: larger pictures are refused before they are decoded. Default: Pillow's limit, 89 million.
+        ignore_orientation, allow_truncated, max_pixels: how files become pixels, see `images.convert.ReadRules`.
+        decode_timeout: seconds after which a worker process that has not decoded an image is replaced and the image
+            is an error; `math.inf`: no limit.
 
     Raises:
         SettingsError: an unknown metric, one that needs a reference, two with the same column, or a setting that makes
@@ -89,6 +94,9 @@ class Scorer:
         precision: str = "fp32",
         compile: bool = False,
         max_pixels: int | None = None,
+        ignore_orientation: bool = False,
+        allow_truncated: bool = False,
+        decode_timeout: float = 60.0,
     ) -> None:
         devices = _devices(device)
         on_cpu = devices[0].type == "cpu"
@@ -97,13 +105,34 @@ class Scorer:
         # A daemonic process, such as a DataLoader's, may not start others.
         usual = 0 if multiprocessing.current_process().daemon else max(1, min(8, cores // 4 if on_cpu else cores))
         self.workers = _at_least(0, "workers", usual, workers)
-        self.max_pixels = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
+        limit = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
+        self.rules = ReadRules(ignore_orientation, allow_truncated, limit)
+        if not decode_timeout > 0:
+            raise SettingsError(f"decode_timeout is {decode_timeout!r}; expected seconds above 0")
+        self.decode_timeout = decode_timeout
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
         named = _named(metrics)
         self.networks = [Network(_build(named, each), each, precision, compile) for each in devices]
         #: Names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
         self.columns = self.networks[0].columns
+        #: Column -> whether a lower score means a better image, as the metric itself says.
+        self.lower_better = {c: lower_is_better(metric) for c, metric in self.networks[0].metrics.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides the scores, as plain values; tables are stored with it.
+
+        `columns` maps every score to what is known of its metric, `lower_better` among that.
+        """
+        first = self.networks[0]
+        return {
+            "version": version("qualiclip-pyiqa"),
+            "torch": str(torch.__version__),
+            "columns": {column: describe_metric(metric) for column, metric in first.metrics.items()},
+            "precision": first.precision,
+            "device": first.device.type,
+            "images": asdict(self.rules),
+        }
 
     def score(self, images: Iterable[Source | ImageError]) -> Iterator[Record]:
         """Yield one record per picture, in input order, as they are ready.
@@ -116,9 +145,8 @@ class Scorer:
         batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
         """
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        decoder = Decoder(
-            self.workers, 2 * self.workers or self.batch_size, events, ReadRules(max_pixels=self.max_pixels)
-        )
+        ahead = 2 * self.workers or self.batch_size
+        decoder = Decoder(self.workers, ahead, events, self.rules, self.decode_timeout)
         threads = [ThreadPoolExecutor(1) for _ in self.networks]
         try:
             yield from _Run(self, iter(images), events, decoder, threads)
@@ -189,7 +217,7 @@ class _Run:
             except ImageError as error:
                 self._decoded(number, error)
         else:
-            self._decoded(number, decode(source, ReadRules(max_pixels=self.scorer.max_pixels)))
+            self._decoded(number, decode(source, self.scorer.rules))
 
     def _decoded(self, number: int, result: np.ndarray | ImageError) -> None:
         if isinstance(result, ImageError):
@@ -278,6 +306,7 @@ class Network:
                 self.towers.append((compiled(net.features) if compile else net.features, net.features))
             self.heads.append((_columns(name, net), net, index))
         self.columns = tuple(c for name, metric in metrics.items() for c in _columns(name, metric))
+        self.metrics = {c: metric for name, metric in metrics.items() for c in _columns(name, metric)}
         if len(set(self.columns)) < len(self.columns):
             twice = next(c for c in self.columns if self.columns.count(c) > 1)
             raise SettingsError(f"two metrics would be called {twice!r}; pass a mapping from column to metric")

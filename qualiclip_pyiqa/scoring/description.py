@@ -1,0 +1,28 @@
+"""What decides a score, as plain values: `Scorer.describe`, which tables of scores are stored with."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+
+def lower_is_better(metric: nn.Module) -> bool:
+    """Return the direction of a metric of this package or of pyiqa; of a network that states none, higher is better."""
+    return bool(getattr(getattr(metric, "net", metric), "lower_better", getattr(metric, "lower_better", False)))
+
+
+def describe_metric(metric: nn.Module) -> dict[str, Any]:
+    """Describe a metric: its own `describe()`, or name and version of what another package brings."""
+    net: Any = getattr(metric, "net", metric)
+    if callable(getattr(net, "describe", None)):
+        own: dict[str, Any] = {**net.describe(), "lower_better": lower_is_better(metric)}
+        own.pop("version", None)  # the description of the whole has it
+        return own
+    return {
+        "metric": getattr(metric, "metric_name", None),
+        "architecture": f"{type(net).__module__}.{type(net).__qualname__}",
+        "lower_better": lower_is_better(metric),
+        "pyiqa_version": version("pyiqa"),
+    }
