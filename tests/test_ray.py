@@ -20,7 +20,7 @@ from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.scoring.ray import ScoreStage, _fetch, _share, expand_urls, score_dataset
 from qualiclip_pyiqa.scoring.scorer import Scorer
-from qualiclip_pyiqa.scoring.tables import Record, ScoreTable
+from qualiclip_pyiqa.scoring.tables import Record, ScoreTable, read_meta
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,6 +168,9 @@ def test_the_command(
         twin = str(photos / "1.png") if row.path == str(strange) else str(row.path).removeprefix("file://")
         assert row.scores.get("qualiclip-mini") == (expected[twin] and pytest.approx(expected[twin], abs=2e-6))
     assert "cannot be read" in str(table[-1].error)
+    meta = read_meta(out) or {}
+    assert meta["device"] == "cpu" and meta["columns"]["qualiclip-mini"]["lower_better"] is False
+    assert cli.main([*command, "--precision", "bf16"]) == 2
 
 
 def test_what_cannot_be_scored_is_said(photos: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import SettingsError
 from ...files import replacing
@@ -49,7 +50,7 @@ def meta_path(table: str | Path) -> Path:
     return table.with_name(f"{table.name.removesuffix('.part')}.meta.json")
 
 
-def read_meta(table: str | Path) -> dict[str, object] | None:
+def read_meta(table: str | Path) -> dict[str, Any] | None:
     """Read what scored a table.
 
     Args:

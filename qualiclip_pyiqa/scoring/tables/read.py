@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import SettingsError
 from .cells import Rows, find_scores, not_scores, read_record
@@ -32,7 +33,7 @@ class Table:
     path: Path
     columns: tuple[str, ...]
     others: Mapping[str, str]
-    meta: dict[str, object] | None
+    meta: dict[str, Any] | None
     _rows: Rows
 
     def __iter__(self) -> Iterator[Record]:
@@ -62,7 +63,7 @@ def read_table(path: str | Path) -> Table:
         raise SettingsError(f"{path} cannot be read ({error.strerror or error}); expected a table of scores") from error
     meta = read_meta(path)
     described = meta["columns"] if meta else {}
-    broken = next((name for name in others if name in described), None)  # type: ignore[operator]
+    broken = next((name for name in others if name in described), None)
     if broken is not None:
         raise not_scores(path, f"column {broken!r}, {others[broken]}")
     return Table(path, columns, others, meta, rows)

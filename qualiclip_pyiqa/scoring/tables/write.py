@@ -147,7 +147,7 @@ class ScoreTable:
         if broken is not None:
             raise not_scores(file, f"column {broken!r}, {others[broken]}")
         meta = read_meta(self.path)
-        theirs = found if meta is None else tuple(meta["columns"])  # type: ignore[arg-type]
+        theirs = found if meta is None else tuple(meta["columns"])
         if set(theirs) != set(self.columns):
             raise self._other_scores(file, theirs)
         lost = [name for name in {*found, *others} - set(self.columns) if others.get(name) != "an index"]
