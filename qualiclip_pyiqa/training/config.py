@@ -1,52 +1,65 @@
-"""What a training run is made of: one frozen dataclass, read from a TOML file in which no key may be unknown."""
+"""The configuration of a training run: one frozen dataclass, read from a TOML file without unknown keys."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import random
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from ..errors import SettingsError
+from ..degradations.bank import DEGRADATIONS
+from ..degradations.base import GROUP_ORDER, LEVELS
+from ..degradations.compose import draw_types
+from ..errors import SettingsError, did_you_mean
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
+CHOICES = {
+    "pairs": ("each", "mean"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "degrade_on": ("workers", "device"),
+}
+
+
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. Sizes in pixels, probabilities in 0..1, margins and losses in units of a cosine.
+    """Settings of a run. Sizes are in pixels, probabilities in 0..1, margins and losses in units of a cosine.
 
     docs/training.md says where the values of the shipped configurations come from.
+
+    Raises:
+        SettingsError: a value out of range, or one that contradicts another.
     """
 
     # Tower
     backbone: str  # `mini`, or a name that `OpenQualiCLIP` takes, such as RN50
-    # Stacks: photographs a step (of one process and one accumulated part), levels drawn of each stack's five
-    stacks: int
-    levels: int
-    pristine: bool  # whether the undistorted crops are the stack's lowest level, on top of `levels`
-    crops: tuple[int, ...]  # sizes drawn from
+    # Stacks
+    stacks: int  # photographs per batch: per step, process and accumulated pass
+    levels: int  # distortion levels drawn for each stack, of five
+    pristine: bool  # whether the undistorted crops are the lowest level of a stack, on top of `levels`
+    crops: tuple[int, ...]  # sizes to draw from
     overlap: float  # smallest part of a crop's side that both crops share
-    native: float  # probability of no resampling; else the scale is uniform in (smallest_scale, 1)
+    native: float  # probability of no resampling; otherwise the scale is uniform in (smallest_scale, 1)
     smallest_scale: float
-    candidates: int  # of that many regions the sharpest is taken: flat and out-of-focus crops must not be pristine
-    bokeh: float  # probability that all but the middle of a region is out of focus, alike at all levels
+    candidates: int  # regions of which the sharpest is taken: flat and out-of-focus crops must not count as pristine
+    bokeh: float  # probability that all but the middle of a region is out of focus, equally at all levels
     camera: float  # probability of each of the mild changes that all levels of a stack share
-    delivery: float  # probability of each of scaling down and JPEG after the degradation, alike for all levels
-    types: tuple[float, ...]  # how often 1, 2, ... degradation types, of as many groups, are put on top of each other
+    delivery: float  # probabilities of scaling down and of JPEG after the degradation, equally at all levels
+    types: tuple[float, ...]  # how often 1, 2, ... degradation types, of as many groups, are applied in turn
     share_levels: bool  # whether angle, positions and noise are the same at all levels of a stack
     share_crops: bool  # whether angle and positions are the same for both crops; noise is drawn for each
-    repeat: dict[str, float]  # how many times as often photographs of a top-level folder are drawn; 1 if not named
-    type_weights: dict[str, float]  # how often a type is drawn; 1 where it is not named
-    severity: dict[str, float]  # of a level, by group of types; margins follow it; 1 if not named
+    repeat: dict[str, float]  # how many times as often photographs of a top-level folder are drawn; default 1
+    type_weights: dict[str, float]  # how often a type is drawn, relative to the others; default 1
+    severity: dict[str, float]  # margin multiplier of a level, by group of types; default 1
     # Losses
-    pairs: str  # `each`: every antonym prompt pair ranks for itself; `mean`: the mean similarity over the pairs ranks
+    pairs: str  # `each`: every antonym prompt pair is ranked by itself; `mean`: the mean similarity over the pairs is
     margin_consistency: float
     margin_rank: float
     margin_across: float
@@ -58,41 +71,106 @@ class Config:
     weight_centre: float
     # Optimiser (AdamW)
     steps: int
-    accumulate: int  # forward and backward passes for each step
+    accumulate: int  # forward and backward passes per step
     learning_rate: float
     betas: tuple[float, ...]
-    weight_decay: float  # of weights, not of biases and normalisation
+    weight_decay: float  # of weights; none of biases and normalisation
     warmup: int  # steps of linear warm-up
     cosine: bool  # whether the rate then falls to 0 along half a cosine
     clip: float  # largest norm of the gradient; 0: not clipped
-    average: float  # decay of the averaged weights that are kept; 0: the last ones are kept
+    average: float  # decay of the moving average (EMA) of the weights, which is kept; 0: the last weights are kept
     precision: str  # `fp32`, `bf16` or `fp16`
-    recompute: bool  # whether activations are computed again for the gradient and not kept: less memory, more time
-    statistics: bool  # whether normalisation statistics are learned too; false: they stay those of the loaded weights
-    # Data, looks and checkpoints
-    validation: int  # photographs of the training set kept for validation
+    recompute: bool  # whether activations are computed again for the gradient, not kept: less memory, more time
+    statistics: bool  # whether normalisation statistics are updated; false: they stay those of the loaded weights
+    # Data, validation and checkpoints
+    validation: int  # photographs that are not trained on, to validate with
     validation_crop: int
-    validate_every: int
-    checkpoint_every: int
-    recalibrate: int  # batches for the averaged weights' normalisation statistics; 0: they are averaged themselves
+    validate_every: int  # steps
+    checkpoint_every: int  # steps
+    recalibrate: int  # batches for the averaged weights' normalisation statistics; 0: the statistics are averaged too
     recalibrate_crop: int
     workers: int  # processes that read photographs; 0: the training process does
-    degrade_on: str  # `workers`: degraded by these processes; `device`: by the training process, where the tower is
-    # Of backbones other than mini: `openai`, a name of the weight manifest, or a file
+    degrade_on: str  # `workers`: these processes degrade; `device`: the training process does, on the tower's device
+    # Backbones other than mini: `openai`, a name of the weight manifest, or a file
     weights: str = ""
-    # Of the mini tower: keywords of MiniTower
+    # The mini tower: keywords of MiniTower
     widths: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
     hidden: int = 0
     dim: int = 0
-    dropout: float = 0.0  # share of the pooled statistics that a head does without at each step
+    dropout: float = 0.0  # share of the pooled statistics that each head leaves out at each step
 
     def __post_init__(self) -> None:
-        _check(self)
+        self._check_tower()
+        self._check_ranges()
+        self._check_losses()
+        self._check_stacks()
+
+    def _need(self, good: bool, name: str, expected: str) -> None:
+        if not good:
+            raise SettingsError(f"training configuration: {name} is {getattr(self, name)!r}; expected {expected}")
+
+    def _check_tower(self) -> None:
+        if self.backbone != "mini":
+            of_mini = self.widths or self.depths or self.hidden or self.dim or self.dropout
+            self._need(not of_mini, "backbone", "mini where widths, depths, ... are given")
+            self._need(bool(self.weights), "weights", "openai, a name of the weight manifest or a file")
+            return
+        self._need(len(self.widths) == 4 and min(self.widths) > 0, "widths", "four positive integers")
+        self._need(len(self.depths) == 4 and min(self.depths) > 0, "depths", "four positive integers")
+        self._need(self.hidden >= 1, "hidden", "at least 1")
+        self._need(0 <= self.dropout < 1, "dropout", "0 to less than 1")
+        self._need(self.dim >= 2, "dim", "at least 2: a prompt pair needs two directions")
+        self._need(self.statistics, "statistics", "true: the mini tower starts without any")
+        self._need(not self.weights, "weights", "none for the mini tower; --start begins from a model")
+
+    def _check_ranges(self) -> None:
+        least = dict.fromkeys(("workers", "warmup", "weight_decay", "clip", "recalibrate"), 0)
+        least |= dict.fromkeys(
+            ("steps", "accumulate", "candidates", "validation", "validate_every", "checkpoint_every"), 1
+        )
+        least |= {"validation_crop": 32, "recalibrate_crop": 32}
+        for name, smallest in least.items():
+            self._need(getattr(self, name) >= smallest, name, f"at least {smallest}")
+        for name in ("native", "bokeh", "camera", "delivery", "overlap"):
+            self._need(0 <= getattr(self, name) <= 1, name, "0 to 1")
+        self._need(0 < self.smallest_scale <= 1, "smallest_scale", "more than 0, at most 1")
+        self._need(0 <= self.average < 1, "average", "0 to less than 1")
+        self._need(0 < self.learning_rate < 1, "learning_rate", "between 0 and 1")
+        good_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self._need(good_betas, "betas", "two numbers of at least 0, below 1")
+        self._need(self.statistics or not self.recalibrate, "recalibrate", "0 where statistics are not updated")
+        for name, choices in CHOICES.items():
+            expected = " or ".join((", ".join(choices[:-1]), choices[-1]))
+            self._need(getattr(self, name) in choices, name, expected)
+
+    def _check_losses(self) -> None:
+        for name in ("consistency", "positive", "negative", "across", "centre"):
+            self._need(getattr(self, f"weight_{name}") >= 0, f"weight_{name}", "at least 0")
+        ranked = any((self.weight_consistency, self.weight_positive, self.weight_negative))
+        self._need(ranked, "weight_positive", "a loss with a weight")
+        fewest = 2 if self.weight_across else 1
+        self._need(self.stacks >= fewest, "stacks", "at least 2 where scores are compared across photographs")
+
+    def _check_stacks(self) -> None:
+        enough = self.levels + self.pristine >= 2 and 1 <= self.levels <= LEVELS
+        self._need(enough, "levels", f"2 to {LEVELS}; with pristine 1 to {LEVELS}")
+        self._need(bool(self.crops) and min(self.crops) >= 32, "crops", "sizes of at least 32")
+        some = bool(self.types) and min(self.types) >= 0 and sum(self.types) > 0
+        self._need(some, "types", "frequencies of 1, 2, ... types")
+        for copies in self.repeat.values():
+            self._need(copies >= 1 and copies == int(copies), "repeat", "whole numbers of at least 1")
+        for name, weight in self.type_weights.items():
+            self._need(name in DEGRADATIONS, "type_weights", f"degradation types as keys, not {name!r}")
+            self._need(weight >= 0, "type_weights", "weights of at least 0")
+        for name, factor in self.severity.items():
+            self._need(name in GROUP_ORDER, "severity", f"groups as keys ({', '.join(GROUP_ORDER)}), not {name!r}")
+            self._need(factor >= 0, "severity", "factors of at least 0")
+        draw_types(random.Random(0), self.types, self.type_weights)  # raises if types are drawn from too few groups
 
     @property
     def smallest_photograph(self) -> int:
-        """Shorter side that a photograph needs, in pixels."""
+        """Shorter side in pixels that a photograph needs."""
         return max(*self.crops, self.recalibrate_crop if self.recalibrate else 0, 32)
 
     @property
@@ -102,10 +180,14 @@ class Config:
 
 
 def load_config(name: str | Path) -> Config:
-    """Read a configuration: the name of one in `configs/` ("mini", "toy") or the path of a TOML file.
+    """Read a configuration: the name of one in `configs/`, such as "mini" or "toy", or the path of a TOML file.
 
     Raises:
         SettingsError: no such file, not TOML, an unknown or missing key, or a value of the wrong kind or range.
+
+    Example:
+        >>> load_config("toy").steps
+        60
     """
     path = CONFIGS / f"{name}.toml" if (CONFIGS / f"{name}.toml").is_file() else Path(name)
     try:
@@ -121,90 +203,39 @@ def load_config(name: str | Path) -> Config:
 
 
 def make_config(values: dict[str, Any], source: str = "configuration") -> Config:
-    """Build a Config from plain values, checking every key and kind; `source` is what errors call it."""
+    """Build a Config from plain values, checking every key and kind; `source` is its name in error messages.
+
+    Raises:
+        SettingsError: an unknown or missing key, or a value of the wrong kind or range.
+    """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected keys are {', '.join(fields)}"
+            hint = did_you_mean(key, fields) or f"; expected keys are {', '.join(fields)}"
             raise SettingsError(f"{source}: unknown key {key!r}{hint}")
     missing = [name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING]
     if missing:
         raise SettingsError(f"{source}: missing {', '.join(missing)}; see qualiclip_pyiqa/training/configs/mini.toml")
-    return Config(
-        **{name: _convert(value, str(fields[name].type), f"{source}: {name}") for name, value in values.items()}
-    )
+    return Config(**{name: _convert(value, _kinds()[name], f"{source}: {name}") for name, value in values.items()})
 
 
-def _convert(value: Any, kind: str, what: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "int" and number and value == int(value):
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(Config)
+
+
+def _convert(value: Any, kind: Any, what: str) -> Any:
+    """Convert a plain value to a field's type; `what` names it in error messages."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(item, inner[0], what) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(item, inner[1], f"{what}.{key}") for key, item in value.items()}
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int and number and value == int(value):
         return int(value)
-    if kind == "float" and number:
+    if kind is float and number:
         return float(value)
-    if kind == "str" and isinstance(value, str):
+    if kind in (bool, str) and isinstance(value, kind):
         return value
-    if kind.startswith("tuple") and isinstance(value, (list, tuple)):
-        return tuple(_convert(item, kind[6:-6], what) for item in value)  # "tuple[int, ...]"
-    if kind.startswith("dict") and isinstance(value, dict):
-        return {str(key): _convert(item, "float", f"{what}.{key}") for key, item in value.items()}
-    raise SettingsError(f"{what} is {value!r}; expected {kind}")
-
-
-def _check(c: Config) -> None:
-    from ..degradations.bank import DEGRADATIONS
-    from ..degradations.base import GROUP_ORDER, LEVELS
-    from ..degradations.compose import draw_types
-
-    def need(good: bool, what: str, expected: str) -> None:
-        if not good:
-            raise SettingsError(f"training configuration: {what} is {getattr(c, what)!r}; expected {expected}")
-
-    if c.backbone == "mini":
-        need(len(c.widths) == 4 and min(c.widths) > 0, "widths", "four positive integers")
-        need(len(c.depths) == 4 and min(c.depths) > 0, "depths", "four positive integers")
-        need(c.hidden >= 1, "hidden", "at least 1")
-        need(0 <= c.dropout < 1, "dropout", "0 to less than 1")
-        need(c.dim >= 2, "dim", "at least 2: a pair needs two directions")
-        need(c.statistics, "statistics", "true: the mini tower starts without any")
-        need(not c.weights, "weights", "none for the mini tower; --start begins from a model")
-    else:
-        of_mini = c.widths or c.depths or c.hidden or c.dim or c.dropout
-        need(not of_mini, "backbone", "mini where widths, depths, ... are given")
-        need(bool(c.weights), "weights", "openai, a name of the weight manifest or a file")
-    need(
-        c.levels + c.pristine >= 2 and 1 <= c.levels <= LEVELS, "levels", f"2 to {LEVELS}; with pristine 1 to {LEVELS}"
-    )
-    need(bool(c.crops) and min(c.crops) >= 32, "crops", "sizes of at least 32")
-    for name in ("native", "bokeh", "camera", "delivery", "overlap"):
-        need(0 <= getattr(c, name) <= 1, name, "0 to 1")
-    need(0 < c.smallest_scale <= 1, "smallest_scale", "more than 0, at most 1")
-    need(0 <= c.average < 1, "average", "0 to less than 1")
-    need(c.validation_crop >= 32, "validation_crop", "at least 32")
-    need(c.recalibrate_crop >= 32, "recalibrate_crop", "at least 32")
-    for name in ("steps", "accumulate", "candidates", "validation", "validate_every", "checkpoint_every"):
-        need(getattr(c, name) >= 1, name, "at least 1")
-    need(c.stacks >= (2 if c.weight_across else 1), "stacks", "at least 2 where scores are compared across photographs")
-    need(0 < c.learning_rate < 1, "learning_rate", "between 0 and 1")
-    need(len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas), "betas", "two numbers of at least 0, below 1")
-    for name in ("workers", "warmup", "weight_decay", "clip", "recalibrate"):
-        need(getattr(c, name) >= 0, name, "at least 0")
-    for name in ("consistency", "positive", "negative", "across", "centre"):
-        need(getattr(c, f"weight_{name}") >= 0, f"weight_{name}", "at least 0")
-    need(c.statistics or not c.recalibrate, "recalibrate", "0 where statistics are not learned")
-    need(any((c.weight_consistency, c.weight_positive, c.weight_negative)), "weight_positive", "a loss with a weight")
-    need(c.pairs in ("each", "mean"), "pairs", "each or mean")
-    need(c.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
-    need(c.degrade_on in ("workers", "device"), "degrade_on", "workers or device")
-    need(bool(c.types) and min(c.types) >= 0 and sum(c.types) > 0, "types", "frequencies of 1, 2, ... types")
-    for copies in c.repeat.values():
-        need(copies >= 1 and copies == int(copies), "repeat", "whole numbers of at least 1")
-    for name, weight in c.type_weights.items():
-        need(name in DEGRADATIONS, "type_weights", f"degradation types as keys, not {name!r}")
-        need(weight >= 0, "type_weights", "weights of at least 0")
-    for name, factor in c.severity.items():
-        need(name in GROUP_ORDER, "severity", f"groups as keys ({', '.join(GROUP_ORDER)}), not {name!r}")
-        need(factor >= 0, "severity", "factors of at least 0")
-    draw_types(random.Random(0), c.types, c.type_weights)  # says when there are fewer groups than types to be drawn
+    raise SettingsError(f"{what} is {value!r}; expected {kind if origin else kind.__name__}")
