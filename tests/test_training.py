@@ -39,14 +39,12 @@ from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.metrics.prompts import QUALITY_SETS
 from qualiclip_pyiqa.pretrained.write import write_safetensors
-from qualiclip_pyiqa.towers.mini import (
-    BLOCKS,
+from qualiclip_pyiqa.towers.mini import BLOCKS, MiniTower, RelativeSharpness
+from qualiclip_pyiqa.towers.statistics import (
     CELL,
     PERCENTILES,
     ROUNDING_ENERGY,
     UNRANKED,
-    MiniTower,
-    RelativeSharpness,
     detail_and_top,
     log_energies,
 )

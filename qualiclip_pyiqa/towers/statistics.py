@@ -38,10 +38,7 @@ def log_energies(rgb: Tensor) -> Tensor:
     for scale in range(SCALES):
         if scale:
             octave = F.avg_pool2d(octave, 2)
-        p = F.pad(octave, (1, 1, 1, 1), mode="replicate")
-        laplacian = 4 * octave - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
-        squared = laplacian.square()
-        del laplacian  # as large as the image
+        squared = laplacian(F.pad(octave, (1, 1, 1, 1), mode="replicate")).square()
         energy = F.avg_pool2d(squared, FINE).flatten(1)
         local = (energy + ROUNDING_ENERGY).log()
         cells = F.avg_pool2d(squared, max(FINE, CELL >> scale), ceil_mode=True)
@@ -52,6 +49,12 @@ def log_energies(rgb: Tensor) -> Tensor:
     stats += [std((red - green).flatten(1)).log(), std((0.5 * (red + green) - blue).flatten(1)).log()]
     stats += [torch.sigmoid((0.08 - flat) * 50).mean(1), torch.sigmoid((flat - 0.92) * 50).mean(1)]
     return torch.cat([torch.stack(stats, dim=1), *ranked], dim=1)
+
+
+def laplacian(x: Tensor) -> Tensor:
+    """Filter by the Laplacian with coefficients 4, -1, -1, -1, -1: (..., H + 2, W + 2) -> (..., H, W)."""
+    inner = x[..., 1:-1, 1:-1]
+    return 4 * inner - x[..., :-2, 1:-1] - x[..., 2:, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]
 
 
 def detail_and_top(energies: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What alignment trains and what it leaves alone: an image tower, and the frozen antonym anchors it is aligned with."""
+"""The model of a training run: an image tower, which is trained, and the frozen antonym anchors it is aligned with."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .recompute import recompute_activations
 
 PROMPTS = QUALITY_SETS["qualiclip"]
 TEXTS = [text for pair in PROMPTS for text in pair]
-# Of the mini tower, times a difference of cosines within a block. The opinions of the pairs are nearly votes, as CLIP's
-# own scale of 100 makes them; docs/training.md has the SRCC of other values.
+# Multiplies differences of cosines within a block of the mini tower before the sigmoid. At this scale the pairs nearly
+# vote, as they do at CLIP's own scale of 100.
 MINI_SCALE = 8.0
 
 
@@ -38,13 +38,13 @@ class Aligned:
     Attributes:
         tower: (N, 3, H, W) in 0..1 -> (N, D); trainable.
         anchors: (2P, D), unit length, positive and negative of each antonym prompt pair alternating.
-        unit: a similarity is the cosine times this: sqrt(P) where each pair has a block of the feature to itself, so
-            that it is the cosine within the block; else 1.
-        logit_scale: natural logarithm; scores use the unit-length feature, whose cosines are `unit` times smaller than
-            similarities.
-        metadata: of the file, but for what the run adds.
-        rest: tensors of the file that training leaves alone.
-        source: sha256 of the file that the tower was read from, or "" for a fresh one.
+        unit: factor from cosine to similarity: sqrt(P) where each pair has a block of the feature to itself, so that
+            a similarity is the cosine within the block; 1 otherwise.
+        logit_scale: natural logarithm. Scores are of the unit-length feature, whose cosines are `unit` times smaller
+            than similarities.
+        metadata: of the model file, without what the run adds.
+        rest: tensors of the model file that training does not change.
+        source: sha256 of the file that the tower was read from; "" for a fresh tower.
     """
 
     tower: nn.Module
@@ -57,20 +57,20 @@ class Aligned:
 
 
 def similarities(features: Tensor, anchors: Tensor, unit: float) -> Tensor:
-    """(M, D), (2P, D) -> (M, P, 2): with the positive and the negative prompt of each pair, in float32 always."""
+    """Compare features with the positive and negative anchor of each pair, in float32: (M, D), (2P, D) -> (M, P, 2)."""
     with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round by half a margin
         return (F.normalize(features.float(), dim=-1) @ anchors.T * unit).unflatten(1, (-1, 2))
 
 
 def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
-    """The model that a configuration trains.
+    """Build the model that a configuration trains.
 
     Args:
-        seed: of a fresh tower's weights and anchors.
-        start: begin from this file's tower and anchors instead of `config.weights` or fresh ones.
+        seed: decides a fresh tower's weights and anchors.
+        start: file whose tower and anchors are taken instead of `config.weights` or fresh ones.
 
     Raises:
-        SettingsError, WeightsError: weights that cannot be found or are another tower's.
+        SettingsError: the weights belong to another tower. WeightsError: they cannot be found or read.
     """
     aligned = _mini(config, seed, start) if config.backbone == "mini" else _clip(config, start)
     if config.recompute:
@@ -85,12 +85,14 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
     if start is not None:
         state, _ = weight_files.read(start, layout="qualiclip-pyiqa")
         try:
-            tower.load_state_dict({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
+            tower.load_state_dict(
+                {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+            )
+            anchors.copy_(state["prompts_features"])
         except RuntimeError:
             raise SettingsError(
                 f"--start {start} does not fit; expected a model of the configuration's tower"
             ) from None
-        anchors = state["prompts_features"]
     keywords = {
         "widths": config.widths,
         "depths": config.depths,
@@ -110,10 +112,10 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
 
 
 def block_anchors(tower: MiniTower, seed: int) -> Tensor:
-    """Fixed antonym anchors (2P, D), unit length, positive/negative alternating.
+    """Draw fixed antonym anchors (2P, D) of unit length, positive and negative alternating.
 
-    Pair p is zero outside block p of the feature, so the P softmaxes judge P different blocks. Within the block its
-    two directions are random and orthogonal: the frozen text encoder's part in QualiCLIP. Those of
+    They stand in for the frozen text encoder of QualiCLIP. Pair p is zero outside block p of the feature, so the P
+    softmaxes depend on P different blocks. Within the block its two directions are random and orthogonal; those of
     `RelativeSharpness` are the first two unit vectors.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -135,11 +137,11 @@ def _clip(config: Config, start: Path | None) -> Aligned:
         raise SettingsError(
             f"{model.path} holds a {model.backbone} tower; the configuration asks for {config.backbone}"
         )
-    # The file is memory-mapped; what is trained needs memory of its own.
+    # The file is memory-mapped, and what is trained needs memory of its own.
     state = {key: value.clone() if key.startswith("visual.") else value for key, value in model.state.items()}
     tower = replace(model, state=state).image_tower(pos_embedding=False)
     for name, parameter in tower.named_parameters():
-        # These have no part in the feature, and DistributedDataParallel would wait for their gradient.
+        # Features do not depend on these, and DistributedDataParallel would wait for their gradients.
         parameter.requires_grad_(not name.endswith(("positional_embedding", "pos_embed", "attnpool.k_proj.bias")))
     if all(name in model.stored_features for name in TEXTS):
         anchors = F.normalize(torch.stack([model.stored_features[name] for name in TEXTS]).float(), dim=-1)

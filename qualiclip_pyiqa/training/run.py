@@ -401,7 +401,7 @@ class _Run:
         }
         if self.ratings is not None:
             srcc = rated_srcc(self.state.ema, self.aligned, self.ratings)
-            found["srcc"] = round(srcc, 4) if math.isfinite(srcc) else None  # JSON has no NaN
+            found["srcc"] = None if srcc is None else round(srcc, 4)
         return found
 
     def _open_logs(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ..degradations.bank import DEGRADATIONS, jpeg
 from ..degradations.base import LEVELS, blur
 from ..degradations.compose import degrade_all, draw_types
+from ..towers.statistics import laplacian
 from .config import Config
 from .photographs import read_photograph
 
@@ -28,9 +29,7 @@ def laplacian_log_variance(images: Tensor) -> Tensor:
     """Compute the classic sharpness measure, log variance of the Laplacian of luma: (N, 3, H, W) in 0..1 -> (N,)."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype)
     luma = (images * weights[:, None, None]).sum(1)
-    centre = 4 * luma[:, 1:-1, 1:-1]
-    laplacian = centre - luma[:, :-2, 1:-1] - luma[:, 2:, 1:-1] - luma[:, 1:-1, :-2] - luma[:, 1:-1, 2:]
-    return (laplacian.flatten(1).var(1) + 1e-8).log()
+    return (laplacian(luma).flatten(1).var(1) + 1e-8).log()
 
 
 def _draw_region(rng: random.Random, photograph: Tensor, size: int, config: Config) -> Tensor:

@@ -1,4 +1,4 @@
-"""How well a tower ranks: degradation levels of photographs it does not learn from, and rated pictures."""
+"""Validation during a training run: ranking of distortion levels of held-out photographs, and SRCC on rated images."""
 
 from __future__ import annotations
 
@@ -23,21 +23,26 @@ from .config import Config
 
 
 @torch.no_grad()
-def differences(tower: nn.Module, aligned: Aligned, pictures: Tensor) -> Tensor:
-    """(M, 3, H, W) uint8 -> (M, P) similarity to the positive prompt minus that to the negative one, in slices that fit
-    a small machine."""
+def differences(tower: nn.Module, aligned: Aligned, images: Tensor) -> Tensor:
+    """Compute similarity to the positive prompt minus that to the negative one: (M, 3, H, W) uint8 -> (M, P)."""
     device = aligned.anchors.device
     out = []
-    for part in pictures.split(32):
+    for part in images.split(32):  # fits a small machine
         c = similarities(tower(part.to(device).float().div(255)), aligned.anchors, aligned.unit)
         out.append((c[..., 0] - c[..., 1]).cpu())
     return torch.cat(out)
 
 
 class Validation:
-    """Photographs of the training set that are not trained on, at every type and level, kept in memory.
+    """Photographs that are not trained on, degraded by every type at every level and kept in memory as uint8.
 
-    One picture per level is enough here: (T, V, L + 1, 3, S, S) for T types and V photographs.
+    Attributes:
+        pristine: (V, 3, S, S), a crop of each photograph.
+        degraded: (T, V, L, 3, S, S), by type and level.
+
+    Args:
+        photographs: (3, H, W) uint8 each.
+        seed: decides crops and degradations.
     """
 
     def __init__(self, photographs: Sequence[Tensor], config: Config, seed: int) -> None:
@@ -61,12 +66,12 @@ class Validation:
         )
 
     def evaluate(self, tower: nn.Module, aligned: Aligned) -> tuple[dict[str, float], float]:
-        """Ranking accuracy per type (`Behaviour.in_order`); the part of types that fall (`Behaviour.falls`)."""
+        """Measure the ranking accuracy per type (`Behaviour.in_order`) and the share of types that fall (`.falls`)."""
         tower.eval()
         pristine = differences(tower, aligned, self.pristine).mean(1)
         accuracy, falling = {}, 0
-        for name, pictures in zip(self.names, self.degraded, strict=True):
-            q = differences(tower, aligned, pictures.flatten(0, 1)).mean(1).unflatten(0, pictures.shape[:2])
+        for name, images in zip(self.names, self.degraded, strict=True):
+            q = differences(tower, aligned, images.flatten(0, 1)).mean(1).unflatten(0, images.shape[:2])
             ladder = torch.cat([pristine[:, None], q], dim=1)
             found = behaviour(name, ladder)
             accuracy[name] = found.in_order
@@ -75,18 +80,29 @@ class Validation:
 
 
 @torch.no_grad()
-def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float:
-    """SRCC of the scores of whole pictures with their opinion scores; positive is agreement, NaN if one is constant."""
-    from scipy.stats import spearmanr
-
-    tower = freeze(copy.deepcopy(tower))  # which takes large pictures in little memory
+def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float | None:
+    """Compute the SRCC of scores of whole images with opinion scores: positive if they agree, None if undefined."""
+    tower = freeze(copy.deepcopy(tower))  # a frozen copy streams large images
     device = aligned.anchors.device
     scale = math.exp(aligned.logit_scale) / aligned.unit / float(aligned.metadata["temperature"])
     scores = []
-    for path in tqdm(ratings.paths, desc="rated pictures", file=sys.stderr, leave=False):
+    for path in tqdm(ratings.paths, desc="rated images", file=sys.stderr, leave=False):
         c = similarities(tower(load_image(path)[None].to(device)), aligned.anchors, aligned.unit)
         scores.append(float(torch.sigmoid(scale * (c[..., 0] - c[..., 1])).mean()))
-    if min(scores) == max(scores) or min(ratings.opinions) == max(ratings.opinions):
-        return math.nan
+    return correlations(scores, ratings)[0]
+
+
+def correlations(scores: Sequence[float], ratings: Ratings) -> tuple[float | None, float | None]:
+    """Compute SRCC and PLCC of scores, higher being better, with opinion scores; positive if they agree.
+
+    Returns:
+        (None, None) where they are undefined: scores or opinion scores are constant, or scores are not finite.
+    """
+    from scipy import stats
+
     sign = -1 if ratings.lower_better else 1
-    return sign * float(spearmanr(scores, ratings.opinions)[0])
+    constant = min(scores) == max(scores) or min(ratings.opinions) == max(ratings.opinions)
+    if constant or not all(map(math.isfinite, scores)):
+        return None, None
+    srcc, plcc = (float(f(scores, ratings.opinions)[0]) for f in (stats.spearmanr, stats.pearsonr))
+    return sign * srcc, sign * plcc
