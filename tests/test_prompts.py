@@ -47,14 +47,14 @@ def test_a_mapping_is_one_score_per_attribute(mapping: dict) -> None:
         ([], "empty"),
         ({}, "empty mapping"),
         ([("Good photo.", "good  PHOTO.")], "same text twice"),
-        ([("Good photo.", "")], "not empty"),
+        ([("Good photo.", "")], "non-empty"),
         ([("Good photo.",)], "exactly two texts"),
         ([()], "exactly two texts"),
         ({"sharpness": []}, "empty"),
         ({"sharpness": ("a", "b", "c")}, "exactly two texts"),
         ({3: ("a", "b")}, "attribute name 3"),
         (7, "expected a list"),
-        ([("a", 5)], "not empty"),
+        ([("a", 5)], "non-empty"),
     ],
 )
 def test_errors_are_one_clear_line(prompts: object, said: str) -> None:

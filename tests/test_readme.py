@@ -30,7 +30,7 @@ def metrics_table() -> str:
                 continue
             name = "`clipiqa-ATTRIBUTE`"
             summary = f"zero-shot look and feel; ATTRIBUTE is one of {', '.join(ATTRIBUTES)}"
-        files = [records[record] for record in (spec.weights, spec.context) if record is not None]
+        files = [records[record] for record in spec.records]
         licences = list(dict.fromkeys(record.licence for record in files))
         free = "yes" if all(record.commercial_use for record in files) else "no"
         rows.append(

@@ -94,7 +94,7 @@ def test_manifest_is_complete_and_consistent() -> None:
     from qualiclip_pyiqa.metrics.registry import METRICS
 
     records = weights.manifest()
-    named = {spec.weights for spec in METRICS.values()} | {s.context for s in METRICS.values() if s.context}
+    named = {record for spec in METRICS.values() for record in spec.records}
     assert named <= set(records)
     for record in records.values():
         assert record.licence and record.licence_url.startswith("https://") and record.source and record.citation

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from ..errors import SettingsError
-from ..metrics.registry import METRICS
+from ..metrics.registry import with_context
 from . import Commands, add_rating_options, rated
 
 
 def add_parser(commands: Commands) -> None:
-    with_context = ", ".join(name for name, spec in METRICS.items() if spec.context is not None)
+    metrics = ", ".join(with_context())
     parser = commands.add_parser(
         "tune",
         help="learn a prompt context from opinion scores",
@@ -21,7 +21,7 @@ def add_parser(commands: Commands) -> None:
         "params.pth, which pyiqa.create_metric(METRIC, pretrained='RUN/params.pth') takes, and log.jsonl.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("-m", "--metric", required=True, metavar="METRIC", help=f"one of {with_context}")
+    parser.add_argument("-m", "--metric", required=True, metavar="METRIC", help=f"one of {metrics}")
     parser.add_argument("--ratings", required=True, type=Path, metavar="CSV", help="opinion scores of the pictures")
     add_rating_options(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder for params.pth and log.jsonl")

@@ -54,7 +54,7 @@ def _records(names: Sequence[str]) -> list[WeightRecord]:
         if name in weights.manifest():
             keys.append(name)
         elif name in METRICS:
-            keys += filter(None, (METRICS[name].weights, METRICS[name].context))
+            keys += METRICS[name].records
         else:
             import difflib
 

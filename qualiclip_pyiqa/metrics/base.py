@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from ..errors import ImageError, SettingsError
 from ..images.convert import MIN_SIDE, check_size
 
+# How `metric(path)` and `Scorer`, unless it is told otherwise, read images.
+READING = (
+    "EXIF orientation applied; embedded ICC profiles converted to sRGB; alpha laid over white; "
+    "8-bit levels divided by 255, 16-bit levels by 65535"
+)
+
 
 class BlindMetric(nn.Module):
     """Base class of blind (no-reference) metrics: `forward(x)` is `score(features(x))`.
@@ -54,6 +60,7 @@ class BlindMetric(nn.Module):
     """
 
     tower: nn.Module
+    _like: Tensor
 
     def __init__(
         self,
@@ -71,8 +78,8 @@ class BlindMetric(nn.Module):
         self.score_range = score_range
         self.lower_better = lower_better
         self.tile = tile
-        # Follows `.to(dtype)`: the dtype that images are converted to.
-        self.register_buffer("_dtype", torch.empty(0, dtype=torch.float32), persistent=False)
+        # Follows `.to()`: its dtype is the one that images are converted to.
+        self.register_buffer("_like", torch.empty(0, dtype=torch.float32), persistent=False)
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -91,7 +98,7 @@ class BlindMetric(nn.Module):
         Raises:
             ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels. Values are not checked.
         """
-        x = self._checked(x).to(self.get_buffer("_dtype").dtype)
+        x = self._checked(x).to(self._like.dtype)
         if self.tile is None:
             return self.encode(x)
         tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
@@ -138,6 +145,7 @@ class BlindMetric(nn.Module):
             "resize": "none: the whole image at its own size"
             if self.tile is None
             else f"none: the mean score of windows of at most {self.tile}x{self.tile} pixels, evenly spread",
+            "reading": READING,
             "minimum_side": MIN_SIDE,
             "score_range": self.score_range,
             "lower_better": self.lower_better,

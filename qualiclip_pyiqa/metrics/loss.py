@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -11,25 +11,30 @@ from ..errors import SettingsError
 
 
 class QualityLoss(nn.Module):
-    """Lower is better: how far a batch's mean quality is from the best score, differentiable in the picture.
+    """Distance of a batch's mean quality from the best score, differentiable in the image. Lower is better.
 
-    The metric is copied, frozen and kept in eval mode whatever the parent does; nothing of it is in the parent's
-    parameters, buffers or state dict, while `.to()`, `.cuda()` and `.half()` of the parent move it along.
+    The metric is copied, frozen and kept in eval mode whatever the parent does. Nothing of it is in the parent's
+    parameters, buffers or state dict, while `.to()`, `.cuda()`, `.half()` and `.to_empty()` of the parent move it along
+    (after `.to_empty()` its values are undefined, as the parent's are: build it anew).
 
     Args:
         metric: a no-reference metric of `pyiqa.create_metric` (with or without `as_loss`), or its network.
 
     Shape:
-        x: (N, 3, H, W), RGB in 0..1, H and W at least 32. Values a little outside are passed on, not clamped, since
-        a clamp would cut the gradient -> a scalar >= 0: `1 - mean score` for a metric in 0..1 where higher is better,
+        x: (N, 3, H, W), RGB in 0..1, H and W at least 32. Values outside are passed on, not clamped, since a clamp
+        would cut the gradient -> scalar >= 0: `1 - mean score` for a metric in 0..1 where higher is better,
         `mean score` where lower is better.
 
     Raises:
         SettingsError: a full-reference metric, or one whose best score is not known.
 
     Example:
-        >>> loss = QualityLoss(pyiqa.create_metric("qualiclip-mini"))
-        >>> (l1 + 0.01 * loss(restored)).backward()
+        >>> import pyiqa
+        >>> loss = QualityLoss(pyiqa.create_metric("qualiclip-mini", device="cpu"))
+        >>> restored = torch.rand(1, 3, 64, 64, requires_grad=True)
+        >>> loss(restored).backward()
+        >>> restored.grad.shape
+        torch.Size([1, 3, 64, 64])
     """
 
     def __init__(self, metric: nn.Module) -> None:
@@ -43,12 +48,14 @@ class QualityLoss(nn.Module):
         except (ValueError, IndexError):
             raise SettingsError(f"score_range is {bounds}; expected a metric whose best score is known") from None
         network = copy.deepcopy(getattr(metric, "net", metric)).eval().requires_grad_(False)
-        # A tuple hides the network from parameters(), state_dict(), train() and DDP; _apply below still reaches it.
-        self._hidden: tuple[nn.Module] = (network,)
+        # In a tuple the network is no submodule: not in parameters(), state_dict(), train(), DDP or FSDP.
+        self._unregistered: tuple[nn.Module] = (network,)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self._hidden[0](x).mean() - self.best) * (1.0 if self.lower_better else -1.0)
+        return (self._unregistered[0](x).mean() - self.best) * (1.0 if self.lower_better else -1.0)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QualityLoss:
-        self._hidden[0]._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityLoss:
+        """Let `.to()` and its like reach the network too: all of them go through this method of `nn.Module`."""
+        self._unregistered[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self

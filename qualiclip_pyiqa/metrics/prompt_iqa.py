@@ -1,4 +1,4 @@
-"""CLIP-IQA and QualiCLIP as ordinary modules: an image tower, antonym prompt features, and the softmax of each pair.
+"""CLIP-IQA and QualiCLIP: an image tower, features of antonym prompt pairs, and the softmax of each pair.
 
     f = image feature, unit length (N, D)      t = prompt features, unit length, positive/negative alternating (2P, D)
     z = exp(logit_scale) * f @ t.T / temperature           s = mean over pairs of softmax(z of a pair)[positive]
@@ -9,66 +9,74 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import PromptError, SettingsError, WeightsError
+from ..errors import PromptError, SettingsError
 from ..pretrained import weights as weight_files
 from ..pretrained.model import LoadedModel, WeightFile, load_model
 from ..towers import backbones
 from ..towers.base import freeze
 from ..towers.text import TextTower
 from .base import BlindMetric
-from .prompt_learner import PromptLearner
-from .prompts import Prompts, resolve_prompts
-from .registry import METRICS, MetricSpec, metric_spec
+from .prompt_learner import FreshContext, PromptLearner, load_learner
+from .prompts import Prompts, PromptsLike, resolve_prompts
+from .registry import METRICS, PromptSpec, metric_spec, with_context
 
 
 class PromptIQA(BlindMetric):
-    """A blind quality metric by antonym prompt pairs; `OpenCLIPIQA` and `OpenQualiCLIP` are the two to construct.
+    """A blind metric by antonym prompt pairs. Construct `OpenCLIPIQA` or `OpenQualiCLIP`, or call `create_metric`.
 
     The tower and the prompt features are buffers: they follow `.to()`, `deepcopy` and pickle, and no optimiser, state
-    dict or checkpoint sees them. Only a prompt context (`prompt_learner`) is a parameter, and the state dict holds
-    exactly what pyiqa's `params` files hold for the metric.
+    dict or checkpoint sees them. Only a prompt context (`prompt_learner`) is a parameter; the state dict holds exactly
+    what pyiqa's `params` files hold for the metric.
 
     Args:
-        model_type: a name of `METRICS`; it decides the defaults of everything below.
-        backbone: image tower; an OpenAI name as pyiqa spells it or any of `open_clip.list_models()`. A file trained
-            with this package says itself which tower it holds.
+        model_type: a name in `METRICS`; it decides the defaults of all other arguments. A context of your own
+            (`pretrained=False` or a file) may have a name of its own that starts with a metric's: `clipiqa+_mine`.
+        backbone: image tower: an OpenAI name as pyiqa spells it, or one of `open_clip.list_models()`. A file that was
+            trained with this package names its own.
         pretrained: for metrics with a learned context: True for the published one, False for a fresh one to be
-            trained, or the name of a weight record or a file. Metrics with fixed prompts have no context to choose.
-        pos_embedding: whether the tower adds its positional table, resized to the picture.
-        temperature: divides the logits. A file trained with this package brings its own, which any value but the
-            metric's usual one overrules.
-        n_ctx, ctx_init, prompt_specific_ctx: a fresh context's length (16 tokens), first words, and whether each text
-            has its own. A learned one says itself what it is.
-        prompts: a set's name, a list of (positive, negative) pairs, or a mapping attribute -> pair or pairs.
+            trained, or the name of a weight record or a file. Metrics with fixed prompts take True.
+        pos_embedding: whether the tower adds its positional table, resized to the image.
+        temperature: divides the logits. A file that was trained with this package has its own; any value except the
+            metric's default overrides it.
+        n_ctx: length of a fresh context, in tokens (default 16), or the length that a learned one must have.
+        ctx_init: first words of a fresh context, which set its length.
+        prompt_specific_ctx: whether a fresh context is one per text; otherwise all texts share one.
+        prompts: name of a prompt set, a list of (positive, negative) pairs, or a mapping from attribute to a pair or
+            pairs.
         weights: record of the manifest, or a file, that holds the tower.
-        tile: another rule, never the default, for towers whose time grows faster than the picture: the mean score of
-            windows of at most so many pixels a side, evenly spread over the picture. Its scores are not those of the
-            whole picture (docs/speed.md says how far they are apart), and `describe()` names it.
+        tile: see `BlindMetric`. How far such scores are from those of the whole image: docs/speed.md.
 
     Shape:
-        x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any float dtype; the whole picture
-        at its own size, never resized -> scores (N, A) float32 (float64 for a double network) in 0..1, higher is
-        better, one column for each of `attributes` (A = 1 unless `prompts` is a mapping).
+        x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype; the whole
+        image at its own size, never resized -> scores (N, A), float32 (float64 for a metric in double precision), in
+        0..1, higher is better; one column for each of `attributes` (A = 1 unless `prompts` is a mapping).
 
     Raises:
-        SettingsError, PromptError, WeightsError: see the classes; ImageError from `forward`.
-    """
+        SettingsError: an unknown or contradictory setting.
+        PromptError: prompts that make no sense, or that the model cannot encode.
+        WeightsError: a weight file that is missing, damaged or another model's.
 
-    default_type: ClassVar[str]
-    context_std: ClassVar[float | None]
+    Example:
+        >>> metric = OpenQualiCLIP("qualiclip-mini").eval()
+        >>> metric(torch.rand(2, 3, 64, 96)).shape
+        torch.Size([2, 1])
+        >>> sharp = OpenQualiCLIP("qualiclip-mini", prompts={"sharpness": ("Sharp image.", "Blurry image.")})
+        >>> sharp.attributes
+        ('sharpness',)
+    """
 
     prompt_features: Tensor
     membership: Tensor
 
     def __init__(
         self,
-        model_type: str | None = None,
+        model_type: str,
         backbone: str | None = None,
         pretrained: bool | str | Path = True,
         pos_embedding: bool | None = None,
@@ -76,51 +84,54 @@ class PromptIQA(BlindMetric):
         n_ctx: int | None = None,
         ctx_init: str = "",
         prompt_specific_ctx: bool = True,
-        prompts: Any = None,
+        prompts: PromptsLike | None = None,
         weights: str | Path | None = None,
         tile: int | None = None,
     ) -> None:
-        model_type = model_type or self.default_type
-        spec = _spec_of(type(self).__name__, model_type, pretrained)
-        super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
+        spec = self._spec(model_type, pretrained)
         if temperature is not None and not temperature > 0:
             raise SettingsError(f"temperature is {temperature}; expected a positive number")
+        super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
         self.pos_embedding = spec.pos_embedding if pos_embedding is None else bool(pos_embedding)
         backbone = backbone or spec.backbone
         model = load_model(_weights_of(spec, backbone, weights), backbone, resolve_prompts("qualiclip").texts)
         self.origin = model.origin
-        # A file that was trained with this package knows which temperature its scale was chosen for; pyiqa passes the
-        # metric's own on, which is no wish of the caller's.
+        # pyiqa always passes the metric's default, so a value equal to it does not override the file's.
         own = model.temperature if temperature in (None, spec.temperature) else None
         self.temperature = float(own or temperature or spec.temperature)
-
-        self.tower = freeze(model.image_tower(self.pos_embedding))
         self.logit_scale = float(torch.tensor(model.logit_scale, dtype=torch.float32).exp())
+        self.tower = freeze(model.image_tower(self.pos_embedding))
         self.prompts = resolve_prompts(spec.prompts if prompts is None else prompts)
-        self.prompt_learner: PromptLearner | None = None
         self.text_tower: TextTower | None = None
+        self.prompt_learner: PromptLearner | None = None
         self.context_file: WeightFile | None = None
         if spec.context is None:
-            if not isinstance(pretrained, bool):
-                raise SettingsError(f"{model_type} has fixed prompts; expected pretrained=True, not {pretrained!r}")
             self._set_features(self.prompts, _fixed_features(self.prompts, model))
+            return
+        text = model.text_tower()
+        if pretrained is False:
+            fresh = FreshContext(n_ctx, ctx_init, prompt_specific_ctx, spec.context_std)
+            texts = self.prompts.texts
+            self.prompt_learner = PromptLearner(text, texts, fresh.values(text, len(texts)))
         else:
-            learn: dict[str, Any] = {"ctx_init": ctx_init, "prompt_specific_ctx": prompt_specific_ctx}
-            if n_ctx is not None:
-                learn["n_ctx"] = n_ctx
-            self._set_context(spec, pretrained, prompts is not None and prompts != spec.prompts, learn, model)
+            record = spec.context if pretrained is True else pretrained
+            _check_learned(spec, record, model.backbone, prompts, ctx_init)
+            self.prompt_learner, self.context_file = load_learner(record, text, self.prompts.texts, n_ctx)
+        self._keep_text_tower(text)
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """Names of the score's A columns."""
         return self.prompts.attributes
 
-    def set_prompts(self, prompts: Any) -> None:
-        """Score by other antonym prompt pairs from now on; takes what the constructor's `prompts=` takes.
+    def set_prompts(self, prompts: PromptsLike) -> None:
+        """Score by other antonym prompt pairs from now on.
+
+        Args:
+            prompts: as in the constructor.
 
         Raises:
-            PromptError: prompts that make no sense, or that this model cannot encode.
-            WeightsError: the weight file, which is read again for it, changed since the metric was made.
+            PromptError: prompts that make no sense, or that the model cannot encode.
+            WeightsError: the weight file, which is read again for new texts, changed since the metric was built.
             SettingsError: the metric has a learned context, which belongs to its own prompts.
         """
         if self.prompt_learner is not None:
@@ -129,7 +140,7 @@ class PromptIQA(BlindMetric):
         self._set_features(resolved, _fixed_features(resolved, self.origin.reload()))
 
     def rate(self, features: Tensor) -> Tensor:
-        """Scores (M, A) of image features (M, D)."""
+        """Scores (M, A) of image features (M, D), which need not be of unit length."""
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
         # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
         with torch.autocast(features.device.type, enabled=False):
@@ -142,26 +153,26 @@ class PromptIQA(BlindMetric):
             return positive @ membership / membership.sum(dim=0)
 
     def train(self, mode: bool = True) -> PromptIQA:
-        """In train mode the context is encoded at every step; the frozen towers stay in eval mode."""
+        """Set the training mode: in train mode the context is encoded at every step. Towers stay in eval mode."""
         was_training = self.training
         super().train(mode)
         if self.text_tower is not None:
             self.text_tower.eval()
-        if was_training and not mode and self.prompt_learner is not None and self.text_tower is not None:
+        if was_training and not mode and self.prompt_learner is not None:
             self._refresh()
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides a score, as plain values for a log or a paper's appendix.
+        """Return everything that decides a score, as plain values for a log or the appendix of a paper.
 
-        Hashes are those of what was loaded: None, with a warning, for a file that changed since. Hashing a large file
-        takes a second.
+        Hashes are those of the files that were loaded; None, with a warning, for a file that changed since. Hashing a
+        large file takes a second.
         """
         return super().describe() | {
             "backbone": self.origin.backbone,
             "activation": self.origin.activation,
-            "pixel_mean": self._pixels("mean"),
-            "pixel_std": self._pixels("std"),
+            "pixel_mean": self._pixel_statistics("mean"),
+            "pixel_std": self._pixel_statistics("std"),
             "prompts": self.prompts.as_dict(),
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
@@ -170,16 +181,16 @@ class PromptIQA(BlindMetric):
             "context": None if self.context_file is None else self.context_file.provenance(),
         }
 
-    def _pixels(self, name: str) -> list[float] | None:
-        """Statistics by which the tower normalises RGB in 0..1; None for one that takes it as it is."""
+    def _pixel_statistics(self, name: str) -> list[float] | None:
+        """`mean` or `std` by which the tower normalises RGB in 0..1; None for a tower that takes it as it is."""
         values = getattr(self.tower, name, None)
         return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
 
     def _set_features(self, prompts: Prompts, features: Tensor) -> None:
-        """Keep (2P, D) features, and which pair counts for which attribute: a matrix (P, A) of 0 and 1."""
-        # A later set of prompts follows the network to its device and dtype.
-        like = getattr(self, "prompt_features", torch.empty(0))
-        membership = torch.zeros(len(prompts.pairs), len(prompts.groups))
+        """Keep prompt features (2P, D), and which pair counts for which attribute as a matrix (P, A) of 0 and 1."""
+        # Prompts that are set later follow the metric to its device and dtype.
+        like = self._like
+        membership = torch.zeros(len(prompts.pairs), len(prompts.groups), dtype=torch.float32)
         row = 0
         for column, (_, pairs) in enumerate(prompts.groups):
             membership[row : row + len(pairs), column] = 1
@@ -188,50 +199,9 @@ class PromptIQA(BlindMetric):
         self.register_buffer("prompt_features", F.normalize(features.float(), dim=-1).to(like), persistent=False)
         self.register_buffer("membership", membership.to(like), persistent=False)
 
-    def _set_context(
-        self,
-        spec: MetricSpec,
-        pretrained: bool | str | Path,
-        own_prompts: bool,
-        learn: dict[str, Any],
-        model: LoadedModel,
-    ) -> None:
-        text = model.text_tower()
-        if pretrained is False:
-            self.prompt_learner = PromptLearner(text, self.prompts.texts, std=self.context_std, **learn)
-        else:
-            record: Any = spec.context if pretrained is True else pretrained
-            if record == spec.context and model.backbone != spec.backbone:
-                raise SettingsError(
-                    f"the context of {spec.name} was learned on {spec.backbone}, not {model.backbone}; "
-                    "pass pretrained=False to train one, or pretrained=FILE"
-                )
-            if own_prompts or learn["ctx_init"]:
-                raise SettingsError(
-                    "prompts and ctx_init start a fresh context, but a learned one was asked for; pass pretrained=False"
-                )
-            path = weight_files.find(record)
-            self.context_file = WeightFile.of(path)
-            loaded, _ = weight_files.read(path, layout="context")
-            ctx = loaded.get("prompt_learner.ctx")
-            if ctx is None or ctx.dim() not in (2, 3):
-                raise WeightsError(f"{path} holds no prompt context ('prompt_learner.ctx')")
-            if learn.get("n_ctx", ctx.shape[-2]) != ctx.shape[-2]:
-                raise SettingsError(
-                    f"{path.name} has {ctx.shape[-2]} context tokens, not n_ctx={learn['n_ctx']}; "
-                    "leave n_ctx out, or pass pretrained=False"
-                )
-            self.prompt_learner = PromptLearner(text, self.prompts.texts, n_ctx=ctx.shape[-2])
-            learned = dict(self.prompt_learner.state_dict())
-            learned.update({key.removeprefix("prompt_learner."): value.float() for key, value in loaded.items()})
-            try:
-                self.prompt_learner.load_state_dict(learned)
-            except RuntimeError as error:
-                raise WeightsError(
-                    f"{path} does not fit {model.backbone} and "
-                    f"{len(self.prompts.texts)} prompts: {' '.join(str(error).split())}"
-                ) from error
-        del text.token_embedding  # 25 of its 63 million values, and the learner has taken what it needs
+    def _keep_text_tower(self, text: TextTower) -> None:
+        """Freeze the text tower that encodes the learned context, and encode it."""
+        del text.token_embedding  # 25 of its 63 million values; the learner has copied what it needs
         freeze(text)
         self.text_tower = text
         self._refresh()
@@ -245,40 +215,38 @@ class PromptIQA(BlindMetric):
     def _refresh(self) -> None:
         self._set_features(self.prompts, self._encode_context())
 
+    @classmethod
+    def _spec(cls, model_type: str, pretrained: bool | str | Path) -> PromptSpec:
+        """The row of a metric, checked against this class and `pretrained`."""
+        base = model_type
+        if model_type not in METRICS and pretrained is not True:  # as in pyiqa, `clipiqa+_mine` is a `clipiqa+`
+            base = max((name for name in with_context() if model_type.startswith(name)), key=len, default=model_type)
+        spec = metric_spec(base)
+        if not isinstance(spec, PromptSpec) or spec.arch not in {each.__name__ for each in cls.__mro__}:
+            raise SettingsError(f"model_type {model_type!r} belongs to {spec.arch}, not to {cls.__name__}")
+        if spec.context is None and not isinstance(pretrained, bool):
+            raise SettingsError(f"{model_type} has fixed prompts; expected pretrained=True, not {pretrained!r}")
+        return spec
+
 
 def _refresh_after_load(module: PromptIQA, _: Any) -> None:  # at module level, so that a metric can be pickled
     module._refresh()
 
 
 class OpenCLIPIQA(PromptIQA):
-    """CLIP-IQA and CLIP-IQA+ (Wang, Chan, Loy, AAAI 2023); all arguments are `PromptIQA`'s."""
+    """CLIP-IQA and CLIP-IQA+ (Wang, Chan, Loy, AAAI 2023); for all arguments see `PromptIQA`."""
 
-    __module__ = "qualiclip_pyiqa.archs"  # a pickle's path to the class, wherever it is defined
-    default_type = "clipiqa"
-    context_std = None
+    __module__ = "qualiclip_pyiqa.archs"  # the path in pickles, wherever the class is defined
 
 
 class OpenQualiCLIP(PromptIQA):
-    """QualiCLIP and QualiCLIP+ (Agnolucci et al., arXiv:2403.11176); all arguments are `PromptIQA`'s."""
+    """QualiCLIP and QualiCLIP+ (Agnolucci et al., arXiv:2403.11176); for all arguments see `PromptIQA`."""
 
     __module__ = "qualiclip_pyiqa.archs"
-    default_type = "qualiclip+"
-    context_std = 0.02
 
 
-def _spec_of(arch: str, model_type: str, pretrained: bool | str | Path) -> MetricSpec:
-    base = model_type
-    if model_type not in METRICS and pretrained is not True:
-        # As with pyiqa, a context of one's own may have a name of its own: `clipiqa+_mine`.
-        base = next((name for name in ("clipiqa+", "qualiclip+") if model_type.startswith(name)), model_type)
-    spec = metric_spec(base)
-    if spec.arch != arch:
-        raise SettingsError(f"model_type {model_type!r} belongs to {spec.arch}, not to {arch}")
-    return spec
-
-
-def _weights_of(spec: MetricSpec, backbone: str, wanted: str | Path | None) -> str | Path | weight_files.WeightRecord:
-    """The weights of a metric with a backbone: those that were asked for, its usual ones, or OpenAI's."""
+def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> str | Path | weight_files.WeightRecord:
+    """The weights of a metric with a backbone: those that were asked for, the metric's own, or OpenAI's."""
     record = spec.weights if wanted is None else wanted
     if record != spec.weights or backbone == spec.backbone:
         return record
@@ -289,15 +257,30 @@ def _weights_of(spec: MetricSpec, backbone: str, wanted: str | Path | None) -> s
     return weight_files.openai_record(backbones.plain_name(backbone))
 
 
+def _check_learned(
+    spec: PromptSpec, record: str | Path, backbone: str, prompts: PromptsLike | None, ctx_init: str
+) -> None:
+    """Refuse settings that a learned context has no place for."""
+    if record == spec.context and backbone != spec.backbone:
+        raise SettingsError(
+            f"the context of {spec.name} was learned on {spec.backbone}, not {backbone}; "
+            "pass pretrained=False to train one, or pretrained=FILE"
+        )
+    if ctx_init or prompts not in (None, spec.prompts):
+        raise SettingsError(
+            "prompts and ctx_init start a fresh context, but a learned one was asked for; pass pretrained=False"
+        )
+
+
 def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
-    """Features (2P, D) of fixed prompts: those that the file holds if it holds all, else encoded."""
+    """Features (2P, D) of fixed prompts: stored ones if the file has all of them, otherwise encoded."""
     stored = model.stored_features
-    if all(text in stored for text in prompts.texts):
+    missing = [text for text in prompts.texts if text not in stored]
+    if not missing:
         return torch.stack([stored[text] for text in prompts.texts])
     if not model.has_text_tower:
-        strange = next(text for text in prompts.texts if text not in stored)
         raise PromptError(
-            f"{model.path.name} has no text tower and no feature for {strange!r}; "
+            f"{model.path.name} has no text tower and no feature for {missing[0]!r}; "
             f"expected some of {', '.join(map(repr, stored))}"
         )
     return model.encode(prompts.texts)

@@ -3,83 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError
+from ..errors import SettingsError, WeightsError
+from ..pretrained import weights as weight_files
+from ..pretrained.model import WeightFile
 from ..towers.text import TextTower, tokenize
+
+N_CTX = 16  # context tokens in both papers' code
+
+
+@dataclass(frozen=True)
+class FreshContext:
+    """How a context starts that is still to be learned.
+
+    Attributes:
+        n_ctx: number of context tokens; None: 16.
+        ctx_init: words that start the context and set its length; empty: `std` decides.
+        prompt_specific_ctx: one context per text; otherwise one shared by all.
+        std: standard deviation of the normal distribution that the context is drawn from; None: every token starts as
+            the embedding of the placeholder `X`.
+    """
+
+    n_ctx: int | None = None
+    ctx_init: str = ""
+    prompt_specific_ctx: bool = True
+    std: float | None = None
+
+    def tokens(self, text: TextTower) -> Tensor:
+        """First values (n_ctx, W) of a shared context."""
+        if self.ctx_init:
+            row = tokenize([self.ctx_init.replace("_", " ")], text.context_length)[0]
+            tokens = text.token_embedding(row[1 : int(row.argmax())])  # between start and end of text
+        else:
+            placeholder = text.token_embedding(tokenize(["X"], text.context_length))[0, 1]
+            tokens = placeholder.expand(max(0, N_CTX if self.n_ctx is None else self.n_ctx), -1)
+        if not len(tokens):
+            raise SettingsError(
+                f"n_ctx is {self.n_ctx} and ctx_init {self.ctx_init!r}; expected at least one context token"
+            )
+        return tokens
+
+    @torch.no_grad()
+    def values(self, text: TextTower, prompts: int) -> Tensor:
+        """First values of the context for so many texts: (prompts, n_ctx, W), or (n_ctx, W) if shared; float32."""
+        tokens = self.tokens(text).float()
+        shape = (prompts, *tokens.shape) if self.prompt_specific_ctx else tokens.shape
+        if self.std is not None and not self.ctx_init:
+            return torch.randn(shape, dtype=torch.float32) * self.std
+        return tokens.expand(shape).clone()
 
 
 class PromptLearner(nn.Module):
-    """A prompt context: SOT, first half of the context, class words, second half, EOT.
+    """Antonym prompts with a learned context: SOT, first half of the context, class words, second half, EOT.
 
-    The context stands in the middle as in CLIP-IQA's official code; everything but `ctx` is fixed. State dict: `ctx`,
-    `token_prefix`, `token_suffix`, as pyiqa writes and expects it.
+    The context stands in the middle, as in CLIP-IQA's official code; everything but `ctx` is fixed. The state dict
+    holds `ctx`, `token_prefix` and `token_suffix`, as pyiqa writes and expects it.
 
     Args:
-        text: the text tower whose token embeddings the prompts are made of.
-        texts: the class words, 2P texts, positive and negative alternating.
-        n_ctx: number of context tokens (16 in both papers' code).
-        ctx_init: words that start the context and set its length; empty for `std` noise or placeholder tokens.
-        prompt_specific_ctx: one context per text, (2P, n_ctx, W); otherwise one shared by all, (n_ctx, W).
-        std: standard deviation of the normal distribution that a fresh context is drawn from (0.02 in QualiCLIP+);
-            None starts from the embedding of the placeholder `X`, as CLIP-IQA+ does.
+        text: text tower whose token embeddings the prompts are made of.
+        texts: class words, 2P texts, positive and negative alternating.
+        ctx: the context, (2P, n_ctx, W) or, shared by all texts, (n_ctx, W).
 
     Raises:
-        SettingsError: a context that leaves no room for the class words.
+        SettingsError: the context leaves no room for the class words.
     """
 
     token_prefix: Tensor
     token_suffix: Tensor
 
-    def __init__(
-        self,
-        text: TextTower,
-        texts: Sequence[str],
-        n_ctx: int = 16,
-        ctx_init: str = "",
-        prompt_specific_ctx: bool = True,
-        std: float | None = None,
-    ) -> None:
+    def __init__(self, text: TextTower, texts: Sequence[str], ctx: Tensor) -> None:
         super().__init__()
-        length = text.context_length
-        if ctx_init:
-            words = ctx_init.replace("_", " ")
-            n_ctx = int(tokenize([words], length).argmax()) - 1
-        if n_ctx < 1:
-            raise SettingsError(f"n_ctx is {n_ctx}; expected at least one context token")
+        length, n_ctx = text.context_length, ctx.shape[-2]
         # Token ids of the class words alone; a row is SOT, words, EOT, padding.
         rows = tokenize(list(texts), length)
-        words_per_text = (rows.argmax(dim=-1) - 1).tolist()
-        if n_ctx + max(words_per_text) + 2 > length:
+        self.words_per_text: list[int] = (rows.argmax(dim=-1) - 1).tolist()
+        if n_ctx + max(self.words_per_text) + 2 > length:
             raise SettingsError(
-                f"{n_ctx} context tokens and {max(words_per_text)} tokens of class words do not fit into "
+                f"{n_ctx} context tokens and {max(self.words_per_text)} tokens of class words do not fit into "
                 f"CLIP's {length} tokens; use a smaller n_ctx"
             )
         with torch.no_grad():
             embedded = text.token_embedding(rows)
-            if ctx_init:
-                start = text.token_embedding(tokenize([words], length))[0, 1 : 1 + n_ctx]
-            elif std is None:
-                placeholder = text.token_embedding(tokenize(["X"], length))[0, 1]
-                start = placeholder.expand(n_ctx, -1)
-            shape = (len(rows), n_ctx, embedded.shape[2]) if prompt_specific_ctx else (n_ctx, embedded.shape[2])
-            ctx = torch.randn(shape) * std if not ctx_init and std is not None else start.expand(shape).clone()
-        self.ctx = nn.Parameter(ctx.float())
+        self.ctx = nn.Parameter(ctx)
         self.register_buffer("token_prefix", embedded[:, :1].clone())
         self.register_buffer("token_suffix", embedded[:, 1 : length - n_ctx].clone())
-        self.words_per_text = words_per_text
         self.texts = tuple(texts)
+        self.register_load_state_dict_pre_hook(_adopt_shape)
 
     @property
     def n_ctx(self) -> int:
+        """Number of context tokens."""
         return self.ctx.shape[-2]
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Embeddings (2P, T, W) of the prompts with their context, cut after the last end-of-text token, and the index
-        of each end-of-text token (2P,)."""
+        """Embed the prompts with their context.
+
+        Returns:
+            Embeddings (2P, T, W), cut after the last end-of-text token, and the index (2P,) of each end-of-text token.
+        """
         half = self.n_ctx // 2
         rows = []
         ctx = self.ctx.to(self.token_prefix.dtype)
@@ -90,10 +117,49 @@ class PromptLearner(nn.Module):
         end = torch.tensor(self.words_per_text, device=ctx.device) + 1 + self.n_ctx
         return torch.stack(rows)[:, : self.n_ctx + max(self.words_per_text) + 2], end
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Published contexts come shared (CLIP-IQA+) and one per prompt (pyiqa's own); take whichever a file holds.
-        ctx = state_dict.get(prefix + "ctx")
-        shared = self.ctx.shape[-2:]
-        if ctx is not None and ctx.shape in (shared, (len(self.texts), *shared)) and ctx.shape != self.ctx.shape:
-            self.ctx.data = self.ctx.new_empty(ctx.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _adopt_shape(learner: PromptLearner, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the context the shape that it has in the state dict which is about to be loaded: shared, or one per text.
+
+    Published contexts come both ways: shared in CLIP-IQA+, one per text in pyiqa's own.
+    """
+    ctx = state_dict.get(prefix + "ctx")
+    shared = learner.ctx.shape[-2:]
+    if ctx is not None and ctx.shape in (shared, (len(learner.texts), *shared)) and ctx.shape != learner.ctx.shape:
+        learner.ctx.data = learner.ctx.new_empty(ctx.shape)
+
+
+def load_learner(
+    weights: str | Path | weight_files.WeightRecord, text: TextTower, texts: Sequence[str], n_ctx: int | None = None
+) -> tuple[PromptLearner, WeightFile]:
+    """Read a learned context.
+
+    Args:
+        weights: name of a record, a record, or a file.
+        text, texts: see `PromptLearner`.
+        n_ctx: number of context tokens that the caller expects; None: any.
+
+    Raises:
+        WeightsError: no such file, or one that holds no context or the context of another model or of other prompts.
+        SettingsError: the context has another length than `n_ctx`.
+    """
+    file = WeightFile.of(weight_files.find(weights))
+    loaded, _ = weight_files.read(file.path, layout="context")
+    ctx = loaded.get("prompt_learner.ctx")
+    if ctx is None or ctx.dim() not in (2, 3):
+        raise WeightsError(f"{file.path} holds no prompt context; expected a tensor 'prompt_learner.ctx'")
+    found, width = ctx.shape[-2:]
+    if n_ctx not in (None, found):
+        raise SettingsError(
+            f"{file.path.name} has {found} context tokens, not n_ctx={n_ctx}; leave n_ctx out, or pass pretrained=False"
+        )
+    learner = PromptLearner(text, texts, torch.zeros(len(texts), found, width, dtype=torch.float32))
+    # A context that was published alone has no prefix and suffix.
+    values = {key.removeprefix("prompt_learner."): value.float() for key, value in loaded.items()}
+    try:
+        learner.load_state_dict(learner.state_dict() | values)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{file.path} does not fit this text tower and {len(texts)} prompts: {' '.join(str(error).split())}"
+        ) from error
+    return learner, file

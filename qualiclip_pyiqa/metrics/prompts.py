@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from ..errors import PromptError
+from ..errors import PromptError, did_you_mean
 
-Pair = tuple[str, str]
+Pair: TypeAlias = tuple[str, str]
 
 # Look and feel attributes of CLIP-IQA (Wang et al., AAAI 2023: section 4 and, from `warm` on, the AVA study of its
 # appendix; texts as in the authors' configuration files). The first text of a pair is what a high score means. The
-# official configuration has `noisiness` the other way round; here a high score is a clean picture.
+# official configuration has `noisiness` reversed; here a high score means a clean image.
 LOOK: dict[str, Pair] = {
     "quality": ("Good photo.", "Bad photo."),
     "brightness": ("Bright photo.", "Dark photo."),
@@ -36,7 +36,7 @@ FEEL: dict[str, Pair] = {
 }
 ATTRIBUTES: dict[str, Pair] = LOOK | FEEL
 
-# Sets that give one score, the mean over their pairs.
+# Sets with one score, the mean over their pairs.
 QUALITY_SETS: dict[str, tuple[Pair, ...]] = {
     # pyiqa's `clipiqa`: five pairs, no full stop (pyiqa 0.1.16).
     "clipiqa": (
@@ -46,7 +46,7 @@ QUALITY_SETS: dict[str, tuple[Pair, ...]] = {
         ("High resolution image", "low resolution image"),
         ("Noise-free image", "noisy image"),
     ),
-    # Class words of the learned contexts of CLIP-IQA+: one full stop more than in the paper, and `..` is one token.
+    # Class words of CLIP-IQA+'s learned contexts: one full stop more than in the paper, and `..` is a token of its own.
     "clipiqa+": (("Good photo..", "Bad photo.."),),
     # The seven pairs QualiCLIP was trained with (arXiv:2403.11176).
     "qualiclip": (
@@ -64,17 +64,17 @@ ATTRIBUTE_SETS: dict[str, dict[str, Pair]] = {"look": LOOK, "feel": FEEL}
 
 @dataclass(frozen=True)
 class Prompts:
-    """Antonym prompt pairs grouped by the attribute whose score they are averaged into.
+    """Antonym prompt pairs, grouped by the attribute whose score is the mean over them.
 
     Attributes:
-        groups: attribute name -> its (positive, negative) pairs, in the order of the score's columns.
+        groups: (attribute name, its (positive, negative) pairs), in the order of the score's columns.
     """
 
     groups: tuple[tuple[str, tuple[Pair, ...]], ...]
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """The A names of a score's columns."""
+        """Names of the score's A columns."""
         return tuple(name for name, _ in self.groups)
 
     @property
@@ -84,35 +84,47 @@ class Prompts:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The 2P texts, positive and negative alternating: the order of the rows of a prompt feature matrix."""
+        """All 2P texts, positive and negative alternating: the row order of prompt features."""
         return tuple(text for pair in self.pairs for text in pair)
 
     def as_dict(self) -> dict[str, list[list[str]]]:
-        """The groups as plain lists, for `describe()` and JSON."""
+        """Return the groups as plain lists, for `describe()` and JSON."""
         return {name: [list(pair) for pair in pairs] for name, pairs in self.groups}
 
 
+PromptsLike: TypeAlias = str | Prompts | Sequence[Sequence[str]] | Mapping[str, Sequence[str] | Sequence[Sequence[str]]]
+
+
 def prompt_set_names() -> list[str]:
-    """Every name that `prompts=` takes."""
+    """Return every name that `prompts=` takes.
+
+    Example:
+        >>> [name for name in prompt_set_names() if name.startswith("qual")]
+        ['qualiclip', 'quality']
+    """
     return [*QUALITY_SETS, *ATTRIBUTE_SETS, *ATTRIBUTES]
 
 
-def resolve_prompts(
-    prompts: str | Prompts | Sequence[Sequence[str]] | Mapping[str, Sequence[str] | Sequence[Sequence[str]]],
-) -> Prompts:
-    """Turn a `prompts=` argument into grouped antonym prompt pairs.
+def resolve_prompts(prompts: PromptsLike) -> Prompts:
+    """Turn a `prompts=` argument into antonym prompt pairs.
 
     Args:
-        prompts: a set's name (`"qualiclip"`, `"look"`, `"sharpness"`, see `prompt_set_names()`); a list of
-            (positive, negative) pairs, averaged into one score; or a mapping attribute -> pair or list of pairs, which
-            gives one score per attribute, in the mapping's order.
+        prompts: name of a set (`"qualiclip"`, `"look"`, `"sharpness"`, see `prompt_set_names()`); a list of
+            (positive, negative) pairs, averaged into one score; or a mapping from attribute to a pair or a list of
+            pairs, with one score for each attribute, in the mapping's order.
 
     Returns:
-        The pairs. A list gets the one attribute name `quality`.
+        The pairs. The attribute of a list is called `quality`.
 
     Raises:
-        PromptError: an unknown set (the nearest name is offered), a flat list of texts, an empty set, a pair that has
-            not exactly two texts, an empty text, or two texts that are equal.
+        PromptError: an unknown set (the nearest name is suggested), a flat list of texts, an empty set, a pair that
+            does not have exactly two texts, an empty text, or a pair of equal texts.
+
+    Example:
+        >>> resolve_prompts({"light": ("Bright photo.", "Dark photo.")}).attributes
+        ('light',)
+        >>> resolve_prompts("quality").texts
+        ('Good photo.', 'Bad photo.')
     """
     if isinstance(prompts, Prompts):
         return prompts
@@ -124,7 +136,7 @@ def resolve_prompts(
         groups = []
         for name, value in prompts.items():
             if not isinstance(name, str) or not name:
-                raise PromptError(f"prompts: attribute name {name!r} is not a text; expected e.g. 'sharpness'")
+                raise PromptError(f"prompts: attribute name {name!r} is not a text; expected one such as 'sharpness'")
             pairs = [value] if _looks_like_pair(value) else value
             groups.append((name, _checked(pairs, f"prompts[{name!r}]")))
         return Prompts(tuple(groups))
@@ -139,8 +151,7 @@ def _named(name: str) -> Prompts:
     if name in ATTRIBUTES:
         return Prompts(((name, (ATTRIBUTES[name],)),))
     known = prompt_set_names()
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise PromptError(f"unknown prompt set {name!r}; did you mean {near!r}? Known sets: {', '.join(known)}")
+    raise PromptError(f"unknown prompt set {name!r}; expected one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _looks_like_pair(value: object) -> bool:
@@ -171,8 +182,8 @@ def _checked(pairs: object, where: str) -> tuple[Pair, ...]:
         positive, negative = pair
         for text in pair:
             if not isinstance(text, str) or not text.strip():
-                raise PromptError(f"{here} holds {text!r}; expected a text that is not empty")
-        # CLIP's tokenizer lower-cases and folds white space, so such texts would give one and the same feature.
+                raise PromptError(f"{here} holds {text!r}; expected a non-empty text")
+        # CLIP's tokenizer lower-cases and folds white space: such texts have the same feature.
         if " ".join(positive.lower().split()) == " ".join(negative.lower().split()):
             raise PromptError(f"{here} has the same text twice ({positive!r}); expected two antonyms")
         checked.append((positive, negative))

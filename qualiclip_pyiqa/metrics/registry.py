@@ -1,12 +1,12 @@
-"""The one table of metrics: what decides each score, as data. Everything else reads it from here."""
+"""The one table of metrics: what decides each score, as data. A new metric is one row here."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ..errors import SettingsError
+from ..errors import SettingsError, did_you_mean
 from .prompts import ATTRIBUTES
 
 CLIPIQA_PAPER = "Wang, Chan, Loy: Exploring CLIP for Assessing the Look and Feel of Images, AAAI 2023, arXiv:2207.12396"
@@ -16,142 +16,205 @@ QUALICLIP_PAPER = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """What decides a metric's score. Every score is in 0..1, higher is better, on the whole picture at its own size.
+    """What every metric has.
 
     Attributes:
-        name: the name `pyiqa.create_metric` takes; also the `model_type` of the architecture.
-        arch: class of `qualiclip_pyiqa.archs`, under this name in pyiqa's registry.
-        backbone: image tower: an OpenAI CLIP name, any open_clip name, or `mini`.
-        prompts: prompt set of `prompts.py`.
+        name: what `pyiqa.create_metric` takes, and the architecture's `model_type`.
+        arch: class in `qualiclip_pyiqa.archs`; also its name in pyiqa's registry.
         weights: record of `weights/manifest.toml` that holds the tower.
-        context: record of the learned prompt context; None for fixed prompts.
-        temperature: divides the logits before the softmax of a pair.
-        pos_embedding: whether the tower adds its positional table.
         summary: one line for tables.
         paper: where the method comes from.
+        score_range: lowest and highest score.
+        lower_better: whether a lower score means a better image.
     """
 
     name: str
     arch: str
-    backbone: str
-    prompts: str
     weights: str
     summary: str
     paper: str
-    context: str | None = None
-    temperature: float = 1.0
-    pos_embedding: bool = False
     score_range: str = "0, 1"
     lower_better: bool = False
 
+    @property
+    def records(self) -> tuple[str, ...]:
+        """All records of `weights/manifest.toml` that the metric needs."""
+        return (self.weights,)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the architecture that decide the score."""
+        return {"model_type": self.name, "weights": self.weights}
+
     def entry(self) -> dict[str, Any]:
-        """This metric's entry in pyiqa's config dict, with everything that decides its score in `metric_opts`."""
-        opts: dict[str, Any] = {
-            "type": self.arch,
-            "model_type": self.name,
-            "backbone": self.backbone,
-            "prompts": self.prompts,
-            "weights": self.weights,
-            "temperature": self.temperature,
-            "pos_embedding": self.pos_embedding,
-        }
-        if self.context is not None:
-            opts["pretrained"] = self.context
+        """Return the metric's entry in pyiqa's table of configurations."""
         return {
-            "metric_opts": opts,
+            "metric_opts": {"type": self.arch, **self.options()},
             "metric_mode": "NR",
             "score_range": self.score_range,
             "lower_better": self.lower_better,
         }
 
 
-def _clipiqa(
-    name: str, prompts: str, summary: str, backbone: str = "RN50", weights: str = "RN50", **more: Any
-) -> MetricSpec:
-    return MetricSpec(name, "OpenCLIPIQA", backbone, prompts, weights, summary, CLIPIQA_PAPER, **more)
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec(MetricSpec):
+    """What metrics by antonym prompt pairs (`PromptIQA`) have besides.
+
+    Attributes:
+        backbone: image tower: an OpenAI CLIP name, any open_clip name, or `mini`.
+        prompts: prompt set, see `prompts.py`.
+        context: record of the learned prompt context; None for fixed prompts.
+        context_std: standard deviation of the normal distribution that a fresh context is drawn from; None: it starts
+            from the embedding of the placeholder `X`.
+        temperature: divides the logits before the softmax of a pair.
+        pos_embedding: whether the tower adds its positional table.
+    """
+
+    backbone: str
+    prompts: str
+    context: str | None = None
+    context_std: float | None = None
+    temperature: float = 1.0
+    pos_embedding: bool = False
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        return (self.weights,) if self.context is None else (self.weights, self.context)
+
+    def options(self) -> dict[str, Any]:
+        pretrained = {} if self.context is None else {"pretrained": self.context}
+        return {
+            **super().options(),
+            "backbone": self.backbone,
+            "prompts": self.prompts,
+            "temperature": self.temperature,
+            "pos_embedding": self.pos_embedding,
+            **pretrained,
+        }
 
 
-def _qualiclip(name: str, summary: str, temperature: float = 2.0, context: str | None = None) -> MetricSpec:
-    # Temperature 2 is pyiqa's; the authors' torch.hub code has 1, and averaged over pairs the two do not rank alike.
-    return MetricSpec(
-        name,
-        "OpenQualiCLIP",
-        "RN50",
-        "qualiclip",
-        "QualiCLIP",
-        summary,
-        QUALICLIP_PAPER,
-        context=context,
-        temperature=temperature,
-    )
+_clipiqa = partial(PromptSpec, arch="OpenCLIPIQA", paper=CLIPIQA_PAPER, backbone="RN50", weights="RN50")
+_qualiclip = partial(
+    PromptSpec,
+    arch="OpenQualiCLIP",
+    paper=QUALICLIP_PAPER,
+    backbone="RN50",
+    weights="QualiCLIP",
+    prompts="qualiclip",
+    context_std=0.02,  # as the authors of QualiCLIP+ start theirs
+    # pyiqa's. The authors' torch.hub code has 1; averaged over pairs, the two rank images differently.
+    temperature=2.0,
+)
 
-
-def _qualiclip_plus(name: str, dataset: str, record: str) -> MetricSpec:
-    return _qualiclip(name, f"QualiCLIP with 14 prompt contexts learned on {dataset}", context=record)
-
-
-_SPECS = (
-    MetricSpec(
-        "qualiclip-mini",
-        "OpenQualiCLIP",
-        "mini",
-        "qualiclip",
-        "qualiclip-mini",
-        "small tower trained from scratch by this package on QualiCLIP's strategy; embedded, no download",
-        QUALICLIP_PAPER,
+_TABLE: tuple[MetricSpec, ...] = (
+    _qualiclip(
+        name="qualiclip-mini",
+        backbone="mini",
+        weights="qualiclip-mini",
+        temperature=1.0,
+        summary="small tower trained from scratch by this package on QualiCLIP's strategy; embedded, no download",
     ),
-    _qualiclip("qualiclip", "CLIP RN50 aligned to quality without opinion scores, 7 prompt pairs"),
-    _qualiclip("qualiclip-hub", "the same weights on the scale of the authors' torch.hub code", temperature=1.0),
-    _qualiclip_plus("qualiclip+", "KonIQ-10k", "QualiCLIP+_koniq"),
-    _qualiclip_plus("qualiclip+-clive", "CLIVE", "QualiCLIP+_clive"),
-    _qualiclip_plus("qualiclip+-flive", "FLIVE", "QualiCLIP+_flive"),
-    _qualiclip_plus("qualiclip+-spaq", "SPAQ", "QualiCLIP+_spaq"),
-    _clipiqa("clipiqa", "clipiqa", "zero-shot CLIP RN50, pyiqa's 5 prompt pairs"),
-    _clipiqa("clipiqa-paper", "quality", "zero-shot CLIP RN50, the paper's one prompt pair"),
+    _qualiclip(
+        name="qualiclip",
+        summary="CLIP RN50 aligned to quality without opinion scores, 7 prompt pairs",
+    ),
+    _qualiclip(
+        name="qualiclip-hub",
+        temperature=1.0,
+        summary="the same weights on the scale of the authors' torch.hub code",
+    ),
+    _qualiclip(
+        name="qualiclip+",
+        context="QualiCLIP+_koniq",
+        summary="QualiCLIP with 14 prompt contexts learned on KonIQ-10k",
+    ),
+    _qualiclip(
+        name="qualiclip+-clive",
+        context="QualiCLIP+_clive",
+        summary="QualiCLIP with 14 prompt contexts learned on CLIVE",
+    ),
+    _qualiclip(
+        name="qualiclip+-flive",
+        context="QualiCLIP+_flive",
+        summary="QualiCLIP with 14 prompt contexts learned on FLIVE",
+    ),
+    _qualiclip(
+        name="qualiclip+-spaq",
+        context="QualiCLIP+_spaq",
+        summary="QualiCLIP with 14 prompt contexts learned on SPAQ",
+    ),
     _clipiqa(
-        "clipiqa+",
-        "clipiqa+",
-        "one prompt context learned on KonIQ-10k",
+        name="clipiqa",
+        prompts="clipiqa",
+        summary="zero-shot CLIP RN50, pyiqa's 5 prompt pairs",
+    ),
+    _clipiqa(
+        name="clipiqa-paper",
+        prompts="quality",
+        summary="zero-shot CLIP RN50, the paper's one prompt pair",
+    ),
+    _clipiqa(
+        name="clipiqa+",
+        prompts="clipiqa+",
         context="CLIP-IQA+_learned_prompts",
+        summary="one prompt context learned on KonIQ-10k",
     ),
     _clipiqa(
-        "clipiqa+_rn50_512",
-        "clipiqa+",
-        "prompt contexts learned on KonIQ-10k at 512 px, positional table on",
+        name="clipiqa+_rn50_512",
+        prompts="clipiqa+",
         context="CLIPIQA+_RN50_512",
         pos_embedding=True,
+        summary="prompt contexts learned on KonIQ-10k at 512 px, positional table on",
     ),
     _clipiqa(
-        "clipiqa+_vitL14_512",
-        "clipiqa+",
-        "the same on ViT-L/14",
+        name="clipiqa+_vitL14_512",
+        prompts="clipiqa+",
         backbone="ViT-L/14",
         weights="ViT-L-14",
         context="CLIPIQA+_ViTL14_512",
         pos_embedding=True,
+        summary="the same on ViT-L/14",
     ),
     *(
-        _clipiqa(f"clipiqa-{attribute}", attribute, f"zero-shot: {positive} / {negative}")
+        _clipiqa(name=f"clipiqa-{attribute}", prompts=attribute, summary=f"zero-shot: {positive} / {negative}")
         for attribute, (positive, negative) in ATTRIBUTES.items()
     ),
 )
-METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
+METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _TABLE}
 
 
 def metric_spec(name: str) -> MetricSpec:
-    """The row of a metric; an unknown name is a SettingsError that offers the nearest one."""
+    """Return the row of a metric.
+
+    Raises:
+        SettingsError: an unknown name; the nearest one is suggested.
+
+    Example:
+        >>> metric_spec("qualiclip").temperature
+        2.0
+    """
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
-        raise SettingsError(f"unknown metric {name!r}; did you mean {near!r}? Known: {', '.join(METRICS)}")
+        raise SettingsError(
+            f"unknown metric {name!r}; expected one of {', '.join(METRICS)}{did_you_mean(name, METRICS)}"
+        )
     return METRICS[name]
 
 
-def lower_is_better(column: str) -> bool:
-    """Direction of a score by its column, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
+def with_context() -> list[str]:
+    """Return the names of the metrics that have a learned prompt context."""
+    return [name for name, spec in METRICS.items() if isinstance(spec, PromptSpec) and spec.context is not None]
 
-    A column that is no metric's name counts as higher is better, as every metric of this package is.
+
+def lower_is_better(column: str) -> bool:
+    """Guess the direction of a score from its column's name, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
+
+    Only for tables that do not say it themselves: a renamed column, or one that is not a metric's name, counts as
+    higher is better. `Scorer.lower_better` knows the direction from the metric.
+
+    Example:
+        >>> lower_is_better("qualiclip-mini"), lower_is_better("niqe")
+        (False, True)
     """
     for name in (column, column.rpartition(".")[0]):
         if name in METRICS:

@@ -34,7 +34,7 @@ from ..images.convert import MIN_SIDE, read_size, source_name
 from ..images.tensors import load_image
 from ..metrics import prompt_iqa as archs
 from ..metrics.prompt_iqa import PromptIQA
-from ..metrics.registry import METRICS, metric_spec
+from ..metrics.registry import metric_spec, with_context
 
 LOSSES = ("mse", "mse+plcc")
 THREADS = min(8, os.cpu_count() or 1)  # that decode; batches of crops are made as many ahead
@@ -133,9 +133,10 @@ def default_recipe(metric: str) -> Recipe:
     Raises:
         SettingsError: an unknown metric, or one without a learned context.
     """
-    if metric_spec(metric).context is None:
-        with_context = ", ".join(name for name, spec in METRICS.items() if spec.context is not None)
-        raise SettingsError(f"{metric} has fixed prompts, no context to learn; expected one of {with_context}")
+    if metric_spec(metric).name not in with_context():
+        raise SettingsError(
+            f"{metric} has fixed prompts, no context to learn; expected one of {', '.join(with_context())}"
+        )
     return RECIPES["official" if metric == "clipiqa+" else "pyiqa"]
 
 
