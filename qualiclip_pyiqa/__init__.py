@@ -1,68 +1,31 @@
-"""QualiCLIP and CLIP-IQA for pyiqa. Importing the package registers its metrics; what it offers is imported on use."""
+"""QualiCLIP and CLIP-IQA for pyiqa.
 
-from __future__ import annotations
+Importing the package adds its metrics to pyiqa (`qualiclip_pyiqa_start` says how, and what the environment variable
+QUALICLIP_PYIQA_AUTOLOAD=0 changes). What the package offers is listed in `__init__.pyi` and imported on first use, so
+that neither pyiqa's start nor an image worker waits for torch and open_clip.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+Example:
+    >>> import pyiqa
+    >>> metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
+    >>> metric.lower_better, metric.score_range
+    (False, '0, 1')
+"""
+
+import lazy_loader
 
 import qualiclip_pyiqa_start
 
-if TYPE_CHECKING:
-    from .errors import ImageError, PromptError, SettingsError, WeightsError
-    from .images.tensors import as_batch, load_image
-    from .metrics.loss import QualityLoss
-    from .metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP
-    from .metrics.prompts import prompt_set_names
-    from .metrics.registry import METRICS
-    from .scoring.allocator import keep_freed_memory
-    from .scoring.scorer import Scorer
-    from .scoring.tables import Record
-
-__all__ = [
-    "METRICS",
-    "ImageError",
-    "OpenCLIPIQA",
-    "OpenQualiCLIP",
-    "PromptError",
-    "QualityLoss",
-    "Record",
-    "Scorer",
-    "SettingsError",
-    "WeightsError",
-    "as_batch",
-    "keep_freed_memory",
-    "load_image",
-    "prompt_set_names",
-]
-
-_ROOMS = {
-    "OpenCLIPIQA": "archs",
-    "OpenQualiCLIP": "archs",
-    "ImageError": "errors",
-    "PromptError": "errors",
-    "SettingsError": "errors",
-    "WeightsError": "errors",
-    "as_batch": "images.tensors",
-    "load_image": "images.tensors",
-    "QualityLoss": "metrics.loss",
-    "METRICS": "metrics.registry",
-    "keep_freed_memory": "scoring.allocator",
-    "prompt_set_names": "metrics.prompts",
-    "Scorer": "scoring.scorer",
-    "Record": "scoring.tables",
-}
+_public, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 qualiclip_pyiqa_start.arrange()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("qualiclip-pyiqa")
-    if name in _ROOMS:
-        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _public(name)
 
 
 def __dir__() -> list[str]:

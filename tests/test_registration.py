@@ -61,6 +61,16 @@ import importlib, pyiqa.default_model_configs as table
 importlib.reload(table)
 assert table.DEFAULT_CONFIGS["clipiqa"]["metric_opts"]["type"] == "OpenCLIPIQA"
 
+# The same for the class that reads files: wrapped once, and again after a reload.
+from pathlib import Path
+module = pyiqa.models.inference_model
+assert not hasattr(module.InferenceModel.forward.__wrapped__, "__wrapped__")
+old = module.InferenceModel
+importlib.reload(module)
+assert module.InferenceModel is not old and not hasattr(module.InferenceModel.forward.__wrapped__, "__wrapped__")
+again = module.InferenceModel("qualiclip-mini", device="cpu")
+assert again(Path({str(PHOTO)!r})) == metric({str(PHOTO)!r})
+
 # pyiqa's own modules stay importable beside us (openai-clip wants a pkg_resources that new setuptools lacks).
 import packaging, packaging.version, types
 if "pkg_resources" not in sys.modules:
@@ -75,18 +85,25 @@ assert ARCH_REGISTRY.get("OpenCLIPIQA") is qualiclip_pyiqa.OpenCLIPIQA
     assert 0 < float(out.splitlines()[-1]) < 1
 
 
-def test_switched_off_until_imported() -> None:
+def test_switched_off() -> None:
+    """Nothing until the package is imported, and then only names that replace nothing."""
     run(
-        """
+        f"""
+import sys
 import pyiqa
 from pyiqa.default_model_configs import DEFAULT_CONFIGS
-assert "qualiclip-mini" not in pyiqa.list_models()
-assert DEFAULT_CONFIGS["qualiclip"]["metric_opts"]["type"] == "QualiCLIP"
+theirs = {{name: dict(entry) for name, entry in DEFAULT_CONFIGS.items()}}
+forward = pyiqa.models.inference_model.InferenceModel.forward
+assert "qualiclip-mini" not in theirs and len(set(theirs) & set({sorted(METRICS)})) == 9
 pyiqa.create_metric("psnr", device="cpu")  # loads the entry points
-assert "qualiclip-mini" not in pyiqa.list_models()
-import qualiclip_pyiqa
-assert "qualiclip-mini" in pyiqa.list_models()
-assert DEFAULT_CONFIGS["qualiclip"]["metric_opts"]["type"] == "OpenQualiCLIP"
+assert "qualiclip-mini" not in pyiqa.list_models() and "qualiclip_pyiqa" not in sys.modules
+from qualiclip_pyiqa import QualityLoss
+assert {{name: entry for name, entry in DEFAULT_CONFIGS.items() if name in theirs}} == theirs
+assert DEFAULT_CONFIGS["qualiclip"]["metric_opts"]["type"] == "QualiCLIP"
+assert set(DEFAULT_CONFIGS) - set(theirs) == set({sorted(METRICS)}) - set(theirs)
+metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
+assert 0 < metric({str(PHOTO)!r}).item() < 1
+assert pyiqa.models.inference_model.InferenceModel.forward.__wrapped__ is forward
 """,
         QUALICLIP_PYIQA_AUTOLOAD="0",
     )
@@ -117,6 +134,34 @@ def test_the_pyiqa_command() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert str(PHOTO) in done.stdout and "mean" in done.stdout
+
+
+def test_a_pyiqa_that_changed_is_a_warning(tmp_path: Path) -> None:
+    """No class to wrap, or nothing of that name: the user hears that files are read by other rules."""
+    for inference, said in (
+        ("class Other: pass", "AttributeError"),
+        (None, "does not find pyiqa.models.inference_model"),
+    ):
+        fake = tmp_path / said / "pyiqa"
+        (fake / "models").mkdir(parents=True)
+        (fake / "utils").mkdir()
+        for name in ("__init__.py", "models/__init__.py", "utils/__init__.py"):
+            (fake / name).write_text("")
+        registry = "class ARCH_REGISTRY: register_lazy = staticmethod(lambda *args, **more: None)"
+        (fake / "utils" / "registry.py").write_text(registry)
+        code = "import qualiclip_pyiqa_start as start; start.register_archs()"
+        if inference is not None:
+            (fake / "models" / "inference_model.py").write_text(inference)
+            code = "import pyiqa.models.inference_model\n" + code
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(fake.parent)!r})\n{code}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("RuntimeWarning: qualiclip_pyiqa") == 1
+        assert said in done.stderr and "metric(path) reads files by pyiqa's rules" in done.stderr
 
 
 def _site(tmp_path: Path, start: str, package: str) -> Path:

@@ -1,0 +1,18 @@
+# The one list of what the package offers: read by type checkers, and at run time by lazy_loader.
+from .archs import OpenCLIPIQA as OpenCLIPIQA
+from .archs import OpenQualiCLIP as OpenQualiCLIP
+from .errors import ImageError as ImageError
+from .errors import PromptError as PromptError
+from .errors import SettingsError as SettingsError
+from .errors import WeightsError as WeightsError
+from .images.tensors import as_batch as as_batch
+from .images.tensors import load_image as load_image
+from .metrics.base import BlindMetric as BlindMetric
+from .metrics.loss import QualityLoss as QualityLoss
+from .metrics.prompts import prompt_set_names as prompt_set_names
+from .metrics.registry import METRICS as METRICS
+from .scoring.allocator import keep_freed_memory as keep_freed_memory
+from .scoring.scorer import Scorer as Scorer
+from .scoring.tables import Record as Record
+
+__version__: str
