@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pyiqa
 import pytest
 import torch
+import torch.distributed as dist
 import upstream
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from qualiclip_pyiqa import QualityLoss
 from qualiclip_pyiqa.errors import SettingsError
@@ -41,7 +46,7 @@ def test_parent_neither_holds_nor_disturbs_it(metric: nn.Module) -> None:
     parent = Restorer().train()
     assert set(parent.state_dict()) == {"body.weight", "body.bias"}
     assert len(list(parent.parameters())) == 2 and not list(parent.quality.buffers())
-    hidden = parent.quality._hidden[0]
+    hidden = parent.quality._unregistered[0]
     assert not any(module.training for module in hidden.modules())
     parent.double()
     x = upstream.pictures(2, 64, 64).double()
@@ -51,6 +56,39 @@ def test_parent_neither_holds_nor_disturbs_it(metric: nn.Module) -> None:
     for clone in (copy.deepcopy(parent), pickle.loads(pickle.dumps(parent.quality))):
         quality = clone.quality if isinstance(clone, nn.Module) and hasattr(clone, "quality") else clone
         assert torch.equal(quality(x), parent.quality(x))
+
+
+def test_every_way_to_move_a_module_reaches_it(metric: nn.Module) -> None:
+    """`_apply`, which all of them go through in PyTorch, is a private method: this fails if it is one no more."""
+    x = upstream.pictures(1, 64, 64)
+    expected = QualityLoss(metric)(x)
+    for move, dtype in ((nn.Module.double, torch.float64), (nn.Module.bfloat16, torch.bfloat16)):
+        parent = nn.Sequential(QualityLoss(metric))
+        move(parent)
+        assert {value.dtype for value in parent[0]._unregistered[0].buffers() if value.is_floating_point()} == {dtype}
+        assert abs(parent(x) - expected) < 0.15
+    parent = nn.Sequential(nn.Linear(2, 2), QualityLoss(metric)).to("meta")
+    assert all(value.is_meta for value in parent[1]._unregistered[0].buffers())
+    parent.to_empty(device="cpu")
+    assert not any(value.is_meta for value in parent[1]._unregistered[0].buffers())
+
+
+def test_fsdp_shards_the_parent_alone(metric: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parent = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), QualityLoss(metric))
+    x = upstream.pictures(2, 64, 64)
+    expected = parent(x)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        fully_shard(parent, mesh=init_device_mesh("cpu", (1,)))
+        loss = parent(x)
+        assert abs(loss - expected) < 1e-6
+        loss.backward()
+        assert set(parent.state_dict()) == {"0.weight", "0.bias"}
+        assert all(isinstance(each, DTensor) and each.grad is not None for each in parent.parameters())
+        assert not any(isinstance(value, DTensor) for value in parent[1]._unregistered[0].buffers())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_it_teaches_a_restorer(metric: nn.Module) -> None:
