@@ -10,7 +10,7 @@ from contract import MetricContract, scores
 from torch import Tensor, nn
 
 from qualiclip_pyiqa import BlindMetric, QualityLoss, Scorer
-from qualiclip_pyiqa.towers.clip import freeze
+from qualiclip_pyiqa.towers.base import freeze
 
 
 def small_tower(seed: int) -> nn.Module:
