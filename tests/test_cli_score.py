@@ -136,7 +136,7 @@ def test_every_broken_picture_is_a_row(tmp_path: Path, capsys: pytest.CaptureFix
     bad = {
         "truncated.jpg": "is damaged",
         "empty.png": "is empty (0 bytes)",
-        "text.jpg": "is no picture",
+        "text.jpg": "is not an image",
         "one pixel.png": "is 1x1 pixels",
         "huge.png": "is too large",
         "folder.png.link.png": "does not exist",
@@ -214,8 +214,8 @@ def test_files_that_vanish_or_may_not_be_read_are_rows(
     assert score(folder, "-o", tmp_path / "s.jsonl", "--workers", 0) == 1
     errors = {Path(str(row.path)).name: row.error for row in rows(tmp_path / "s.jsonl")}
     assert list(errors) == ["0.png", "1.png", "2.png", "3.png", "deep.jpg"]
-    assert str(errors["1.png"]).endswith("1.png does not exist; expected a picture file")
-    assert str(errors["2.png"]).endswith("2.png cannot be read (Permission denied); expected a picture file")
+    assert str(errors["1.png"]).endswith("1.png does not exist; expected an image file")
+    assert str(errors["2.png"]).endswith("2.png cannot be read (Permission denied); expected an image file")
     assert [name for name, error in errors.items() if error is None] == ["0.png", "3.png", "deep.jpg"]
 
 

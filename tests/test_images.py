@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-import struct
-import zlib
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +15,16 @@ from faults import as_nobody
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from image_bytes import encoded, exif, png
 from PIL import Image, ImageFile
 
-from qualiclip_pyiqa.errors import ImageError
-from qualiclip_pyiqa.images.convert import MIN_SIDE, read_pixels
+from qualiclip_pyiqa.errors import ImageError, SettingsError
+from qualiclip_pyiqa.images.convert import MIN_SIDE, ReadRules, read_pixels, read_size
 from qualiclip_pyiqa.images.tensors import as_batch, load_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (40, 48, 3), dtype=np.uint8)
 EXACT = torch.from_numpy(RGB).movedim(-1, 0).float() / 255
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def test_every_source_of_the_same_pixels_is_the_same_tensor(tmp_path: Path) -> None:
@@ -69,10 +63,11 @@ def test_arrays_and_tensors_agree(pixels: np.ndarray) -> None:
 
 
 def test_exif_rotation_is_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise when shown
-    loaded = load_image(encoded(Image.fromarray(RGB), exif=exif))
-    assert torch.equal(loaded, EXACT.rot90(-1, (1, 2)))
+    turned = encoded(Image.fromarray(RGB), exif=exif(6))  # by 90 degrees clockwise when shown
+    assert torch.equal(load_image(turned), EXACT.rot90(-1, (1, 2)))
+    assert torch.equal(load_image(turned, ignore_orientation=True), EXACT)
+    assert torch.equal(as_batch(turned, ignore_orientation=True)[0], EXACT)
+    assert read_size(turned) == (40, 48) and read_size(turned, ReadRules(ignore_orientation=True)) == (48, 40)
 
 
 def test_grey_becomes_three_equal_channels() -> None:
@@ -154,27 +149,20 @@ def test_tensors_keep_gradient_and_batch() -> None:
 
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header promises that size and whose pixel data is nearly nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
-    )
+    return png(width, height, 8, 2, [b"\0" * 998])
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.png", b"", "is empty"),
-        ("page.jpg", b"<html>404</html>" * 9, "is no picture"),
+        ("page.jpg", b"<html>404</html>" * 9, "is not an image"),
         ("cut.png", encoded(Image.fromarray(RGB))[:900], "is damaged"),
         ("cut.jpg", encoded(Image.fromarray(RGB), "JPEG")[:-300], "is damaged"),
-        ("cut.webp", encoded(Image.fromarray(RGB), "WEBP")[:-300], "is damaged|is no picture"),
-        ("cut.tif", encoded(Image.fromarray(RGB), "TIFF")[:400], "is damaged|is no picture"),
-        ("header.png", b"\x89PNG\r\n\x1a\n", "is damaged|is no picture"),
+        ("cut.webp", encoded(Image.fromarray(RGB), "WEBP")[:-300], "is damaged|is not an image"),
+        ("cut.tif", encoded(Image.fromarray(RGB), "TIFF")[:400], "is damaged|is not an image"),
+        ("header.png", b"\x89PNG\r\n\x1a\n", "is damaged|is not an image"),
         ("warned.png", png_of_size(10000, 10000), "too large.*bomb.*MAX_IMAGE_PIXELS"),
         ("bomb.png", png_of_size(60000, 60000), "too large.*bomb.*MAX_IMAGE_PIXELS"),
         ("small.png", encoded(Image.new("RGB", (31, 200))), "31x200.*smallest.*32x32"),
@@ -212,14 +200,14 @@ def test_unreadable_file(tmp_path: Path) -> None:
             read_pixels(file)
         return str(caught.value)
 
-    assert as_nobody(message) == f"{file} cannot be read (Permission denied); expected a picture file"
+    assert as_nobody(message) == f"{file} cannot be read (Permission denied); expected an image file"
 
 
 def test_a_read_error_is_one_line() -> None:
     """Linux's own memory is a regular file whose first byte cannot be read."""
     with pytest.raises(ImageError) as caught:
         load_image("/proc/self/mem")
-    assert str(caught.value) == "/proc/self/mem cannot be read (Input/output error); expected a picture file"
+    assert str(caught.value) == "/proc/self/mem cannot be read (Input/output error); expected an image file"
 
 
 def test_a_read_error_in_mid_picture_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,11 +222,11 @@ def test_a_read_error_in_mid_picture_is_one_line(tmp_path: Path, monkeypatch: py
 
     content = file.read_bytes()
     monkeypatch.setattr(Path, "open", lambda path, mode: FailingDisk(content))
-    with pytest.raises(ImageError, match=r"x\.png cannot be read \(Input/output error\); expected a picture file"):
+    with pytest.raises(ImageError, match=r"x\.png cannot be read \(Input/output error\); expected an image file"):
         load_image(file)
 
 
-def test_truncated_is_damaged_whatever_others_told_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_is_damaged_whatever_others_told_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """pyiqa's AVA data set, once imported, lets Pillow fill what is missing with grey."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     whole = encoded(Image.fromarray(RGB), "JPEG")
@@ -247,10 +235,122 @@ def test_truncated_is_damaged_whatever_others_told_pillow(tmp_path: Path, monkey
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
+def test_truncated_is_damaged_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    photo = Image.fromarray(RGB).resize((400, 300))
+    jpeg, bitmap = encoded(photo, "JPEG")[:-3000], encoded(photo, "BMP")[:-3000]
+    accepted: list[object] = []
+
+    def read(content: bytes) -> None:
+        for _ in range(60):
+            try:
+                accepted.append(load_image(content).shape)
+            except ImageError:
+                load_image(content, allow_truncated=True)
+
+    threads = [threading.Thread(target=read, args=(content,)) for content in (jpeg, bitmap) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not accepted and ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_limit_of_one_thread_is_not_another_threads() -> None:
+    large, errors = encoded(Image.new("L", (400, 400))), []
+    before = Image.MAX_IMAGE_PIXELS
+
+    def read(limit: int | None) -> None:
+        for _ in range(200):
+            try:
+                load_image(large, max_pixels=limit)
+                refused = False
+            except ImageError:
+                refused = True
+            if refused is not (limit == 1000):
+                errors.append(limit)
+
+    threads = [threading.Thread(target=read, args=(limit,)) for limit in (None, 1000, 10**9, 1000, None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and before == Image.MAX_IMAGE_PIXELS
+
+
+def test_pillows_limit_holds_unless_another_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = encoded(Image.new("L", (400, 400)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for source in (file, Image.open(io.BytesIO(encoded(Image.new("L", (40, 26)))))):
+        with pytest.raises(ImageError, match="limit 1000 pixels"):
+            load_image(source)
+    with pytest.raises(ImageError, match="limit 1000 pixels"):
+        read_size(file)
+    assert load_image(file, max_pixels=160000).shape == (3, 400, 400)
+    assert read_size(file, ReadRules(max_pixels=160000)) == (400, 400)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(file).shape == (3, 400, 400)
+    with pytest.raises(ImageError, match="limit 159999 pixels"):
+        load_image(file, max_pixels=159999)
+    with pytest.raises(SettingsError, match="max_pixels is 0; expected at least 1"):
+        load_image(file, max_pixels=0)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM"])
+@pytest.mark.parametrize("kept", [0.97, 0.5, 0.1])
+def test_truncated_on_request_is_what_pillow_makes_of_it(
+    format: str, kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = Image.fromarray(RGB).resize((300, 200))
+    cut = encoded(photo, format)
+    cut = cut[: int(kept * len(cut))]
+    with pytest.raises(ImageError, match="is damaged"):
+        load_image(cut)
+    loaded = load_image(cut, allow_truncated=True)
+    opened = load_image(Image.open(io.BytesIO(cut)), allow_truncated=True)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    expected = np.asarray(Image.open(io.BytesIO(cut)).convert("RGB"))
+    assert torch.equal(loaded, torch.from_numpy(expected.copy()).movedim(-1, 0).float() / 255)
+    assert torch.equal(opened, loaded)
+
+
+def test_a_jpeg_without_its_end_marker_is_whole_on_request() -> None:
+    photo = encoded(Image.fromarray(RGB).resize((300, 200)), "JPEG")
+    assert photo.endswith(b"\xff\xd9")
+    with pytest.raises(ImageError, match="is damaged"):
+        load_image(photo[:-2])
+    assert torch.equal(load_image(photo[:-2], allow_truncated=True), load_image(photo))
+    assert torch.equal(load_image(photo, allow_truncated=True), load_image(photo))
+
+
+def test_truncated_before_the_first_row_is_damaged_even_on_request() -> None:
+    photo = encoded(Image.fromarray(RGB))
+    with pytest.raises(ImageError, match="truncated before its first row"):
+        load_image(photo[: photo.index(b"IDAT") + 6], allow_truncated=True)
+
+
+def test_default_dtype_of_torch_does_not_matter() -> None:
+    sources = [
+        encoded(Image.fromarray(RGB)),
+        RGB,
+        RGB / 255.0,
+        EXACT,
+        RGB.astype(np.uint16),
+        np.dstack([RGB, RGB[..., :1]]),
+    ]
+    expected = [load_image(source) for source in sources]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for source, loaded in zip(sources, expected, strict=True):
+            assert load_image(source).dtype == torch.float32 and torch.equal(load_image(source), loaded)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", Path("/dev/zero")):
-        with pytest.raises(ImageError, match="is a pipe, socket or device; expected a picture file"):
+        with pytest.raises(ImageError, match="is a pipe, socket or device; expected an image file"):
             load_image(path)
     with pytest.raises(ImageError, match="is a folder"):
         load_image(tmp_path)

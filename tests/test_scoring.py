@@ -139,7 +139,7 @@ def test_paths_of_every_kind(workers: int, photos: list[Path], expected: list[fl
     )
     assert [r.path for r in records] == [str(photos[0]), missing.path, *[str(path) for path in photos[:2] * 2]]
     assert close([records[0], *records[2:]], [expected[0], *expected[:2] * 2])
-    assert records[1].error == f"{missing.path} does not exist; expected a picture file"
+    assert records[1].error == f"{missing.path} does not exist; expected an image file"
 
 
 def test_metrics_on_one_tower_share_its_pass(tiny_folder: Path, photos: list[Path]) -> None:

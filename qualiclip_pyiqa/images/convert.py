@@ -1,6 +1,7 @@
-"""Pictures as arrays: a path, bytes, a PIL image or a NumPy array becomes checked pixels, or one clear error.
+"""Read an image: a path, encoded bytes, a PIL image or a NumPy array becomes checked pixels, or one clear error.
 
-Without torch, so that a process that only decodes starts in a moment and stays small.
+Without torch, so that a process that only decodes starts at once and stays small. The conversion itself is described in
+`qualiclip_pyiqa.images`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
-from ..errors import ImageError
-from .formats import open_image
+from ..errors import ImageError, SettingsError
+from . import decode, jxl, png
+from .formats import RefusedError, open_image, plugin_format
 
-MIN_SIDE = 32  # pixels; CLIP's ResNets halve a picture five times
-PixelSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+MIN_SIDE = 32  # pixels; CLIP's ResNets halve an image five times
+EncodedSource: TypeAlias = str | os.PathLike[str] | bytes
+PixelSource: TypeAlias = EncodedSource | Image.Image | np.ndarray
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -30,87 +35,83 @@ class ReadRules:
     """How image files and PIL images become pixels.
 
     Attributes:
-        ignore_orientation: take the pixels as they are stored, not as EXIF orientation says that they are shown.
-        allow_truncated: accept image data that ends early; the missing part has the value that the decoder gives it.
-        max_pixels: images of more pixels are refused before they are decoded. None: `PIL.Image.MAX_IMAGE_PIXELS` at
-            the time of reading, which is 89,478,485 unless somebody changed it; None there means no limit.
+        ignore_orientation: take the pixels as they are stored, not turned as EXIF says that they are shown.
+        allow_truncated: accept image data that end early, and score what can be decoded.
+        max_pixels: refuse images of more pixels before they are decoded. None: `PIL.Image.MAX_IMAGE_PIXELS` at the time
+            of reading, which is 89,478,485 unless somebody changed it; if that is None, any size is accepted.
+        ignore_profile: take the numbers as they are stored, whatever ICC profile is embedded.
     """
 
     ignore_orientation: bool = False
     allow_truncated: bool = False
     max_pixels: int | None = None
+    ignore_profile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise SettingsError(f"max_pixels is {self.max_pixels}; expected at least 1")
 
     def limit(self) -> int | None:
         """The largest number of pixels that is accepted now; None if there is no limit."""
         return Image.MAX_IMAGE_PIXELS if self.max_pixels is None else self.max_pixels
 
 
-def read_size(source: str | os.PathLike[str] | bytes, rules: ReadRules | None = None) -> tuple[int, int]:
-    """Read width and height of an image as it would be scored, from its header alone.
-
-    Raises:
-        ImageError: as `read_pixels`, except for what is only found while decoding.
-    """
-    with _opened(source) as (file, name):
-        image = _identify(file, name)
-        _check_pixels(image, name, rules or ReadRules())
-        width, height = image.size
-        if not (rules or ReadRules()).ignore_orientation and image.getexif().get(0x0112, 1) in range(5, 9):
-            width, height = height, width
-        return width, height
+_DEFAULT = ReadRules()
 
 
 def read_pixels(source: PixelSource, rules: ReadRules | None = None) -> np.ndarray:
-    """The pixels of one picture, converted as `qualiclip_pyiqa.images` says but not yet scaled to 0..1.
+    """Read the pixels of one image, not yet scaled to 0..1.
 
     Args:
         source: path; encoded bytes; PIL image; array (H, W) or (H, W, C) with C = 1, 3 or 4.
+        rules: how files and PIL images are read. Default: `ReadRules()`.
 
     Returns:
-        (H, W) or (H, W, C), uint8, uint16 or floating point, in the machine's byte order; H and W at least 32. Never
-        memory of the source's.
+        (H, W) or (H, W, C): uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1, in the machine's byte
+        order; H and W at least 32. Never memory of the source's.
 
     Raises:
-        ImageError: no such file, no regular file, not a picture, damaged, too large or small, wrong shape or dtype,
+        ImageError: no such file, not a regular file, not an image, damaged, too large or small, wrong shape or dtype,
             NaN, out of range.
+
+    Example:
+        >>> read_pixels("examples/photos/hats.jpg").shape
+        (512, 768, 3)
     """
-    rules = rules or ReadRules()
+    rules, name = rules or _DEFAULT, source_name(source)
     if isinstance(source, np.ndarray):
-        return _checked(source, source_name(source))
+        return _checked(source, name)
+
+    def decoded(image: Image.Image) -> np.ndarray:
+        _check_pixels(decode.stored_size(image), name, rules)
+        array = decode.to_array(image, rules.ignore_orientation, rules.allow_truncated, rules.ignore_profile)
+        return _checked(array, name)
+
     if isinstance(source, Image.Image):
-        return _from_pil(source, source_name(source), rules)
-    with _opened(source) as (file, name):
-        return _from_pil(_identify(file, name), name, rules)
+        with _one_line(name), decode.strictly():
+            return decoded(source)
+    with _opened(source, name) as file, _one_line(name), decode.strictly():
+        return _read(file, name, rules, decoded)
 
 
-@contextmanager
-def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[BinaryIO, str]]:
-    """Open a path or encoded bytes; the name is for error messages."""
-    name = source_name(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        yield io.BytesIO(source), name
-        return
-    if not isinstance(source, str | os.PathLike):
-        raise ImageError(
-            f"picture is a {type(source).__name__}; expected a path, bytes, a PIL image, a NumPy array or a tensor"
-        )
-    path = Path(os.fsdecode(source))
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError(f"{name} is a folder; expected a picture file")
-        if not stat.S_ISREG(mode):  # to open a pipe may wait for ever, and a device may never end
-            raise ImageError(f"{name} is a pipe, socket or device; expected a picture file")
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise ImageError(f"{name} does not exist; expected a picture file") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{name} cannot be read ({reason}); expected a picture file") from error
-    with file:
-        yield file, name
+def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[int, int]:
+    """Read width and height of an image as it would be scored, from the header of its file.
+
+    Raises:
+        ImageError: as `read_pixels`, except for what is only found while decoding.
+
+    Example:
+        >>> read_size("examples/photos/hats.jpg")
+        (768, 512)
+    """
+    rules, name = rules or _DEFAULT, source_name(source)
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        _check_pixels(decode.stored_size(image), name, rules)
+        return decode.shown_size(image, rules.ignore_orientation)
+
+    with _opened(source, name) as file, _one_line(name), decode.strictly():
+        return _read(file, name, rules, size)
 
 
 def source_name(source: object) -> str:
@@ -123,61 +124,111 @@ def source_name(source: object) -> str:
     return {"ndarray": "array", "Tensor": "tensor"}.get(type(source).__name__, type(source).__name__)
 
 
-def _identify(file: BinaryIO, name: str) -> Image.Image:
+def one_line(text: str) -> str:
+    """Replace line breaks and everything else that does not print by spaces."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def check_size(height: int, width: int, name: str) -> None:
+    """Raise `ImageError` if an image is too small to be scored."""
+    if min(height, width) < MIN_SIDE:
+        raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
+
+
+def check_range(low: float, high: float, name: str) -> None:
+    """Raise `ImageError` unless floating-point values are in 0..1.
+
+    Args:
+        low: smallest value; NaN if any value is.
+        high: largest value; NaN if any value is.
+        name: what the error calls the image.
+    """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
+    if low < 0 or high > 1:
+        advice = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
+        raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {advice}")
+
+
+@contextmanager
+def _opened(source: EncodedSource, name: str) -> Iterator[BinaryIO]:
+    """Open a path or encoded bytes."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        yield io.BytesIO(source)
+        return
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(
+            f"image is a {type(source).__name__}; expected a path, bytes, a PIL image, a NumPy array or a tensor"
+        )
+    path = Path(os.fsdecode(source))
     try:
-        image = open_image(file)
-    except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged headers
-        raise _undecodable(name, error) from error
-    if image is None:
-        if not file.seek(0, os.SEEK_END):
-            raise ImageError(f"{name} is empty (0 bytes); expected a picture")
-        raise ImageError(f"{name} is no picture, or of a format that Pillow cannot read")
-    return image
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name} is a folder; expected an image file")
+        if not stat.S_ISREG(mode):  # to open a pipe may wait for ever, and a device may never end
+            raise ImageError(f"{name} is a pipe, socket or device; expected an image file")
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist; expected an image file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name} cannot be read ({reason}); expected an image file") from error
+    with file:
+        yield file
 
 
-def _undecodable(name: str, error: Exception) -> ImageError:
-    if isinstance(error, OSError) and error.strerror:  # the file system's; Pillow's own have none
-        return ImageError(f"{name} cannot be read ({error.strerror}); expected a picture file")
-    return ImageError(f"{name} is damaged ({type(error).__name__}: {error}); expected a whole picture")
+def _read(file: BinaryIO, name: str, rules: ReadRules, use: Callable[[Image.Image], _Result]) -> _Result:
+    """Open the image in a file and use it. A PNG whose metadata Pillow refuses is used without them."""
+    start = file.read(64)
+    if plugin_format(start) == "JXL" and (size := jxl.read_size(file)) is not None:
+        _check_pixels(size, name, rules)  # its plug-in decodes when it opens
+    try:
+        return use(open_image(file))
+    except ImageError:
+        raise
+    except ValueError:
+        if not start.startswith(png.SIGNATURE):
+            raise
+    copy, profile = png.without_metadata(file)
+    image = open_image(copy)
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    return use(image)
 
 
-def _too_large(name: str, what: str) -> ImageError:
-    return ImageError(
-        f"{name} is too large, which may be a decompression bomb ({what}); "
-        "if it is to be read, raise PIL.Image.MAX_IMAGE_PIXELS (on the command line --max-pixels)"
-    )
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turn whatever reading raises into an `ImageError` that names the image."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except RefusedError as error:
+        raise ImageError(f"{name} {error}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name} is too large for Pillow itself ({error}); if it is to be read, "
+            "raise PIL.Image.MAX_IMAGE_PIXELS too"
+        ) from error
+    except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged files
+        if isinstance(error, OSError) and error.strerror:  # the file system's; Pillow's own have none
+            raise ImageError(f"{name} cannot be read ({error.strerror}); expected an image file") from error
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise ImageError(f"{name} is damaged ({reason}); expected a whole image") from error
 
 
-def _check_pixels(image: Image.Image, name: str, rules: ReadRules) -> None:
-    """Refuse what is too large or too small, before the work of decoding."""
+def _check_pixels(size: tuple[int, int], name: str, rules: ReadRules) -> None:
+    """Refuse what is too large or too small before the work of decoding."""
+    width, height = size
     limit = rules.limit()
-    if limit is not None and image.width * image.height > limit:
-        raise _too_large(name, f"{image.width}x{image.height}, limit {limit} pixels")
-    check_size(image.height, image.width, name)
-
-
-def _from_pil(image: Image.Image, name: str, rules: ReadRules) -> np.ndarray:
-    _check_pixels(image, name, rules)
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = (
-        ImageFile.LOAD_TRUNCATED_IMAGES,
-        False,
-    )  # pyiqa's AVA data set turns it on
-    try:
-        if not rules.ignore_orientation:
-            image = ImageOps.exif_transpose(image)
-        # Pillow cannot convert 16 and 32 bits a channel without loss: they go on as they are.
-        if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        array = np.asarray(image)
-    except Exception as error:  # as above; the pixels are decoded only here
-        raise _undecodable(name, error) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-    if image.mode == "I":  # Pillow's mode for 16 bits in some formats, and for 32 bits
-        if array.min() < 0 or array.max() > 65535:
-            raise ImageError(f"{name} has 32-bit values from {array.min()} to {array.max()}; expected 0..65535")
-        array = array.astype(np.uint16)
-    return _checked(array, name)
+    if limit is not None and width * height > limit:
+        raise ImageError(
+            f"{name} is too large, which may be a decompression bomb ({width}x{height}, limit {limit} pixels); if it "
+            "is to be read, raise max_pixels (on the command line --max-pixels) or PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    check_size(height, width, name)
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
@@ -191,17 +242,3 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     # A copy in the machine's byte order, which torch needs; shared memory could be read-only, or change later.
     dtype = np.float64 if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
     return np.array(array, dtype=dtype, order="C")
-
-
-def check_size(height: int, width: int, name: str) -> None:
-    if min(height, width) < MIN_SIDE:
-        raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
-
-
-def check_range(low: float, high: float, name: str) -> None:
-    """Smallest and largest floating-point value; NaN, which both are as soon as one value is, is an error too."""
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
-    if low < 0 or high > 1:
-        advice = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
-        raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {advice}")

@@ -14,7 +14,7 @@ from typing import TypeAlias, TypedDict
 import numpy as np
 
 from ..errors import ImageError
-from .convert import PixelSource, ReadRules, read_pixels, source_name
+from .convert import PixelSource, ReadRules, one_line, read_pixels, source_name
 from .pillow_setup import PillowSetup, apply_setup
 from .wire import READY, pack_reply, read_request
 
@@ -42,11 +42,6 @@ def decode(source: PixelSource, rules: ReadRules | None = None) -> Decoded:
         return ImageError(f"{source_name(source)} cannot be decoded: out of memory")
     except Exception as error:  # a fault of a decoder or of ours; the images before and after this one still count
         return ImageError(one_line(f"{source_name(source)} cannot be decoded ({type(error).__name__}: {error})"))
-
-
-def one_line(text: str) -> str:
-    """Replace line breaks and everything else that does not print by spaces."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def work(settings: WorkerSettings) -> None:

@@ -1,17 +1,18 @@
 """The image formats that are opened: one list for the whole package.
 
-A file is identified by its content, never by its name. A format that is not listed here is not tried, whatever Pillow
-knows of it: Pillow would start Ghostscript for an EPS, and hands WMF, BUFR, GRIB and HDF5 to handlers of others.
+A file is identified by its content, never by its name. Formats of Pillow that are not listed are not tried: Pillow
+would start Ghostscript for an EPS, hands WMF, BUFR, GRIB and HDF5 to handlers of others, and IPTC opens any format.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 # Format as Pillow names it -> suffixes of its files. Most frequent first; TGA, which has no signature, last.
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -19,7 +20,9 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
         "PNG": (".png", ".apng"),
         "WEBP": (".webp",),
+        "HEIF": (".heic", ".heif", ".heics", ".heifs", ".hif"),
         "AVIF": (".avif", ".avifs"),
+        "JXL": (".jxl",),
         "TIFF": (".tif", ".tiff"),
         "BMP": (".bmp",),
         "DIB": (".dib",),
@@ -45,41 +48,148 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "GBR": (".gbr",),
         "PIXAR": (".pxr",),
         "PCD": (".pcd",),
-        "HEIF": (".heic", ".heif", ".heics", ".heifs", ".hif"),
-        "JXL": (".jxl",),
         "TGA": (".tga", ".icb", ".vda", ".vst"),
     }
 )
 
+#: Suffixes, in lower case, of the files that are looked for in folders.
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
+#: Formats that Pillow reads with the help of another package: what to call them, what to install.
+PLUGINS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "HEIF": ("a HEIC image", 'pillow-heif: pip install "qualiclip-pyiqa[formats]"'),
+        "AVIF": ("an AVIF image", "Pillow 11.3 or later, or pillow-avif-plugin: pip install pillow-avif-plugin"),
+        "JXL": ("a JPEG XL image", "pillow-jxl-plugin: pip install pillow-jxl-plugin"),
+    }
+)
 
-def open_image(file: BinaryIO) -> ImageFile.ImageFile | None:
+# Brands of an ISO media file (ISO/IEC 23008-12, AVIF 1.1) that name the codec. `mif1` and `msf1` leave it open.
+_HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+_AVIF_BRANDS = {b"avif", b"avis"}
+_JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+_LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
+
+# What Pillow's parsers raise for "not of this format".
+_NOT_THIS = (SyntaxError, IndexError, TypeError, struct.error)
+
+
+class RefusedError(Exception):
+    """An image that is not read: of no known format, or to wrong pixels. The message continues the file's name."""
+
+
+def open_image(file: BinaryIO) -> ImageFile.ImageFile:
     """Identify an image by its content and read its header.
+
+    Unlike `PIL.Image.open` it tries `FORMATS` alone, and leaves the size to the caller: Pillow's limit is one for the
+    whole process. Plug-ins for HEIC, AVIF and JPEG XL are imported when such a file is there.
 
     Args:
         file: opened for reading in binary mode, seekable. The image reads its pixels from it later.
 
-    Returns:
-        The image, not decoded yet; None if it is of none of the `FORMATS`.
-
     Raises:
-        Exception: whatever Pillow's parser raises on a damaged header.
+        RefusedError: not an image, or a plug-in is missing.
+        Exception: whatever Pillow's parser raises for a damaged header.
     """
-    # Not Image.open: it compares the size with a limit of the whole process, and warns.
-    Image.preinit()
     file.seek(0)
-    prefix = file.read(16)
-    for name in FORMATS:
-        if name not in Image.OPEN:
-            Image.init()
-        opener, accept = Image.OPEN.get(name, (None, None))
+    prefix = file.read(64)
+    name = plugin_format(prefix)
+    if name is not None:
+        opener = _plugin_opener(name)
         if opener is None:
-            continue
+            what, package = PLUGINS[name]
+            raise RefusedError(f"is {what}, which needs {package}")
+        file.seek(0)
+        return opener(file, "")
+    if (image := _try_all(file, prefix)) is not None:
+        return image
+    if not prefix:
+        raise RefusedError("is empty (0 bytes); expected an image")
+    if prefix.startswith(_LFS_SIGNATURE):
+        raise RefusedError("is a Git LFS pointer; fetch the image itself with: git lfs pull")
+    raise RefusedError("is not an image, or of a format that is not opened")
+
+
+def plugin_format(prefix: bytes) -> str | None:
+    """Return which of `PLUGINS` a file is, by its first 64 bytes.
+
+    Example:
+        >>> plugin_format(b"\\x00\\x00\\x00\\x18ftypheic\\x00\\x00\\x00\\x00mif1heic")
+        'HEIF'
+    """
+    if prefix.startswith(_JXL_SIGNATURES):
+        return "JXL"
+    if prefix[4:8] != b"ftyp":
+        return None
+    box = prefix[: int.from_bytes(prefix[:4], "big")]
+    brands = {box[8:12], *(box[i : i + 4] for i in range(16, len(box), 4))}
+    return "AVIF" if brands & _AVIF_BRANDS else "HEIF" if brands & _HEVC_BRANDS else None
+
+
+def _try_all(file: BinaryIO, prefix: bytes) -> ImageFile.ImageFile | None:
+    Image.preinit()
+    refusal: Exception | None = None
+    for name in _in_order():
+        opener, accept = Image.OPEN.get(name, (None, None))
         try:
-            if accept is None or accept(prefix) is True:
+            if opener is not None and (accept is None or accept(prefix[:16]) is True):
                 file.seek(0)
                 return opener(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # Pillow's words for "not of this format"
+        except _NOT_THIS as error:
+            if name == "TIFF" and "pixel mode" in str(error):
+                refusal = RefusedError("is a TIFF of samples that Pillow cannot read; use unsigned 8 or 16 bits")
+            elif name in ("JPEG", "PNG", "WEBP", "TIFF"):  # whose signatures are sure
+                refusal = refusal or SyntaxError(f"{name}: {error}")
+    if refusal is not None:
+        raise refusal
+    return None
+
+
+def _in_order() -> Iterator[str]:
+    """`opened_formats`, but Pillow's rarer plug-ins are imported only when none of the frequent ones fits."""
+    for name in FORMATS:
+        if name not in Image.OPEN and name not in PLUGINS:
+            Image.init()
+        yield name
+    yield from opened_formats()[len(FORMATS) :]
+
+
+def opened_formats() -> tuple[str, ...]:
+    """Names of the formats that are opened now: `FORMATS`, and what other packages registered in Pillow besides."""
+    Image.init()
+    return (*FORMATS, *(name for name in Image.OPEN if name not in FORMATS and not _is_pillows(Image.OPEN[name][0])))
+
+
+def is_image_suffix(suffix: str) -> bool:
+    """Whether files of this suffix are looked for in folders: `SUFFIXES`, and what other packages registered in Pillow.
+
+    Example:
+        >>> is_image_suffix(".JPG"), is_image_suffix(".eps")
+        (True, False)
+    """
+    suffix = suffix.lower()
+    if suffix in SUFFIXES:
+        return True
+    name = Image.EXTENSION.get(suffix)
+    return name in Image.OPEN and not _is_pillows(Image.OPEN[name][0])
+
+
+def _is_pillows(opener: Any) -> bool:
+    return (getattr(opener, "__module__", None) or "").partition(".")[0] == "PIL"
+
+
+def _plugin_opener(name: str) -> Any:
+    """What opens a format of `PLUGINS`: what is registered in Pillow, else what is installed, else None."""
+    Image.init()
+    if name in Image.OPEN:
+        opener = Image.OPEN[name][0]
+        if not _is_pillows(opener) or features.check(name.lower()):
+            return opener
+    # pillow_heif leaves Pillow as it is when it is imported; the other two register themselves.
+    for package in {"HEIF": ("pillow_heif", "pi_heif"), "AVIF": ("pillow_avif",), "JXL": ("pillow_jxl",)}[name]:
+        try:
+            module = import_module(package)
+        except ImportError:
             continue
+        return module.HeifImageFile if name == "HEIF" else Image.OPEN[name][0]
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..errors import SettingsError
-from .formats import SUFFIXES
+from .formats import is_image_suffix
 
 _Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
@@ -89,7 +89,7 @@ def matches(pattern: str) -> list[str]:
 
 def is_picture(name: str) -> bool:
     """Return whether a file is an image by its suffix, in any case."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return is_image_suffix(os.path.splitext(name)[1])
 
 
 def is_hidden(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from PIL import Image
 
-from .formats import FORMATS
+from .formats import opened_formats
 
 Setting: TypeAlias = bool | int | float | str | None
 
@@ -52,7 +52,7 @@ def read_setup() -> PillowSetup:
     """
     openers = {
         name: (_name(Image.OPEN[name][0]), _name(accept) if (accept := Image.OPEN[name][1]) else None)
-        for name in FORMATS
+        for name in opened_formats()
         if name in Image.OPEN and not _is_pillows(Image.OPEN[name][0])
     }
     decoders = {name: _name(decoder) for name, decoder in Image.DECODERS.items() if not _is_pillows(decoder)}

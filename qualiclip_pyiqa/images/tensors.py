@@ -1,16 +1,6 @@
-"""Pictures in: a path, bytes, a PIL image, a NumPy array or a tensor becomes an RGB tensor in 0..1, or one clear error.
+"""Images as tensors: a path, bytes, a PIL image, a NumPy array or a tensor becomes an RGB tensor in 0..1, or one error.
 
-The conversion, which decides scores and is the same for every source:
-
-- 8-bit RGB is divided by 255 and nothing else: the pixels of pyiqa's `imread2tensor`.
-- EXIF orientation is applied, so that a photograph is scored as it is seen (pyiqa ignores it).
-- Grey becomes three equal channels; palettes are looked up; of several frames or pages the current (first) one counts.
-- Alpha, a palette's or a PNG's transparent colour included, is laid over white, in floating point.
-- 16-bit grey is divided by 65535. Pillow reads 16-bit colour files as 8 bits; pass such pixels as a uint16 array.
-- CMYK, YCbCr and what else Pillow knows go through Pillow's `convert("RGB")`. Colour profiles are ignored.
-
-Nothing is resized. A file or PIL image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million unless changed) is
-refused before it is decoded: raise that number for such pictures.
+The conversion is described in `qualiclip_pyiqa.images`.
 """
 
 from __future__ import annotations
@@ -31,32 +21,53 @@ _SCALE = {"uint8": 255.0, "uint16": 65535.0}
 
 
 def load_image(
-    source: Source, *, ignore_orientation: bool = False, allow_truncated: bool = False, max_pixels: int | None = None
+    source: Source,
+    *,
+    ignore_orientation: bool = False,
+    allow_truncated: bool = False,
+    max_pixels: int | None = None,
+    ignore_profile: bool = False,
 ) -> Tensor:
-    """One picture as an RGB tensor.
+    """Load one image as an RGB tensor.
+
+    8-bit RGB becomes exactly the pixels that pyiqa reads. EXIF orientation and ICC profiles are applied, so that an
+    image is scored as a viewer shows it; alpha is laid over white. `qualiclip_pyiqa.images` describes the conversion.
 
     Args:
         source: path; encoded bytes; PIL image; array (H, W) or (H, W, C); tensor (H, W) or (C, H, W). C is 1 (grey),
-            3 (RGB) or 4 (RGB and alpha); values are uint8, uint16, or floating point in 0..1.
+            3 (RGB) or 4 (RGB and alpha); values are uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1.
+        ignore_orientation: take the pixels of a file or PIL image as they are stored, as for published figures.
+        allow_truncated: accept image data that end early; the rest is what the decoder makes of it.
+        max_pixels: refuse larger images before they are decoded. Default: `PIL.Image.MAX_IMAGE_PIXELS`, 89,478,485.
+        ignore_profile: do not convert to sRGB through the embedded ICC profile, as for published figures.
 
     Returns:
         (3, H, W) float32 in 0..1, H and W at least 32. A tensor keeps its device and its gradient.
 
     Raises:
-        ImageError: no such file, not a picture, damaged, too large or small, NaN, out of range, wrong shape or dtype.
+        ImageError: no such file, not an image, damaged, too large or small, NaN, out of range, wrong shape or dtype.
+
+    Example:
+        >>> load_image("examples/photos/hats.jpg").shape
+        torch.Size([3, 512, 768])
+        >>> load_image(torch.full((32, 32), 255, dtype=torch.uint8)).mean()
+        tensor(1.)
     """
     if isinstance(source, Tensor):
         if source.dim() not in (2, 3):
             raise ImageError(f"tensor has shape {tuple(source.shape)}; expected (C, H, W) or (H, W)")
         return _from_tensor(source if source.dim() == 3 else source.unsqueeze(0))
-    rules = ReadRules(ignore_orientation, allow_truncated, max_pixels)
+    rules = ReadRules(ignore_orientation, allow_truncated, max_pixels, ignore_profile)
     return from_pixels([read_pixels(source, rules)])[0].contiguous()
 
 
 def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None = None) -> Tensor:
-    """N arrays of one shape and dtype, as `read_pixels` gives them -> (N, 3, H, W) float32 in 0..1 on `device`.
+    """Make a batch of arrays of one shape and dtype, as `read_pixels` returns them.
 
-    The memory stays in the arrays' order (channels last), which the towers want anyway.
+    The memory stays in the arrays' order (channels last), which the towers are fastest with.
+
+    Returns:
+        (N, 3, H, W) float32 in 0..1 on `device`.
     """
     tensors = [torch.from_numpy(array) for array in arrays]
     pixels = (torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)).to(device)
@@ -64,15 +75,39 @@ def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None 
 
 
 def as_batch(
-    source: Source, *, ignore_orientation: bool = False, allow_truncated: bool = False, max_pixels: int | None = None
+    source: Source,
+    *,
+    ignore_orientation: bool = False,
+    allow_truncated: bool = False,
+    max_pixels: int | None = None,
+    ignore_profile: bool = False,
 ) -> Tensor:
-    """`load_image`, and tensors (N, C, H, W): always (N, 3, H, W) float32 in 0..1, N at least 1."""
+    """Load one image, or a tensor of several, as a batch.
+
+    Args:
+        source: what `load_image` takes; tensor (N, C, H, W), N at least 1.
+        ignore_orientation: see `load_image`, as for all others.
+
+    Returns:
+        (N, 3, H, W) float32 in 0..1; N is 1 for a single image.
+
+    Raises:
+        ImageError: as `load_image`.
+
+    Example:
+        >>> as_batch("examples/photos/hats.jpg").shape
+        torch.Size([1, 3, 512, 768])
+    """
     if isinstance(source, Tensor) and source.dim() == 4:
         if not len(source):
-            raise ImageError("tensor has shape (0, ...); expected at least one picture")
+            raise ImageError("tensor has shape (0, ...); expected at least one image")
         return _from_tensor(source)
     loaded = load_image(
-        source, ignore_orientation=ignore_orientation, allow_truncated=allow_truncated, max_pixels=max_pixels
+        source,
+        ignore_orientation=ignore_orientation,
+        allow_truncated=allow_truncated,
+        max_pixels=max_pixels,
+        ignore_profile=ignore_profile,
     )
     return loaded.unsqueeze(0)
 

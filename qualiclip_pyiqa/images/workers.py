@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ImageError, SettingsError
-from .convert import ReadRules, source_name
-from .decoding import Decoded, WorkerSettings, decode, one_line
+from .convert import ReadRules, one_line, source_name
+from .decoding import Decoded, WorkerSettings, decode
 from .pillow_setup import read_setup
 from .wire import READY, REPLY_SIZE, BadReplyError, pack_request, parse_reply
 
