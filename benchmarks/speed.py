@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from qualiclip_pyiqa.scoring.allocator import keep_freed_memory
-from qualiclip_pyiqa.scoring.scorer import compiled
+from qualiclip_pyiqa.scoring.network import compiled
 
 # Metric, batch, height, width, and how many times pyiqa's speed is to be reached (eager, compiled).
 CPU_CASES = (

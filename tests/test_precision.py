@@ -240,6 +240,6 @@ def test_a_scorer_asks_for_its_precision(precision: str, monkeypatch: pytest.Mon
         asked.append((device, allowed, foreign))
         yield
 
-    monkeypatch.setattr("qualiclip_pyiqa.scoring.scorer.tf32", recorded)
+    monkeypatch.setattr("qualiclip_pyiqa.scoring.network.tf32", recorded)
     list(Scorer(["qualiclip-mini", "piqe"], "cpu", workers=0, precision=precision).score([np.ones((40, 40, 3))]))
     assert asked == [(CPU, precision == "tf32", False), (CPU, precision == "tf32", True)]

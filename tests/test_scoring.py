@@ -7,7 +7,8 @@ import itertools
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from test_archs import build
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.scoring.scorer import BATCH_PIXELS, Scorer
+from qualiclip_pyiqa.scoring.description import describe_metric
+from qualiclip_pyiqa.scoring.network import BATCH_PIXELS, freezing
+from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record
 
 # What the issue of batching may cost: kernels block a batch differently.
@@ -297,7 +300,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
         records = list(scorer.score(pictures))
     assert close(records[:-1], [*expected[0::4], *expected[1::4]])
     assert records[-1].error == "47x33 pixels do not fit into the memory of cpu" and not records[-1].scores
-    assert "out of memory; going on with 2 pictures a batch" in caplog.text
+    assert "out of memory; continuing with 2 images a batch" in caplog.text
     assert max(sizes) > 2 and sizes.count(max(sizes)) == 1  # not tried again
 
 
@@ -375,13 +378,16 @@ def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
     ("metrics", "options", "message"),
     [
         ("qualiclip-min", {}, "did you mean 'qualiclip-mini'"),
+        ("zzz", {}, "unknown metric 'zzz' "),
         ([], {}, "no metric was given"),
         ("psnr", {}, "needs a reference"),
         (["qualiclip-mini", "qualiclip-mini"], {}, "two metrics have the same name"),
-        ([5], {}, "metric is a int"),
+        ([5], {}, "metric is of type int"),
         ("qualiclip-mini", {"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
         ("qualiclip-mini", {"workers": -1}, "workers is -1"),
         ("qualiclip-mini", {"max_pixels": 1.5}, "max_pixels is 1.5"),
+        ("qualiclip-mini", {"decode_timeout": 0}, "decode_timeout is 0; expected seconds above 0"),
+        ("qualiclip-mini", {"decode_timeout": float("nan")}, "decode_timeout is nan"),
         ("qualiclip-mini", {"precision": "int8"}, "expected one of fp32, tf32, bf16, fp16"),
         ("qualiclip-mini", {"device": "tpu"}, "device 'tpu' cannot be used"),
         ("qualiclip-mini", {"device": "cpu,meta"}, "several of one kind"),
@@ -417,3 +423,126 @@ def test_in_a_process_that_may_not_start_others(photos: list[Path], expected: li
     process.start()
     assert receive.poll(120) and np.allclose(receive.recv(), expected[:2], rtol=0, atol=SAME)
     process.join()
+
+
+SINGLE: dict[str, Callable[[Path], Any]] = {
+    "str": str,
+    "path": Path,
+    "bytes": Path.read_bytes,
+    "PIL image": Image.open,
+    "array": lambda path: np.asarray(Image.open(path)),
+    "grey array": lambda path: np.asarray(Image.open(path).convert("L")),
+    "tensor": load_image,
+}
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_a_single_image_in_place_of_a_list_is_one_image(kind: str, photos: list[Path]) -> None:
+    scorer = Scorer("qualiclip-mini", device="cpu", workers=0)
+    source = SINGLE[kind](photos[0])
+    (alone,), (listed,) = scorer.score(source), scorer.score([source])
+    assert alone == listed and alone.error is None
+
+
+def test_batches_are_read_one_by_one_and_other_things_are_refused(photos: list[Path]) -> None:
+    scorer = Scorer("qualiclip-mini", device="cpu", workers=0)
+    batch = torch.stack([load_image(photos[0]), load_image(photos[4])])
+    records = list(scorer.score(batch))
+    assert [record.scores for record in records] == [record.scores for record in scorer.score([*batch])]
+    assert len(records) == 2
+    with pytest.raises(SettingsError, match="images is of type int; expected an iterable of images, or one image"):
+        list(scorer.score(5))  # type: ignore[arg-type]
+
+
+class Rated(torch.nn.Module):
+    """A network that says which way its scores point."""
+
+    def __init__(self, lower_better: bool) -> None:
+        super().__init__()
+        self.lower_better = lower_better
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean()[None]
+
+
+def test_directions_come_from_the_metrics_whatever_the_columns_are_called(tiny_folder: Path) -> None:
+    pairs = {"light": ("Bright photo.", "Dark photo."), "sharp": ("Sharp image.", "Blurry image.")}
+    metrics = {
+        "my piqe": pyiqa.create_metric("piqe", device="cpu"),
+        "piqe": build("tiny-resnet", tiny_folder, prompts=pairs),
+        "down": Rated(True),
+        "up": Rated(False),
+        "says nothing": torch.nn.Identity(),
+    }
+    scorer = Scorer(metrics, device="cpu", workers=0)
+    assert scorer.lower_better == {
+        "my piqe": True,
+        "piqe.light": False,
+        "piqe.sharp": False,
+        "down": True,
+        "up": False,
+        "says nothing": False,
+    }
+    assert tuple(scorer.lower_better) == scorer.columns
+
+
+def test_other_packages_metrics_are_described_as_they_run() -> None:
+    columns = {}
+    for device in ("cpu", "cuda"):
+        described = describe_metric(pyiqa.create_metric("piqe", device="cpu"), torch.device(device))
+        columns[device] = described["precision"]
+    assert columns == {"cpu": "fp32", "cuda": "fp32, convolutions in TF32"}
+    assert "precision" not in describe_metric(pyiqa.create_metric("qualiclip-mini", device="cpu"), torch.device("cpu"))
+
+
+def test_a_default_dtype_of_double_precision_changes_no_score(photos: list[Path], tiny_folder: Path) -> None:
+    def scored() -> list[dict[str, Any]]:
+        metrics = {
+            "mini": "qualiclip-mini",
+            "resnet": build("tiny-resnet-pos", tiny_folder),
+            "vit": build("tiny-vit", tiny_folder, prompts="sharpness"),
+        }
+        scorer = Scorer(metrics, device="cpu", workers=0)
+        sources = [photos[0], load_image(photos[1]), np.asarray(Image.open(photos[2]))]
+        return [dict(record.scores) for record in scorer.score(sources)]
+
+    expected = scored()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = scored()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert len(one) == 3 and one == pytest.approx(other, abs=SAME)
+
+
+def test_what_is_passed_in_is_not_changed() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(1), torch.nn.Dropout()).train()
+    image = np.full((32, 32, 3), 128, np.uint8)
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 32, 32))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    (record,) = Scorer({"net": net}, device="cpu", workers=0).score(image)
+    assert record.error is None and net.training and all(module.training for module in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    Scorer({"net": net}, device="meta")
+    assert {value.device.type for value in net.state_dict().values()} == {"cpu"}
+
+
+def test_inductors_configuration_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as config
+
+    cpu = torch.device("cpu")
+    with freezing(cpu):
+        assert config.freezing
+    with freezing(torch.device("meta")):
+        assert not config.freezing
+    monkeypatch.setitem(sys.modules, "torch._inductor.config", None)
+    monkeypatch.delattr(torch._inductor, "config")
+    with freezing(cpu):
+        pass
+    monkeypatch.undo()
+    monkeypatch.setattr(torch._inductor, "config", object())
+    with freezing(cpu):
+        pass

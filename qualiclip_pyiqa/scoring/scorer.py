@@ -1,93 +1,90 @@
-"""Many pictures: decoded in worker processes, scored in batches of one size, one record each in input order.
+"""Score many images: decoded in worker processes, batched by size, one record each in input order.
 
-A picture goes  source -> `Decoder` -> waiting room by size -> `Network` on a device -> record.  Nothing is padded or
-resized, so that a batched score is the single picture's. The number of pictures between the oldest without a record and
-the newest that was read is bounded, and so is what their pixels weigh, whatever the number of inputs.
+An image goes  source -> `Decoder` -> waiting room by size -> `Network` on a device -> record.  Nothing is padded or
+resized, so a score does not depend on the batch. The number of images between the oldest without a record and the
+newest that was read is bounded, and so is the memory of their pixels, whatever the number of inputs.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import logging
-import math
 import multiprocessing
 import os
 import queue
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from ..errors import ImageError, SettingsError
 from ..images.convert import ReadRules
 from ..images.decoding import decode
-from ..images.tensors import Source, from_pixels, load_image
+from ..images.tensors import Source, load_image
 from ..images.workers import DecodedImage, Decoder
-from ..metrics.prompt_iqa import PromptIQA
-from ..towers.onednn import use_onednn
-from ..towers.streaming import LARGE_PIXELS
+from .building import Metrics, build_metrics, named_metrics
 from .description import describe_metric, lower_is_better
-from .precision import PRECISIONS, tf32
+from .network import Network, Scored
+from .precision import PRECISIONS
 from .tables import Record
 
-logger = logging.getLogger(__name__)
-
-# Pixels of a batch on a GPU: 85 pictures of 512x384, 8 of 1080p, 2 of 4K; a larger picture goes alone. On a CPU larger
-# batches are slower than single pictures, since their features leave the caches and the memory that is at hand.
-BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
-# What decoded pictures may weigh until they are scored.
+# Bytes of decoded images that may wait to be scored.
 DECODED_BYTES = 2**30
-
-# How PyTorch says so on a CPU, and where CUDA or its libraries ask for the memory themselves.
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
 
 
 class Scorer:
-    """Scores any number of pictures by one or more no-reference metrics.
+    """Scores any number of images by one or more no-reference metrics.
 
-    Scores equal those of one picture at a time to 2e-6 (fp32), whatever the batch size, workers, order and devices.
+    On a CPU in fp32, scores equal `metric(x)` of one image at a time to 2e-6, whatever the batch size, workers, order
+    and devices. On an NVIDIA GPU a scorer uses TF32 only if asked to, while pyiqa's `metric(x)` always allows it for
+    convolutions: there, fp32 scores agree with those of a CPU to float32 rounding, and not with `metric(x)`.
 
     Args:
         metrics: a name that `pyiqa.create_metric` knows, the file of a model that was trained with this package, a
-            metric or network, a list of those, or a mapping from column to one of those. Metrics on the same tower
-            share its pass. Metrics that are not this package's are scored picture by picture, since theirs may depend
-            on what else is in a batch.
+            metric or network, a list of those, or a mapping from column to one of those. What is passed in is copied,
+            not changed. Metrics on equal towers share one pass. Metrics of other packages are scored image by image,
+            since their scores may depend on what else is in a batch, in float32 and as pyiqa runs them.
         device: such as "cpu", "cuda" or "cuda:0"; several, in a list or with commas, share the work. Default: CUDA if
             there is one.
-        batch_size: pictures of equal size that go through a network together, at most; fewer where they are large.
-            Default: 32, on a CPU 8.
-        workers: processes that decode; 0 decodes here, in between. Default: by the number of CPU cores, 0 in a
-            process that may not start others.
+        batch_size: images of equal size that go through a network together, at most; fewer if they are large. Default:
+            32, on a CPU 8.
+        workers: processes that decode; 0 decodes in this process, in between. Default: by the number of CPU cores, 0
+            in a process that may not start others.
         precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16".
-        compile: whether the networks go through `torch.compile`, which pays from a few hundred pictures on.
-        ignore_orientation, allow_truncated, max_pixels: how files become pixels, see `images.convert.ReadRules`.
-        decode_timeout: seconds after which a worker process that has not decoded an image is replaced and the image
-            is an error; `math.inf`: no limit.
+        compile: whether the networks go through `torch.compile`, which pays from a few hundred images on.
+        max_pixels: larger images are refused before they are decoded. Default: Pillow's limit, 89 million.
+        ignore_orientation: take pixels as they are stored, not turned as EXIF orientation says that they are shown.
+        allow_truncated: score files whose image data ends early.
+        decode_timeout: seconds that a worker may take to decode an image before it is replaced and the image is an
+            error; `math.inf`: no limit.
+
+    Attributes:
+        columns: names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
+        lower_better: for every column, whether a lower score means a better image.
 
     Raises:
         SettingsError: an unknown metric, one that needs a reference, two with the same column, or a setting that makes
-            no sense. WeightsError: a weight file is missing.
+            no sense.
+        WeightsError: a weight file is missing.
 
     Example:
-        >>> for record in Scorer(["qualiclip", "clipiqa"]).score(Path("photos").glob("*.jpg")):
-        ...     print(record.path, record.scores)
+        >>> scorer = Scorer("qualiclip-mini", device="cpu", workers=0)
+        >>> scorer.lower_better
+        {'qualiclip-mini': False}
+        >>> grey = np.full((40, 60, 3), 128, np.uint8)
+        >>> [(record.width, record.height, list(record.scores)) for record in scorer.score([grey])]
+        [(60, 40, ['qualiclip-mini'])]
     """
 
     def __init__(
         self,
-        metrics: Any,
+        metrics: Metrics,
         device: str | torch.device | Sequence[str | torch.device] | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
@@ -106,54 +103,82 @@ class Scorer:
         usual = 0 if multiprocessing.current_process().daemon else max(1, min(8, cores // 4 if on_cpu else cores))
         self.workers = _at_least(0, "workers", usual, workers)
         limit = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
-        self.rules = ReadRules(ignore_orientation, allow_truncated, limit)
-        if not decode_timeout > 0:
-            raise SettingsError(f"decode_timeout is {decode_timeout!r}; expected seconds above 0")
-        self.decode_timeout = decode_timeout
+        self.rules = ReadRules(bool(ignore_orientation), bool(allow_truncated), limit)
+        self.decode_timeout = _seconds("decode_timeout", decode_timeout)
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-        named = _named(metrics)
-        self.networks = [Network(_build(named, each), each, precision, compile) for each in devices]
-        #: Names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
-        self.columns = self.networks[0].columns
-        #: Column -> whether a lower score means a better image, as the metric itself says.
-        self.lower_better = {c: lower_is_better(metric) for c, metric in self.networks[0].metrics.items()}
-
-    def describe(self) -> dict[str, Any]:
-        """Return everything that decides the scores, as plain values; tables are stored with it.
-
-        `columns` maps every score to what is known of its metric, `lower_better` among that.
-        """
-        first = self.networks[0]
-        return {
-            "version": version("qualiclip-pyiqa"),
-            "torch": str(torch.__version__),
-            "columns": {column: describe_metric(metric) for column, metric in first.metrics.items()},
-            "precision": first.precision,
-            "device": first.device.type,
-            "images": asdict(self.rules),
+        named = named_metrics(metrics)
+        self.networks = [Network(build_metrics(named, each), each, precision, compile) for each in devices]
+        self.columns: tuple[str, ...] = self.networks[0].columns
+        self.lower_better: dict[str, bool] = {
+            column: lower_is_better(metric) for column, metric in self.networks[0].metrics.items()
         }
 
-    def score(self, images: Iterable[Source | ImageError]) -> Iterator[Record]:
-        """Yield one record per picture, in input order, as they are ready.
+    def score(self, images: Iterable[Source | ImageError] | Source) -> Iterator[Record]:
+        """Yield one record per image, in input order, as they are ready.
 
         Args:
-            images: what `load_image` takes, one picture each, or the `ImageError` that there is instead of one; any
-                iterable, read as needed and never kept. Paths and bytes are decoded in worker processes.
+            images: an iterable of what `load_image` takes, read as needed and never kept; or one of those alone, which
+                is scored as one image: a path, bytes, a PIL image, an array (H, W) or (H, W, C), a tensor (C, H, W). An
+                `ImageError` in the place of an image becomes its record's error. Paths and bytes are decoded in worker
+                processes.
 
-        A picture that cannot be scored is a record with an error. A decoding process that is killed is replaced; a
+        An image that cannot be scored has a record with an error. A decoding process that dies or hangs is replaced; a
         batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
+
+        Raises:
+            SettingsError: `images` is neither an image nor an iterable.
         """
+        sources = _each(images)
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         ahead = 2 * self.workers or self.batch_size
         decoder = Decoder(self.workers, ahead, events, self.rules, self.decode_timeout)
         threads = [ThreadPoolExecutor(1) for _ in self.networks]
         try:
-            yield from _Run(self, iter(images), events, decoder, threads)
+            yield from _Run(self, sources, events, decoder, threads)
         finally:
             decoder.close()
             for thread in threads:
                 thread.shutdown(cancel_futures=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides the scores, ready for JSON: what a table of scores keeps beside it.
+
+        Weight files are hashed, which takes a second for a large one.
+
+        Returns:
+            `version` of this package, `torch`, `columns` (for every score, `lower_better` and what else its metric says
+            of itself), `precision`, kind of `device`, and `images`, the rules of reading.
+        """
+        network = self.networks[0]
+        return {
+            "version": version("qualiclip-pyiqa"),
+            "torch": str(torch.__version__),
+            "columns": {column: describe_metric(metric, network.device) for column, metric in network.metrics.items()},
+            "precision": network.precision,
+            "device": network.device.type,
+            "images": asdict(self.rules),
+        }
+
+
+@dataclass(frozen=True)
+class _ScoredBatch:
+    """What a device's thread puts on the queue when a batch is done.
+
+    Attributes:
+        device: index of the device.
+        numbers: of the images.
+        height, width: of every image.
+        weight: bytes of all pixels.
+        scored: holds the scores, or what was raised.
+    """
+
+    device: int
+    numbers: list[int]
+    height: int
+    width: int
+    weight: int
+    scored: Future[list[Scored]]
 
 
 class _Run:
@@ -169,13 +194,13 @@ class _Run:
     ) -> None:
         self.scorer, self.images, self.events, self.decoder, self.threads = scorer, images, events, decoder, threads
         self.window = 8 * scorer.batch_size + 2 * scorer.workers
-        self.busy = [0] * len(threads)  # batches that a device has or that wait for it
+        self.busy = [0] * len(threads)  # batches that a device works on or that wait for it
         self.paths: dict[int, str | None] = {}
         self.waiting: OrderedDict[Any, deque[tuple[int, np.ndarray]]] = OrderedDict()  # by shape and dtype
-        self.decoded_bytes = 0  # of pictures that are not scored yet
-        self.last_bytes = 0  # of the picture that was decoded last, as a guess for the next ones
+        self.decoded_bytes = 0  # of images that are not scored yet
+        self.last_bytes = 0  # of the image that was decoded last, as a guess for the next ones
         self.done: dict[int, Record] = {}
-        self.read = 0  # pictures taken from the input
+        self.read = 0  # images taken from the input
         self.exhausted = False
 
     def __iter__(self) -> Iterator[Record]:
@@ -190,7 +215,11 @@ class _Run:
             if self.exhausted and number == self.read:
                 return
             if number not in self.done:
-                self._handle(self.events.get())
+                event: DecodedImage | _ScoredBatch = self.events.get()
+                if isinstance(event, DecodedImage):
+                    self._take_decoded(event)
+                else:
+                    self._take_scored(event)
 
     def _may_read(self, number: int) -> bool:
         weight = self.decoded_bytes + self.decoder.pending * self.last_bytes
@@ -204,22 +233,23 @@ class _Run:
             self.exhausted = True
             return
         number, self.read = self.read, self.read + 1
-        if isinstance(source, os.PathLike):  # perhaps of a class that no worker knows
+        if isinstance(source, os.PathLike):  # its class may be unknown to workers
             source = os.fsdecode(source)
         self.paths[number] = source if isinstance(source, str) else None
         if isinstance(source, str | bytes):
             self.decoder.submit(number, source)
-        elif isinstance(source, ImageError):  # of whoever should have brought the picture
-            self._decoded(number, source)
+        elif isinstance(source, ImageError):  # from whoever should have brought the image
+            self._add(number, source)
         elif isinstance(source, Tensor):
             try:
-                self._decoded(number, np.asarray(load_image(source).detach().cpu().movedim(0, -1)))
+                self._add(number, np.asarray(load_image(source).detach().cpu().movedim(0, -1)))
             except ImageError as error:
-                self._decoded(number, error)
+                self._add(number, error)
         else:
-            self._decoded(number, decode(source, self.scorer.rules))
+            self._add(number, decode(source, self.scorer.rules))
 
-    def _decoded(self, number: int, result: np.ndarray | ImageError) -> None:
+    def _add(self, number: int, result: np.ndarray | ImageError) -> None:
+        """Put decoded pixels into the waiting room of their size, or finish an image that has none."""
         if isinstance(result, ImageError):
             self.done[number] = Record(self.paths.pop(number), error=str(result))
             return
@@ -236,252 +266,50 @@ class _Run:
                 if key is None:
                     if self.busy[device]:
                         break
-                    key = min(self.waiting, key=lambda key: self.waiting[key][0][0])  # that of the oldest picture
+                    key = min(self.waiting, key=lambda key: self.waiting[key][0][0])  # that of the oldest image
                 room = self.waiting[key]
                 batch = [room.popleft() for _ in range(min(size, len(room)))]
                 if not room:
                     del self.waiting[key]
                 numbers, pixels = [n for n, _ in batch], [p for _, p in batch]
                 self.busy[device] += 1
+                height, width = pixels[0].shape[:2]
+                weight = len(pixels) * pixels[0].nbytes
+                finished = partial(_ScoredBatch, device, numbers, height, width, weight)
                 future = thread.submit(self.scorer.networks[device], pixels)
-                shape, weight = pixels[0].shape, len(pixels) * pixels[0].nbytes
-                future.add_done_callback(
-                    lambda done, event=("scored", device, numbers, shape, weight): self.events.put(  # type: ignore[misc]
-                        (*event, done)
-                    )
-                )
+                future.add_done_callback(partial(self._put, finished))
 
-    def _handle(self, event: Any) -> None:
-        if isinstance(event, DecodedImage):
-            self.decoder.pending -= 1
-            if not isinstance(event.result, np.ndarray | ImageError):
-                raise event.result
-            self._decoded(event.number, event.result)
-            return
-        _, device, numbers, (height, width, *_), weight, done = event
-        self.busy[device] -= 1
-        self.decoded_bytes -= weight
-        finished: Future[list[tuple[dict[str, float], str | None]]] = done
-        for number, (scores, error) in zip(numbers, finished.result(), strict=True):
-            self.done[number] = Record(self.paths.pop(number), width, height, scores, error)
+    def _put(self, finished: partial[_ScoredBatch], scored: Future[list[Scored]]) -> None:
+        self.events.put(finished(scored))
+
+    def _take_decoded(self, event: DecodedImage) -> None:
+        self.decoder.pending -= 1
+        if not isinstance(event.result, np.ndarray | ImageError):
+            raise event.result
+        self._add(event.number, event.result)
+
+    def _take_scored(self, batch: _ScoredBatch) -> None:
+        self.busy[batch.device] -= 1
+        self.decoded_bytes -= batch.weight
+        for number, image in zip(batch.numbers, batch.scored.result(), strict=True):
+            self.done[number] = Record(self.paths.pop(number), batch.width, batch.height, image.scores, image.error)
 
 
-class Network:
-    """All metrics on one device: pixels of one shape and dtype -> per picture its scores and what went wrong.
-
-    Args:
-        metrics: what `_build` gives.
-        device, precision, compile: see `Scorer`.
-    """
-
-    def __init__(self, metrics: Mapping[str, nn.Module], device: torch.device, precision: str, compile: bool) -> None:
-        self.device = device
-        self.precision = precision
-        self.batch_pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cuda"])
-        self.heads: list[tuple[list[str], PromptIQA, int]] = []  # columns, network, index of its features
-        self.towers: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = []  # compiled, plain
-        self.others: list[tuple[str, nn.Module]] = []
-        own: list[tuple[str, PromptIQA]] = []
-        for name, metric in metrics.items():
-            net = getattr(metric, "net", metric)
-            if not isinstance(net, PromptIQA):
-                self.others.append((name, metric.to(device).eval()))
-                continue
-            net.eval()
-            twin = next((first for _, first in own if _same(first.tower, net.tower)), None)
-            if twin is not None:
-                net.tower = twin.tower  # and its own memory is freed
-            own.append((name, net))
-        firsts: list[PromptIQA] = []  # those whose features the others share
-        for name, net in own:
-            net.to(device=device, dtype=PRECISIONS[precision])
-            if not compile:
-                use_onednn(net.tower)
-            index = next(
-                (k for k, first in enumerate(firsts) if (first.tower, first.tile) == (net.tower, net.tile)), -1
-            )
-            if index < 0:
-                index = len(firsts)
-                firsts.append(net)
-                self.towers.append((compiled(net.features) if compile else net.features, net.features))
-            self.heads.append((_columns(name, net), net, index))
-        self.columns = tuple(c for name, metric in metrics.items() for c in _columns(name, metric))
-        self.metrics = {c: metric for name, metric in metrics.items() for c in _columns(name, metric)}
-        if len(set(self.columns)) < len(self.columns):
-            twice = next(c for c in self.columns if self.columns.count(c) > 1)
-            raise SettingsError(f"two metrics would be called {twice!r}; pass a mapping from column to metric")
-
-    @torch.no_grad()
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]]:
-        each = pixels[0].shape[0] * pixels[0].shape[1]
-        out: list[tuple[dict[str, float], str | None]] = []
-        while len(out) < len(pixels):
-            count = max(1, self.batch_pixels // each)
-            part = pixels[len(out) : len(out) + count]
-            scored = self._unless_out_of_memory(part)
-            if scored is not None:
-                out += scored
-            elif len(part) > 1:
-                self.batch_pixels = each * (len(part) // 2)
-                logger.warning("%s is out of memory; going on with %d pictures a batch", self.device, len(part) // 2)
-            else:
-                height, width = part[0].shape[:2]
-                out.append(({}, f"{width}x{height} pixels do not fit into the memory of {self.device}"))
-            if scored is None and self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return out
-
-    def _unless_out_of_memory(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]] | None:
-        try:
-            return self._score(pixels)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            return None
-
-    def _score(self, pixels: Sequence[np.ndarray]) -> list[tuple[dict[str, float], str | None]]:
-        rgb = from_pixels(pixels, self.device)
-        rows: list[dict[str, float]] = [{} for _ in pixels]
-        errors: list[list[str]] = [[] for _ in pixels]
-        # Strips, which keep a large picture's memory low, are not compiled.
-        large = rgb.shape[2] * rgb.shape[3] > LARGE_PIXELS
-        with tf32(self.device, self.precision == "tf32"):
-            features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
-            for columns, net, index in self.heads:
-                for row, problems, scores in zip(rows, errors, net.score(features[index]).tolist(), strict=True):
-                    for column, score in zip(columns, scores, strict=True):
-                        _keep(row, problems, column, score)
-        for name, metric in self.others:
-            with tf32(self.device, self.precision == "tf32", foreign=True):
-                for row, problems, picture in zip(rows, errors, rgb, strict=True):
-                    try:
-                        score = metric(picture.unsqueeze(0).contiguous()).item()
-                    except Exception as error:  # what a foreign metric cannot score is that picture's error
-                        if _out_of_memory(error):
-                            raise
-                        problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
-                    else:
-                        _keep(row, problems, name, score)
-        return [(row, "; ".join(problems) or None) for row, problems in zip(rows, errors, strict=True)]
+def _each(images: Iterable[Source | ImageError] | Source) -> Iterator[Source | ImageError]:
+    """The images one by one; a single image is one, though paths, arrays and tensors can be iterated over."""
+    if isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image):
+        return iter([images])
+    if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
+        return iter([images])
+    try:
+        return iter(images)
+    except TypeError:
+        raise SettingsError(
+            f"images is of type {type(images).__name__}; expected an iterable of images, or one image"
+        ) from None
 
 
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`torch.compile`, with the frozen weights packed for the CPU's convolutions.
-
-    The first size is compiled as such, which is fastest; the second one makes it a graph for any size. Packing is
-    Inductor's "freezing" (environment variable TORCHINDUCTOR_FREEZING); given as an option of `torch.compile` it has no
-    effect in torch 2.15. The function must not need gradients, and its weights must not change afterwards.
-    """
-    import torch._inductor.config
-
-    fast = torch.compile(function)
-
-    def call(x: Tensor) -> Tensor:
-        with torch.no_grad(), torch._inductor.config.patch(freezing=x.device.type == "cpu"):
-            return fast(x)
-
-    return call
-
-
-def _keep(row: dict[str, float], problems: list[str], column: str, score: float) -> None:
-    if math.isfinite(score):
-        row[column] = float(f"{score:.9g}")  # all that single precision holds
-    else:
-        problems.append(f"{column}: the score is {score}")
-
-
-def _same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two towers give the same features: the same modules with the same settings and values."""
-    ours, theirs = dict(first.named_buffers()), dict(second.named_buffers())
-    return (
-        _structure(first) == _structure(second)
-        and ours.keys() == theirs.keys()
-        and all(
-            value.dtype == theirs[name].dtype and torch.equal(value.to(theirs[name].device), theirs[name])
-            for name, value in ours.items()
-        )
-    )
-
-
-def _structure(tower: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
-    """Per module its class and its settings, such as strides, heads and whether there is a positional table."""
-    return {
-        path: (type(module), {name: value for name, value in vars(module).items() if not name.startswith("_")})
-        for path, module in tower.named_modules()
-    }
-
-
-def _named(metrics: Any) -> Mapping[str, Any]:
-    """Column -> name, file, metric or network."""
-    if not isinstance(metrics, Mapping):
-        metrics = [metrics] if isinstance(metrics, str | os.PathLike | nn.Module) else list(metrics)
-        metrics = [os.fspath(metric) if isinstance(metric, os.PathLike) else metric for metric in metrics]
-        named = [(metric if isinstance(metric, str) else _name(metric), metric) for metric in metrics]
-        metrics = dict(named)
-        if len(metrics) < len(named):
-            raise SettingsError("two metrics have the same name; pass a mapping from column to metric")
-    if not metrics:
-        raise SettingsError("no metric was given; expected names such as 'qualiclip-mini'")
-    return metrics
-
-
-def _build(metrics: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
-    """Column -> metric, made for this device or copied, so that nothing of the caller's is moved or changed."""
-    import pyiqa
-
-    built: dict[str, nn.Module] = {}
-    for column, metric in metrics.items():
-        if isinstance(metric, str) and metric.endswith(".safetensors"):
-            metric = pyiqa.create_metric("qualiclip", device=device, weights=metric)
-        elif isinstance(metric, str):
-            known = pyiqa.list_models()
-            if metric not in known:
-                near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)[0]
-                raise SettingsError(f"unknown metric {metric!r}; did you mean {near!r}? `pyiqa -ls` lists all")
-            metric = pyiqa.create_metric(metric, device=device)
-        elif isinstance(metric, nn.Module):
-            metric = _copied(metric)
-        else:
-            raise SettingsError(f"metric is a {type(metric).__name__}; expected a name, a pyiqa metric or a network")
-        if getattr(metric, "metric_mode", "NR") != "NR":
-            raise SettingsError(f"{column} needs a reference picture; expected no-reference metrics")
-        built[column] = metric
-    return built
-
-
-def _copied(metric: nn.Module) -> nn.Module:
-    """A copy that follows `.to()`.
-
-    Off the CPU the `dummy_param` by which pyiqa's metrics know their device is no parameter but what `.to()` made of
-    one: it would stay where it is, and PyTorch copies no tensor that has a history.
-    """
-    marker = metric.__dict__.get("dummy_param")
-    if not isinstance(marker, Tensor):
-        return copy.deepcopy(metric)
-    parameter = nn.Parameter(marker.detach())
-    copied = copy.deepcopy(metric, {id(marker): parameter})
-    copied.dummy_param = parameter
-    return copied
-
-
-def _columns(name: str, metric: nn.Module) -> list[str]:
-    net = getattr(metric, "net", metric)
-    if not isinstance(net, PromptIQA) or len(net.attributes) == 1:
-        return [name]
-    return [f"{name}.{attribute}" for attribute in net.attributes]
-
-
-def _name(metric: Any) -> str:
-    return getattr(metric, "metric_name", None) or getattr(metric, "model_type", None) or type(metric).__name__
-
-
-def _devices(device: Any) -> list[torch.device]:
+def _devices(device: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = device.split(",") if isinstance(device, str) else [device] if isinstance(device, torch.device) else device
@@ -489,10 +317,10 @@ def _devices(device: Any) -> list[torch.device]:
         devices = [torch.device(name) for name in names]
         for each in devices:
             torch.empty(0, device=each)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch says in its first line what is missing
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's first line says what is missing
         reason = str(error).splitlines()[0]
         raise SettingsError(
-            f"device {device!r} cannot be used ({reason}); expected such as 'cpu' or 'cuda:0'"
+            f"device {device!r} cannot be used ({reason}); expected for example 'cpu' or 'cuda:0'"
         ) from error
     if not devices or len({each.type for each in devices}) > 1:
         raise SettingsError(f"device is {device!r}; expected one, or several of one kind")
@@ -503,3 +331,9 @@ def _at_least(least: int, what: str, default: int, value: int | None) -> int:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise SettingsError(f"{what} is {value!r}; expected an integer of at least {least}")
     return default if value is None else value
+
+
+def _seconds(what: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise SettingsError(f"{what} is {value!r}; expected seconds above 0")
+    return float(value)

@@ -1,0 +1,104 @@
+"""The metrics of a scorer: from names, files, pyiqa's metrics and networks to modules of its own, by column."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingsError, did_you_mean
+from ..metrics.base import BlindMetric
+
+#: A name that `pyiqa.create_metric` knows, the file of a model trained with this package, a metric or a network.
+MetricLike: TypeAlias = str | os.PathLike[str] | nn.Module
+#: One metric, several, or a mapping from column to metric.
+Metrics: TypeAlias = MetricLike | Iterable[MetricLike] | Mapping[str, MetricLike]
+
+
+def named_metrics(metrics: Metrics) -> dict[str, str | nn.Module]:
+    """Give every metric its column.
+
+    Raises:
+        SettingsError: no metric, or two of the same name.
+    """
+    if isinstance(metrics, Mapping):
+        named: list[tuple[str, Any]] = list(metrics.items())
+    else:
+        several = [metrics] if isinstance(metrics, str | os.PathLike | nn.Module) else list(metrics)
+        named = [(_name(metric), metric) for metric in several]
+    found = {column: os.fspath(metric) if isinstance(metric, os.PathLike) else metric for column, metric in named}
+    if len(found) < len(named):
+        raise SettingsError("two metrics have the same name; pass a mapping from column to metric")
+    if not found:
+        raise SettingsError("no metric was given; expected names such as 'qualiclip-mini'")
+    return found
+
+
+def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) -> dict[str, nn.Module]:
+    """Make every metric for `device`, or copy it, so that nothing of the caller's is moved or changed.
+
+    Raises:
+        SettingsError: an unknown metric, one that needs a reference, or something that is not a metric.
+        WeightsError: a weight file is missing.
+    """
+    import pyiqa
+
+    built: dict[str, nn.Module] = {}
+    for column, metric in metrics.items():
+        if isinstance(metric, str) and metric.endswith(".safetensors"):
+            own: nn.Module = pyiqa.create_metric("qualiclip", device=device, weights=metric)
+        elif isinstance(metric, str):
+            known = pyiqa.list_models()
+            if metric not in known:
+                raise SettingsError(f"unknown metric {metric!r}{did_you_mean(metric, known)} (`pyiqa -ls` lists all)")
+            own = pyiqa.create_metric(metric, device=device)
+        elif isinstance(metric, nn.Module):
+            own = _copied(metric)
+        else:
+            raise SettingsError(
+                f"metric is of type {type(metric).__name__}; expected a name, a pyiqa metric or a network"
+            )
+        if getattr(own, "metric_mode", "NR") != "NR":
+            raise SettingsError(f"{column} needs a reference image; expected no-reference metrics")
+        built[column] = own
+    return built
+
+
+def blind_metric(metric: nn.Module) -> BlindMetric | None:
+    """This package's network in a metric, or None for other packages' metrics."""
+    net = getattr(metric, "net", metric)
+    return net if isinstance(net, BlindMetric) else None
+
+
+def columns_of(name: str, metric: nn.Module) -> list[str]:
+    """Names of a metric's scores: its own, or with a dot and the attribute for a metric with several."""
+    net = blind_metric(metric)
+    if net is None or len(net.attributes) == 1:
+        return [name]
+    return [f"{name}.{attribute}" for attribute in net.attributes]
+
+
+def _name(metric: MetricLike) -> str:
+    if isinstance(metric, str | os.PathLike):
+        return os.fspath(metric)
+    named = getattr(metric, "metric_name", None) or getattr(metric, "model_type", None)
+    return str(named) if named else type(metric).__name__
+
+
+def _copied(metric: nn.Module) -> nn.Module:
+    """Copy a metric so that the copy follows `.to()`.
+
+    pyiqa's metrics know their device by a `dummy_param`. Off the CPU that is not a parameter but what `.to()` made of
+    one: it would stay where it is, and PyTorch refuses to copy a tensor that has a history.
+    """
+    marker = metric.__dict__.get("dummy_param")
+    if not isinstance(marker, Tensor):
+        return copy.deepcopy(metric)
+    parameter = nn.Parameter(marker.detach())
+    copied = copy.deepcopy(metric, {id(marker): parameter})
+    copied.dummy_param = parameter
+    return copied

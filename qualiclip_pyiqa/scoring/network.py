@@ -1,0 +1,229 @@
+"""All metrics of a scorer on one device: batches of equal size, one pass for metrics on equal towers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingsError
+from ..images.tensors import from_pixels
+from ..metrics.base import BlindMetric
+from ..towers.onednn import use_onednn
+from ..towers.streaming import LARGE_PIXELS
+from .building import blind_metric, columns_of
+from .precision import PRECISIONS, tf32
+
+logger = logging.getLogger(__name__)
+
+Features: TypeAlias = Callable[[Tensor], Tensor]
+
+# Pixels of a batch on a GPU: 85 images of 512x384, 8 of 1080p, 2 of 4K; a larger image goes alone. On a CPU larger
+# batches are slower than single images, since their features leave the caches.
+BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
+
+# How PyTorch says so on a CPU, and where CUDA or its libraries allocate the memory themselves.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass
+class Scored:
+    """One image's scores by column, and why those that are missing are missing."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def error(self) -> str | None:
+        return "; ".join(self.errors) or None
+
+    def add(self, column: str, score: float) -> None:
+        if math.isfinite(score):
+            self.scores[column] = float(f"{score:.9g}")  # all that single precision holds
+        else:
+            self.errors.append(f"{column}: the score is {score}")
+
+
+class Network:
+    """Metrics on one device: pixels of one shape and dtype -> scores of each image.
+
+    This package's metrics take a batch at once, and those whose features are equal share them. Metrics of others take
+    one image at a time, because their scores may depend on what else is in a batch.
+
+    Args:
+        metrics: column -> metric; the network's own, which it moves and changes.
+        device, precision, compile: see `Scorer`.
+
+    Raises:
+        SettingsError: two scores would have the same column.
+    """
+
+    def __init__(self, metrics: Mapping[str, nn.Module], device: torch.device, precision: str, compile: bool) -> None:
+        self.device = device
+        self.precision = precision
+        self.batch_pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cuda"])
+        self.heads: list[tuple[list[str], BlindMetric, int]] = []  # columns, metric, index of its features
+        self.towers: list[tuple[Features, Features]] = []  # perhaps compiled, never compiled
+        self.others: list[tuple[str, nn.Module]] = []
+        self.columns = tuple(column for name, metric in metrics.items() for column in columns_of(name, metric))
+        self.metrics = {column: metric for name, metric in metrics.items() for column in columns_of(name, metric)}
+        if len(set(self.columns)) < len(self.columns):
+            twice = next(column for column in self.columns if self.columns.count(column) > 1)
+            raise SettingsError(f"two metrics would be called {twice!r}; pass a mapping from column to metric")
+        own: list[tuple[str, BlindMetric]] = []
+        for name, metric in metrics.items():
+            net = blind_metric(metric)
+            if net is None:
+                self.others.append((name, metric.to(device).eval()))
+                continue
+            net.eval()
+            twin = next((first for _, first in own if _same_tower(first.tower, net.tower)), None)
+            if twin is not None:
+                net.tower = twin.tower  # which frees its own memory
+            own.append((name, net))
+        firsts: list[BlindMetric] = []  # those whose features the others share
+        for name, net in own:
+            net.to(device=device, dtype=PRECISIONS[precision])
+            index = next((k for k, first in enumerate(firsts) if _same_features(first, net)), len(firsts))
+            if index == len(firsts):
+                firsts.append(net)
+                self.towers.append((compiled(net.features) if compile else net.features, net.features))
+            self.heads.append((columns_of(name, net), net, index))
+        if not compile:
+            for net in firsts:
+                use_onednn(net.tower)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
+        """Score images of one shape and dtype, in batches that fit into the memory."""
+        each = pixels[0].shape[0] * pixels[0].shape[1]
+        out: list[Scored] = []
+        while len(out) < len(pixels):
+            count = max(1, self.batch_pixels // each)
+            part = pixels[len(out) : len(out) + count]
+            scored = self._unless_out_of_memory(part)
+            if scored is not None:
+                out += scored
+            elif len(part) > 1:
+                self.batch_pixels = each * (len(part) // 2)
+                logger.warning("%s is out of memory; continuing with %d images a batch", self.device, len(part) // 2)
+            else:
+                height, width = part[0].shape[:2]
+                out.append(Scored(errors=[f"{width}x{height} pixels do not fit into the memory of {self.device}"]))
+            if scored is None and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return out
+
+    def _unless_out_of_memory(self, pixels: Sequence[np.ndarray]) -> list[Scored] | None:
+        try:
+            return self._score(pixels)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None
+
+    def _score(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
+        rgb = from_pixels(pixels, self.device)
+        images = [Scored() for _ in pixels]
+        with tf32(self.device, self.precision == "tf32"):
+            self._score_own(rgb, images)
+        for name, metric in self.others:
+            with tf32(self.device, self.precision == "tf32", foreign=True):
+                _score_each(name, metric, rgb, images)
+        return images
+
+    def _score_own(self, rgb: Tensor, images: Sequence[Scored]) -> None:
+        # Strips, which keep the memory of a large image low, are not compiled.
+        large = rgb.shape[2] * rgb.shape[3] > LARGE_PIXELS
+        features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
+        for columns, net, index in self.heads:
+            for image, scores in zip(images, net.score(features[index]).tolist(), strict=True):
+                for column, score in zip(columns, scores, strict=True):
+                    image.add(column, score)
+
+
+def _score_each(name: str, metric: nn.Module, rgb: Tensor, images: Sequence[Scored]) -> None:
+    """Score one image at a time; what a metric cannot score is that image's error."""
+    for image, pixels in zip(images, rgb, strict=True):
+        try:
+            score = metric(pixels.unsqueeze(0).contiguous()).item()
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise
+            image.errors.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+        else:
+            image.add(name, score)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def compiled(function: Features) -> Features:
+    """Compile a function with `torch.compile`, with frozen weights packed for a CPU's convolutions.
+
+    The first size is compiled as such, which is fastest; the second one makes the graph valid for any size. The
+    function must not need gradients, and its weights must not change afterwards.
+    """
+    fast = torch.compile(function)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad(), freezing(x.device):
+            return fast(x)
+
+    return call
+
+
+def freezing(device: torch.device) -> AbstractContextManager[Any]:
+    """Inductor's packing of weights, for a CPU (environment variable TORCHINDUCTOR_FREEZING).
+
+    As an option of `torch.compile` it has no effect in torch 2.15. Inductor's configuration is private: without it
+    compiled graphs are slower, and their values are the same.
+    """
+    try:
+        from torch._inductor import config
+    except ImportError:
+        return nullcontext()
+    if device.type != "cpu" or not hasattr(config, "freezing") or not hasattr(config, "patch"):
+        return nullcontext()
+    patched: AbstractContextManager[Any] = config.patch(freezing=True)
+    return patched
+
+
+def _same_features(first: BlindMetric, second: BlindMetric) -> bool:
+    return first.tower is second.tower and first.encodes_like(second)
+
+
+def _same_tower(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two towers give the same features: the same modules with the same settings and values."""
+    ours, theirs = dict(first.named_buffers()), dict(second.named_buffers())
+    return (
+        _structure(first) == _structure(second)
+        and ours.keys() == theirs.keys()
+        and all(
+            value.dtype == theirs[name].dtype and torch.equal(value.to(theirs[name].device), theirs[name])
+            for name, value in ours.items()
+        )
+    )
+
+
+def _structure(tower: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Class and settings of every module, such as strides, heads and whether the positional table is added."""
+    return {
+        path: (type(module), {name: value for name, value in vars(module).items() if not name.startswith("_")})
+        for path, module in tower.named_modules()
+    }
