@@ -39,7 +39,6 @@ from qualiclip_pyiqa.evaluation.scores import score_images
 from qualiclip_pyiqa.images.paths import find_pictures
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.scoring.scorer import Scorer
-from qualiclip_pyiqa.scoring.tables.meta import write_meta
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=200)
@@ -504,6 +503,44 @@ def test_images_that_cannot_be_scored_are_left_out_and_named(
     assert json.loads(out.read_text())["metrics"] == written["metrics"]
 
 
+def test_options_of_reading(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Opinion scores that are the scores of pixels as they are stored: PLCC is 1 where these are scored."""
+    out, table = tmp_path / "e.json", tmp_path / "mos.csv"
+    folder = tmp_path / "turned"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in sorted(rated.glob("*0.png")):
+        with Image.open(path) as image:
+            image.convert("RGB").save(folder / f"{path.stem}.jpg", exif=exif)
+    metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
+    paths = sorted(folder.iterdir())
+    stored = [metric(load_image(path, ignore_orientation=True)[None]).item() for path in paths]
+    table.write_text("image,mos\n" + "".join(f"{p.name},{s}\n" for p, s in zip(paths, stored, strict=True)))
+    command = ["--ratings", table, "--images", folder, "--json", out]
+    for options, ignored, said in (((), False, "applied"), (("--ignore-orientation",), True, "ignored")):
+        assert evaluate(*command, *options) == 0
+        written = json.loads(out.read_text())
+        assert (written["metrics"]["qualiclip-mini"]["plcc"] == pytest.approx(1, abs=1e-6)) == ignored
+        assert written["ignore_orientation"] is ignored
+        assert f"EXIF orientation: {said}" in capsys.readouterr().out
+        assert evaluate("--degradations", folder, "--limit", 1, "--json", out, *options) == 0
+        means = json.loads(out.read_text())["metrics"]["qualiclip-mini"]["types"]["jpeg"]["means"]
+        assert (means[0] == pytest.approx(stored[0], abs=1e-5)) == ignored
+        assert f"EXIF orientation: {said}" in capsys.readouterr().out
+
+    data = paths[0].read_bytes()
+    paths[0].write_bytes(data[: len(data) * 3 // 4])
+    assert evaluate(*command) == 1
+    assert list(json.loads(out.read_text())["left_out"]) == [str(paths[0])]
+    assert evaluate(*command, "--allow-truncated") == 0
+    assert evaluate(*command, "--max-pixels", 100) == 1
+    assert "could be scored; the first: " in capsys.readouterr().err.splitlines()[-1]
+    for option in ("--max-pixels", "--decode-timeout"):
+        assert evaluate(*command, option, -1) == 2
+        assert f"{option[2:].replace('-', '_')} is -1" in capsys.readouterr().err
+
+
 def test_a_metric_that_fails_for_one_image_keeps_the_others(
     rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -608,9 +645,6 @@ def test_scores_of_a_table(
     assert evaluate(*ratings, "--images", rated, *metrics, "--json", out) == 0
     expected = json.loads(out.read_text())["metrics"]
     meta = tmp_path / "scores.csv.meta.json"
-    if not meta.exists():
-        columns = {"qualiclip-mini": {"lower_better": False}, "piqe": {"lower_better": True}}
-        write_meta(table, {"columns": columns, "read": {"ignore_orientation": False}})
 
     monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("a network is built"))
     capsys.readouterr()

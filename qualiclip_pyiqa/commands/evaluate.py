@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError
 from ..files import replacing
-from ..images.convert import ReadRules, source_name
+from ..images.convert import source_name
 from . import (
     DEFAULT_METRIC,
     RATING_OPTIONS,
@@ -156,10 +156,6 @@ def _scorer(arguments: argparse.Namespace, metrics: list[str]) -> Scorer:
     return Scorer(metrics, device=arguments.device, **read_options(arguments))
 
 
-def _rules(arguments: argparse.Namespace) -> ReadRules:
-    return ReadRules(bool(arguments.ignore_orientation), bool(arguments.allow_truncated), arguments.max_pixels)
-
-
 def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
     from tqdm import tqdm
 
@@ -251,7 +247,6 @@ def _draw_scatter(path: Path, scores: Scores, ratings: Ratings, report: OpinionR
 def _degradations(arguments: argparse.Namespace) -> Result:
     from ..evaluation import text
     from ..evaluation.ladders import score_degraded
-    from ..evaluation.scores import shim_settings
     from ..optional import require
 
     require("kornia", "eval", "--degradations")
@@ -259,8 +254,8 @@ def _degradations(arguments: argparse.Namespace) -> Result:
     if arguments.limit is not None:
         paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
     scorer = _scorer(arguments, arguments.metric or [DEFAULT_METRIC])
-    report = score_degraded(scorer, paths, arguments.seed, _rules(arguments), _bar)
-    settings = shim_settings(scorer)
+    report = score_degraded(scorer, paths, arguments.seed, _bar)
+    settings = scorer.describe()
 
     def draw(path: Path) -> None:
         from ..evaluation import plots
@@ -336,7 +331,7 @@ def _gmad(arguments: argparse.Namespace) -> Result:
             )
             for duel in found
         ]
-        plots.duels(path, pairs, _rules(arguments))
+        plots.duels(path, pairs, scorer.rules)
 
     pairs = [{**asdict(duel), "better": str(kept[duel.better]), "worse": str(kept[duel.worse])} for duel in found]
     numbers = {

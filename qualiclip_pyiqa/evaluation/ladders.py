@@ -16,11 +16,11 @@ from torch import Tensor
 from ..degradations.bank import DEGRADATIONS, degrade
 from ..degradations.base import LEVELS, Bank
 from ..errors import ImageError
-from ..images.convert import ReadRules, source_name
+from ..images.convert import source_name
 from ..images.tensors import load_image
 from ..optional import require
 from ..scoring.scorer import Scorer
-from .scores import Watch, shim_directions, unwatched
+from .scores import Watch, unwatched
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ def score_degraded(
     scorer: Scorer,
     paths: Sequence[str | Path],
     seed: int = 0,
-    rules: ReadRules | None = None,
     watch: Watch = unwatched,
     bank: Bank = DEGRADATIONS,
 ) -> LadderReport:
@@ -131,10 +130,9 @@ def score_degraded(
     A photograph that a metric could not score at every step is left out of that metric's figures.
 
     Args:
-        scorer: the metrics.
+        scorer: the metrics and how they read images.
         paths: pristine photographs.
         seed: of the first photograph's degradations; each next one has the next.
-        rules: how photographs are read.
         watch: what the records pass through, such as a progress bar.
         bank: the types.
 
@@ -142,7 +140,7 @@ def score_degraded(
         ImageError: no photograph could be scored. SettingsError: kornia is not installed.
     """
     require("kornia", "eval", "degrading images")
-    rules = rules or ReadRules()
+    rules = scorer.rules
     each = steps(bank)
     errors: dict[str, str] = {}
     read: list[str] = []
@@ -170,7 +168,6 @@ def score_degraded(
             errors.setdefault(path, f"{source_name(path)}: {record.error}")
         for column, values in scores.items():
             values.append(record.scores.get(column, np.nan))
-    lower_better = shim_directions(scorer)
     found: dict[str, dict[str, Behaviour]] = {}
     counts: dict[str, int] = {}
     for column, values in scores.items():
@@ -178,8 +175,8 @@ def score_degraded(
         whole = table[np.isfinite(table).all(1)]
         counts[column] = len(whole)
         if len(whole):
-            found[column] = behaviours(whole, lower_better[column], bank)
+            found[column] = behaviours(whole, scorer.lower_better[column], bank)
     if not found:
         first = next(iter(errors.values()), "no images were given")
         raise ImageError(f"no photograph of {len(paths)} could be scored; the first: {first}")
-    return LadderReport(found, counts, lower_better, errors)
+    return LadderReport(found, counts, dict(scorer.lower_better), errors)

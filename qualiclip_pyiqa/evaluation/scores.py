@@ -87,7 +87,7 @@ def score_images(scorer: Scorer, paths: Sequence[str | Path], watch: Watch = unw
             errors[names[number]] = record.error
         for column, score in record.scores.items():
             values[column][number] = score
-    return Scores(names, values, shim_directions(scorer), errors, shim_settings(scorer))
+    return Scores(names, values, dict(scorer.lower_better), errors, scorer.describe())
 
 
 def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
@@ -145,18 +145,3 @@ def _chosen(table: Path, names: Sequence[str], columns: Sequence[str]) -> list[s
             )
         chosen |= dict.fromkeys(found)
     return list(chosen)
-
-
-def shim_directions(scorer: Scorer) -> dict[str, bool]:
-    """TEMPORARY until Scorer states its directions."""
-    there = getattr(scorer, "lower_better", None)
-    if there is not None:
-        return dict(there)
-    network = scorer.networks[0]
-    found = {name: bool(metric.lower_better) for name, metric in network.others}
-    return {column: found.get(column, False) for column in scorer.columns}
-
-
-def shim_settings(scorer: Scorer) -> dict[str, Any] | None:
-    """TEMPORARY until Scorer describes itself."""
-    return scorer.describe() if hasattr(scorer, "describe") else None

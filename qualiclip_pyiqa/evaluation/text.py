@@ -31,12 +31,9 @@ def cell(name: str) -> str:
 
 def ignored_orientation(settings: Mapping[str, Any] | None) -> bool | None:
     """Whether images were scored without their EXIF orientation, by `Scorer.describe`; None if that is not known."""
-    for name, value in (settings or {}).items():
-        if name == "ignore_orientation":
-            return bool(value)
-        if isinstance(value, Mapping) and (found := ignored_orientation(value)) is not None:
-            return found
-    return None
+    rules = (settings or {}).get("rules")
+    found = rules.get("ignore_orientation") if isinstance(rules, Mapping) else None
+    return found if isinstance(found, bool) else None
 
 
 def orientation(settings: Mapping[str, Any] | None) -> str:
