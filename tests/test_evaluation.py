@@ -529,11 +529,6 @@ def test_options_of_reading(rated: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert (means[0] == pytest.approx(stored[0], abs=1e-5)) == ignored
         assert f"EXIF orientation: {said}" in capsys.readouterr().out
 
-    data = paths[0].read_bytes()
-    paths[0].write_bytes(data[: len(data) * 3 // 4])
-    assert evaluate(*command) == 1
-    assert list(json.loads(out.read_text())["left_out"]) == [str(paths[0])]
-    assert evaluate(*command, "--allow-truncated") == 0
     assert evaluate(*command, "--max-pixels", 100) == 1
     assert "could be scored; the first: " in capsys.readouterr().err.splitlines()[-1]
     for option in ("--max-pixels", "--decode-timeout"):

@@ -17,23 +17,19 @@ from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_pictures, matches
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
-from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, say
+from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, add_read_options, read_options, say
 from .summary import Summary
 
 if TYPE_CHECKING:
     from ..scoring.scorer import Scorer
 
-# Options that are passed on to `Scorer`.
+# Options that are passed on to `Scorer`, besides those of reading.
 OPTIONS = (
     "device",
     "batch_size",
     "workers",
     "precision",
     "compile",
-    "ignore_orientation",
-    "allow_truncated",
-    "max_pixels",
-    "decode_timeout",
 )
 Score: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
 
@@ -79,18 +75,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), tf32, bf16 or fp16")
     parser.add_argument("--compile", action="store_true", help="use torch.compile, which pays for many images")
-    parser.add_argument(
-        "--ignore-orientation",
-        action="store_true",
-        help="score pixels as they are stored, not as EXIF orientation says they are shown; published results did",
-    )
-    parser.add_argument(
-        "--allow-truncated", action="store_true", help="score images whose data end early as far as they go"
-    )
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
-    parser.add_argument(
-        "--decode-timeout", type=float, metavar="SECONDS", help="give up an image that takes longer (default: 60)"
-    )
+    add_read_options(parser)
     parser.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="ray: on a cluster; also takes s3:// and the like"
     )
@@ -239,6 +224,7 @@ def _listed(data: bytes, null: bool) -> list[str]:
 
 def _engine(arguments: argparse.Namespace, metrics: list[str], files: Mapping[str, ParquetImages]) -> Engine:
     options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    options |= read_options(arguments)
     if arguments.engine == "ray":
         from ..scoring.ray import RayScorer
 

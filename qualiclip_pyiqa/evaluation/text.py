@@ -31,9 +31,10 @@ def cell(name: str) -> str:
 
 def ignored_orientation(settings: Mapping[str, Any] | None) -> bool | None:
     """Whether images were scored without their EXIF orientation, by `Scorer.describe`; None if that is not known."""
-    rules = (settings or {}).get("rules")
-    found = rules.get("ignore_orientation") if isinstance(rules, Mapping) else None
-    return found if isinstance(found, bool) else None
+    for rules in (settings or {}).values():
+        if isinstance(rules, Mapping) and isinstance(rules.get("ignore_orientation"), bool):
+            return bool(rules["ignore_orientation"])
+    return None
 
 
 def orientation(settings: Mapping[str, Any] | None) -> str:
