@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import PromptError, SettingsError, WeightsError
 from qualiclip_pyiqa.metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
-from qualiclip_pyiqa.pretrained import weights
+from qualiclip_pyiqa.pretrained.find import find
 from qualiclip_pyiqa.towers.backbones import MEAN, STD
 from qualiclip_pyiqa.towers.text import TextTower
 
@@ -253,7 +253,7 @@ def test_a_file_trained_with_this_package_says_what_it_holds(tiny_folder: Path, 
     assert metric.net.describe()["weights"]["licence"] == "CC0-1.0"
     with pytest.raises(PromptError, match="expected some of 'Fine"):
         pyiqa.create_metric("qualiclip", device="cpu", weights=str(file), prompts="happy")
-    mini = pyiqa.create_metric("qualiclip", device="cpu", weights=weights.find("qualiclip-mini"), temperature=1)
+    mini = pyiqa.create_metric("qualiclip", device="cpu", weights=find("qualiclip-mini"), temperature=1)
     assert torch.equal(mini(x), pyiqa.create_metric("qualiclip-mini", device="cpu")(x))
 
 
@@ -449,8 +449,7 @@ def test_a_file_that_changes_after_loading_is_neither_described_nor_read_as_the_
     shutil.copy(tiny_folder / "tiny-resnet.pt", file)
     net = OpenCLIPIQA(backbone="tiny-resnet", weights=file)
     x = upstream.pictures(1, 64, 64)
-    score, weights_then = scores_of(net, x), net.describe()["weights"]
-    assert weights_then["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    score, sha256 = scores_of(net, x), hashlib.sha256(file.read_bytes()).hexdigest()
     net.set_prompts("look")
     net.set_prompts("clipiqa")
     torch.save(upstream.random_clip(upstream.TINY_RESNET, seed=1), tmp_path / "other.pt")
@@ -460,5 +459,7 @@ def test_a_file_that_changes_after_loading_is_neither_described_nor_read_as_the_
     assert torch.equal(scores_of(net, x), score) and net.prompts.attributes == ("quality",)
     said = net.describe()["weights"]
     assert said["sha256"] is None and said["licence"] == "unknown" and "changed after it was loaded" in caplog.text
+    other = OpenCLIPIQA(backbone="tiny-resnet", weights=file)
+    assert other.describe()["weights"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() != sha256
     file.unlink()
     assert net.describe()["weights"]["sha256"] is None

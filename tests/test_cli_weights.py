@@ -7,13 +7,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from synthetic import synthetic_photograph
 
+from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.commands import cli
-from qualiclip_pyiqa.pretrained import weights
+from qualiclip_pyiqa.metrics.prompt_iqa import OpenQualiCLIP
+from qualiclip_pyiqa.pretrained import manifest
+from qualiclip_pyiqa.pretrained.files import file_sha256
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +44,9 @@ def lines(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
 def test_list_names_licence_and_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["weights", "list"]) == 0
     out, err = lines(capsys)
-    assert not err and len(out) == 1 + len(weights.manifest())
+    assert not err and len(out) == 1 + len(manifest.manifest())
     rows = {line.split()[0]: line for line in out}
-    assert "MIT" in rows["RN50"] and " yes " in rows["RN50"]
+    assert "MIT" in rows["RN50"] and " yes " in rows["RN50"] and " known " in rows["RN50"]
     assert rows["RN50"].endswith(f"{folder / 'RN50.pt'} (QUALICLIP_PYIQA_WEIGHTS)")
     assert "CC-BY-NC-4.0" in rows["QualiCLIP"] and " no " in rows["QualiCLIP"]
     assert rows["QualiCLIP"].endswith("not here")
@@ -77,67 +83,72 @@ def test_verify_tells_right_wrong_unknown_and_missing(
 ) -> None:
     file = folder / "QualiCLIP+_koniq.pth"
     file.write_bytes(b"some content")
-    known = weights.manifest()
-    right = {**known, "QualiCLIP+_koniq": replace(known["QualiCLIP+_koniq"], sha256=weights.file_sha256(file))}
-    monkeypatch.setattr(weights, "manifest", lambda: right)
+    known = manifest.manifest()
+    upstreams = known["QualiCLIP+_koniq"]
+    monkeypatch.setitem(known, "QualiCLIP+_koniq", replace(upstreams, sha256=file_sha256(file)))
     assert cli.main(["weights", "verify", "RN50", "QualiCLIP+_koniq"]) == 0
     out, _ = lines(capsys)
-    assert out[0].startswith("RN50: unknown: no hash") and out[1].startswith("QualiCLIP+_koniq: ok")
-    assert all(weights.file_sha256(path) in line for path, line in zip((folder / "RN50.pt", file), out, strict=True))
+    assert out[0].startswith("RN50: unknown: no hash") and out[1].startswith("QualiCLIP+_koniq: verified: sha256")
+    assert all(file_sha256(path) in line for path, line in zip((folder / "RN50.pt", file), out, strict=True))
 
-    monkeypatch.setattr(weights, "manifest", lambda: known)
+    monkeypatch.setitem(known, "QualiCLIP+_koniq", upstreams)
     (folder / "QualiCLIP+_spaq.pth").mkdir()
     assert cli.main(["weights", "verify"]) == 1
     out, _ = lines(capsys)
     verdicts = {line.split(":")[0]: line for line in out}
     assert set(verdicts) == set(known)
     wrong = verdicts["QualiCLIP+_koniq"]
-    assert "WRONG" in wrong and weights.file_sha256(file) in wrong and known["QualiCLIP+_koniq"].sha256 in wrong
+    assert "WRONG" in wrong and file_sha256(file) in wrong and known["QualiCLIP+_koniq"].sha256 in wrong
     assert "WRONG" in verdicts["QualiCLIP+_spaq"] and "is a folder" in verdicts["QualiCLIP+_spaq"]
     assert verdicts["QualiCLIP"] == "QualiCLIP: not here"
     assert cli.main(["weights", "verify", "QualiCLIP"]) == 1  # asked for by name
 
 
-SCORES = [(7 * i) % 20 if i % 5 == 0 else i for i in range(20)]
-
-
-class NumberMetric:
-    """Stands in for a metric whose weights are not here: a file's score is the number in it."""
-
-    def __call__(self, path: str) -> torch.Tensor:
-        return torch.tensor([[float(Path(path).read_text())]])
-
-
 @pytest.fixture
-def rated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments for twenty rated 'pictures', which a stand-in for pyiqa scores."""
-    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=lambda name: NumberMetric()))
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def rated(tmp_path: Path) -> list[str]:
+    """Arguments for twenty rated images, some of kinds that pyiqa's own loader reads as other pixels."""
+    images = tmp_path / "images"
+    images.mkdir()
     rows = ["image,mos"]
-    for opinion, score in enumerate(SCORES):
-        (pictures / f"{opinion}.png").write_text(str(score))
-        rows.append(f"{opinion}.png,{opinion}")
+    for number in range(20):
+        blurred = F.avg_pool2d(synthetic_photograph(number)[None], 1 + 2 * (number % 7), 1, number % 7)[0]
+        pixels = (blurred.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        picture = Image.fromarray(pixels)
+        if number % 3 == 1:
+            picture.putalpha(Image.fromarray(np.full(pixels.shape[:2], 255 - 5 * number, np.uint8)))
+        if number % 3 == 2:
+            picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        picture.save(images / f"{number}.png")
+        rows.append(f"{number}.png,{(7 * number) % 20 - 5 * (number % 7)}")
     (tmp_path / "ratings.csv").write_text("\n".join(rows))
-    return ["--ratings", str(tmp_path / "ratings.csv"), "--images", str(pictures), "--dataset", "CLIVE"]
+    return ["--ratings", str(tmp_path / "ratings.csv"), "--images", str(images), "--dataset", "CLIVE"]
 
 
 def test_verify_compares_with_published_scores(
     rated: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scipy.stats import spearmanr
+    from scipy.stats import pearsonr, spearmanr
 
-    srcc = float(spearmanr(SCORES, range(20))[0])
-    row = {"metric": "clipiqa", "dataset": "CLIVE", "srcc": round(srcc, 4), "source": "a table", "verified": True}
-    monkeypatch.setattr(weights, "published", lambda: [row])
-    assert cli.main(["weights", "verify", "clipiqa", *rated]) == 0
+    net = OpenQualiCLIP("qualiclip-mini")
+    with torch.no_grad():
+        scores = [float(net(load_image(Path(rated[3]) / f"{number}.png")[None])) for number in range(20)]
+    opinions = [(7 * number) % 20 - 5 * (number % 7) for number in range(20)]
+    srcc, plcc = float(spearmanr(scores, opinions)[0]), float(pearsonr(scores, opinions)[0])
+    row = {"metric": "qualiclip-mini", "dataset": "CLIVE", "srcc": round(srcc, 4), "source": "a table"}
+    row["verified"] = True
+    monkeypatch.setitem(manifest._manifest_file(), "published", [row])
+    assert cli.main(["weights", "verify", "qualiclip-mini", *rated]) == 0
     out, _ = lines(capsys)
-    assert f"clipiqa on CLIVE, 20 pictures: SRCC {srcc:.4f}" in out[-1] and "(a table)" in out[-1]
+    assert f"qualiclip-mini on CLIVE, 20 images: SRCC {srcc:.4f} PLCC {plcc:.4f};" in out[-1] and "(a table)" in out[-1]
     row["srcc"] = srcc - 0.1
-    assert cli.main(["weights", "verify", "clipiqa", *rated]) == 1
+    assert cli.main(["weights", "verify", "qualiclip-mini", *rated]) == 1
     assert lines(capsys)[0][-1].endswith("+0.1000 DIFFERS")
     row["verified"] = False  # a figure at second hand proves nothing
-    assert cli.main(["weights", "verify", "clipiqa", *rated]) == 0
+    assert cli.main(["weights", "verify", "qualiclip-mini", *rated]) == 0
+    lines(capsys)
+    (Path(rated[3]) / "3.png").write_bytes(b"not an image")
+    assert cli.main(["weights", "verify", "qualiclip-mini", *rated]) == 1
+    assert "3.png" in lines(capsys)[1][-1]
 
 
 def test_verify_with_unusable_ratings(rated: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,18 +157,15 @@ def test_verify_with_unusable_ratings(rated: list[str], tmp_path: Path, capsys: 
         return lines(capsys)[1][-1]
 
     assert "belong together" in said("clipiqa", *rated[:2], status=2)
-    assert "'LIVE'" in said("clipiqa", *rated[:-1], "LIVE", status=2)
+    assert "'CLIV'; expected one of CLIVE, " in (line := said("clipiqa", *rated[:-1], "CLIV", status=2))
+    assert line.endswith("; did you mean 'CLIVE'?")
     assert "name a metric" in said("RN50", *rated, status=2)
-    assert "cannot be read" in said("clipiqa", "--ratings", "no.csv", *rated[2:], status=2)
+    assert "no.csv cannot be read" in said("clipiqa", "--ratings", "no.csv", *rated[2:], status=2)
     ratings = tmp_path / "ratings.csv"
-    ratings.write_text("file,score\na,1\n")
-    assert "`image` and `mos`" in said("clipiqa", *rated, status=2)
-    ratings.write_text("image,mos\na.png,bad\n")
-    assert "`image` and `mos`" in said("clipiqa", *rated, status=2)
-    ratings.write_text("image,mos\n")
-    assert "at least 3" in said("clipiqa", *rated, status=2)
+    ratings.write_text("image,mos\n0.png,bad\n")
+    assert "'bad'; expected a number" in said("clipiqa", *rated, status=2)
     ratings.write_text("image,mos\n0.png,1\n1.png,2\ngone.png,3\n")
-    assert "gone.png does not exist" in said("clipiqa", *rated, status=1)
+    assert "gone.png" in said("clipiqa", *rated, status=2)
 
 
 def test_help_does_not_import_torch() -> None:

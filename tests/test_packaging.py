@@ -103,7 +103,7 @@ def test_editable_install_and_uninstall(source: Path, tmp_path: Path) -> None:
     assert {"qualiclip_pyiqa.pth", "qualiclip_pyiqa.start"} <= names(site)
     code = """
 import pyiqa.default_model_configs as table, qualiclip_pyiqa, qualiclip_pyiqa_start
-import qualiclip_pyiqa.pretrained.weights as w
+import qualiclip_pyiqa.pretrained.find as w
 assert "qualiclip-mini" in table.DEFAULT_CONFIGS
 print(qualiclip_pyiqa.__file__); print(w.find("qualiclip-mini")); print(qualiclip_pyiqa_start.__file__)
 """

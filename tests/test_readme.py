@@ -10,14 +10,14 @@ import torch
 
 from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES
 from qualiclip_pyiqa.metrics.registry import METRICS
-from qualiclip_pyiqa.pretrained import weights
+from qualiclip_pyiqa.pretrained.manifest import manifest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def metrics_table() -> str:
-    records = weights.manifest()
+    records = manifest()
     rows = [
         "| metric | what | range | better | weights | licence of the weights | commercial use |",
         "|---|---|---|---|---|---|---|",

@@ -8,70 +8,84 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ImageError, SettingsError, WeightsError
+from ..errors import ImageError, SettingsError, WeightsError, did_you_mean
 from . import Commands
 
 if TYPE_CHECKING:
-    from ..pretrained.weights import WeightRecord
+    from ..evaluation.ratings import Ratings
+    from ..pretrained.manifest import WeightRecord
 
 # Published SRCCs of one metric on one data set differ by about this much between toolboxes and between readings of the
-# same files (whole pictures or resized ones, single or half precision).
+# same files (whole images or resized ones, single or half precision).
 SRCC_TOLERANCE = 0.02
 
 
 def add_parser(commands: Commands) -> None:
+    """Add `weights` and its actions to the parser of `qualiclip`."""
     weights = commands.add_parser("weights", help="list, find, download and check weight files")
     actions = weights.add_subparsers(title="actions", required=True, metavar="ACTION")
 
-    action = actions.add_parser("list", help="every weight file, its licence, and where it was found")
+    action = actions.add_parser(
+        "list",
+        help="list every weight file, its licence, whether its hash is known, and where it was found",
+        description="HASH: `known` where a download is compared with a published sha256, `first use` where none was "
+        "published: the first download is trusted and later ones are held against it.",
+    )
     action.set_defaults(run=_list)
 
-    name_help = "a weight's name, or a metric's for all its files"
-    action = actions.add_parser("path", help="where a weight file lies; never downloads")
+    name_help = "name of a weight file, or of a metric for all its files"
+    action = actions.add_parser("path", help="print where a weight file lies; never downloads")
     action.add_argument("names", metavar="NAME", nargs="+", help=name_help)
     action.set_defaults(run=_path)
 
-    action = actions.add_parser("get", help="find a weight file or download it, check it, and print where it lies")
+    action = actions.add_parser("get", help="find or download a weight file, check it, and print where it lies")
     action.add_argument("names", metavar="NAME", nargs="+", help=name_help)
     action.set_defaults(run=_get)
 
-    action = actions.add_parser("verify", help="compare the hashes of the files that are here with the known ones")
+    action = actions.add_parser(
+        "verify",
+        help="compare the hashes of the files that are here with the known ones",
+        description="Prints for each file `verified` (the published sha256), `first use` (the sha256 of the first "
+        "download, which nobody has verified), `unknown` (no hash to compare with) or `WRONG`.",
+    )
     action.add_argument("names", metavar="NAME", nargs="*", help=f"{name_help} (default: all that are here)")
     group = action.add_argument_group("scores (with the name of at least one metric)")
-    group.add_argument("--ratings", type=Path, metavar="CSV", help="columns `image` (file name) and `mos`")
-    group.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures of --ratings")
+    group.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores of the images of --images")
+    group.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --ratings")
     group.add_argument("--dataset", metavar="NAME", help='which data set they are, such as "CLIVE"')
     action.set_defaults(run=_verify)
 
 
 def _records(names: Sequence[str]) -> list[WeightRecord]:
-    """The records of weights and of metrics, each once."""
+    """The records of weight files and of metrics, each once."""
     from ..metrics.registry import METRICS
-    from ..pretrained import weights
+    from ..pretrained.manifest import manifest
 
     keys: list[str] = []
     for name in names:
-        if name in weights.manifest():
+        if name in manifest():
             keys.append(name)
         elif name in METRICS:
             keys += METRICS[name].records
         else:
-            import difflib
-
-            known = [*weights.manifest(), *METRICS]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise SettingsError(f"no weight and no metric is called {name!r}; did you mean {near!r}?")
-    return [weights.manifest()[key] for key in dict.fromkeys(keys)]
+            raise SettingsError(
+                f"no weight file and no metric is called {name!r}; `qualiclip weights list` prints all files"
+                f"{did_you_mean(name, [*manifest(), *METRICS])}"
+            )
+    return [manifest()[key] for key in dict.fromkeys(keys)]
 
 
 def _list(_: argparse.Namespace) -> int:
-    from ..pretrained import weights
+    from ..pretrained.find import locate
+    from ..pretrained.manifest import manifest
 
-    rows = [("NAME", "FILE", "LICENCE", "COMMERCIAL", "WHERE")]
-    for record in weights.manifest().values():
-        found = weights.locate(record)
+    rows = [("NAME", "FILE", "LICENCE", "COMMERCIAL", "HASH", "WHERE")]
+    for record in manifest().values():
+        found = locate(record)
         where = f"{found.path} ({found.place})" if found else "not here"
-        rows.append((record.name, record.file, record.licence, "yes" if record.commercial_use else "no", where))
+        commercial = "yes" if record.commercial_use else "no"
+        known = "known" if (record.hub_sha256 if record.hf_repo else record.sha256) else "first use"
+        rows.append((record.name, record.file, record.licence, commercial, known, where))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -79,11 +93,11 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _path(arguments: argparse.Namespace) -> int:
-    from ..pretrained import weights
+    from ..pretrained.find import locate
 
     status = 0
     for record in _records(arguments.names):
-        found = weights.locate(record)
+        found = locate(record)
         if found is None:
             print(
                 f"qualiclip: {record.file} is not here; get it with: qualiclip weights get {record.name}",
@@ -96,105 +110,97 @@ def _path(arguments: argparse.Namespace) -> int:
 
 
 def _get(arguments: argparse.Namespace) -> int:
-    from ..pretrained import weights
+    from ..pretrained.find import find
 
     for record in _records(arguments.names):
-        print(weights.find(record))
+        print(find(record))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ..pretrained import weights
+    from ..pretrained.find import locate
+    from ..pretrained.manifest import manifest
 
     scoring = [arguments.ratings, arguments.images, arguments.dataset]
     if any(scoring) and not all(scoring):
         raise SettingsError("--ratings, --images and --dataset belong together; give all three or none")
     wrong = False
-    for record in _records(arguments.names) if arguments.names else weights.manifest().values():
-        found = weights.locate(record)
+    for record in _records(arguments.names) if arguments.names else manifest().values():
+        found = locate(record)
         if found is None:
             print(f"{record.name}: not here")
             wrong |= bool(arguments.names)
             continue
-        verdict, ok = _verdict(record, found.path)
+        said, ok = _verdict(record, found.path)
         wrong |= not ok
-        print(f"{record.name}: {verdict}")
+        print(f"{record.name}: {said}; {found.path}")
     if all(scoring):
         wrong |= _compare_scores(arguments)
     return int(wrong)
 
 
 def _verdict(record: WeightRecord, path: Path) -> tuple[str, bool]:
-    from ..pretrained import weights
+    from ..pretrained.verify import WRONG, verdict
 
     try:
-        weights.check_usable(path)
-        expected, said_by = weights.expected_sha256(record, path)
+        found = verdict(record, path)
     except WeightsError as error:
         return f"WRONG: {error}", False
-    digest = weights.file_sha256(path)
-    if not expected:
-        return f"unknown: no hash to compare with; found sha256 {digest}; {path}", True
-    if digest.startswith(expected):
-        return f"ok: sha256 {digest} as {said_by} says; {path}", True
-    return f"WRONG: expected sha256 {expected} ({said_by}), found {digest}; {path}", False
+    return str(found), found.kind != WRONG
 
 
 def _compare_scores(arguments: argparse.Namespace) -> bool:
-    """Score the user's rated pictures; whether an SRCC is far from the one that its source was seen to report."""
+    """Score the user's rated images; return whether an SRCC is far from the one that its source was seen to report."""
+    from ..evaluation.agreement import agreement
+    from ..evaluation.ratings import read_ratings
     from ..metrics.registry import METRICS
-    from ..pretrained import weights
+    from ..pretrained.manifest import published
 
     reported: dict[str, list[dict[str, Any]]] = {}
-    for row in weights.published():
+    for row in published():
         reported.setdefault(row["dataset"], []).append(row)
-    if arguments.dataset not in reported:
-        raise SettingsError(f"no published score on {arguments.dataset!r}; expected one of {', '.join(reported)}")
-    rows = [row for row in reported[arguments.dataset] if row["metric"] in arguments.names]
+    dataset = arguments.dataset
+    if dataset not in reported:
+        raise SettingsError(
+            f"no published score on {dataset!r}; expected one of {', '.join(reported)}{did_you_mean(dataset, reported)}"
+        )
+    rows = [row for row in reported[dataset] if row["metric"] in arguments.names]
     if not rows:
         raise SettingsError(
-            f"name a metric with a published score on {arguments.dataset}: "
-            f"{', '.join(row['metric'] for row in reported[arguments.dataset])}"
+            f"name a metric with a published score on {dataset}: "
+            f"{', '.join(row['metric'] for row in reported[dataset])}"
         )
-    files, mos = _ratings(arguments.ratings, arguments.images)
+    ratings = read_ratings(arguments.ratings, arguments.images)
     far = False
     for row in rows:
-        srcc, plcc = _correlations(METRICS[row["metric"]].name, files, mos)
-        difference = srcc - row["srcc"]
+        spec = METRICS[row["metric"]]
+        found = agreement(
+            _scores(spec.name, ratings), ratings.opinions, opposite=spec.lower_better != ratings.lower_better
+        )
+        if found.srcc is None or found.plcc is None:
+            raise SettingsError(f"{row['metric']} on {dataset}: all scores or all opinion scores are equal")
+        difference = found.srcc - row["srcc"]
         differs = row["verified"] and abs(difference) > SRCC_TOLERANCE
         far |= differs
         print(
-            f"{row['metric']} on {arguments.dataset}, {len(files)} pictures: SRCC {srcc:.4f} PLCC {plcc:.4f}; "
+            f"{row['metric']} on {dataset}, {found.n} images: SRCC {found.srcc:.4f} PLCC {found.plcc:.4f}; "
             f"published SRCC {row['srcc']} PLCC {row.get('plcc', '-')} ({row['source']}); "
             f"difference {difference:+.4f}{' DIFFERS' if differs else ''}"
         )
     return far
 
 
-def _ratings(table: Path, folder: Path) -> tuple[list[Path], list[float]]:
-    import csv
-
-    try:
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        files, mos = [folder / row["image"] for row in rows], [float(row["mos"]) for row in rows]
-    except OSError as error:
-        raise SettingsError(f"{table} cannot be read ({error.strerror}); expected a CSV file") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise SettingsError(f"{table} has no usable columns `image` and `mos` ({error})") from error
-    if len(files) < 3:
-        raise SettingsError(f"{table} rates {len(files)} pictures; expected at least 3 to correlate")
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise ImageError(f"{missing} does not exist, which {table} rates")
-    return files, mos
-
-
-def _correlations(name: str, files: Sequence[Path], mos: Sequence[float]) -> tuple[float, float]:
-    import pyiqa
-    from scipy import stats
+def _scores(metric: str, ratings: Ratings) -> list[float]:
+    """Score every rated image as `qualiclip score` does; the first one that cannot be scored is an error."""
     from tqdm import tqdm
 
-    metric = pyiqa.create_metric(name)
-    scores = [metric(str(file)).item() for file in tqdm(files, desc=name, unit="picture", file=sys.stderr)]
-    return float(stats.spearmanr(scores, mos)[0]), float(stats.pearsonr(scores, mos)[0])
+    from ..scoring.scorer import Scorer
+
+    scores = []
+    for record in tqdm(
+        Scorer(metric).score(ratings.paths), desc=metric, total=len(ratings.paths), unit="image", file=sys.stderr
+    ):
+        if record.error is not None:
+            raise ImageError(record.error)
+        scores += record.scores.values()
+    return scores

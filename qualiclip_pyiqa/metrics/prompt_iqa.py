@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PromptError, SettingsError
-from ..pretrained import weights as weight_files
-from ..pretrained.model import LoadedModel, WeightFile, load_model
+from ..pretrained.files import WeightFile
+from ..pretrained.manifest import WeightRecord, openai_record
+from ..pretrained.model import LoadedModel, load_model
+from ..pretrained.verify import provenance
 from ..towers import backbones
 from ..towers.base import freeze
 from ..towers.text import TextTower
@@ -177,8 +179,8 @@ class PromptIQA(BlindMetric):
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
             "pos_embedding": self.pos_embedding,
-            "weights": self.origin.file.provenance(),
-            "context": None if self.context_file is None else self.context_file.provenance(),
+            "weights": provenance(self.origin.file),
+            "context": None if self.context_file is None else provenance(self.context_file),
         }
 
     def _pixel_statistics(self, name: str) -> list[float] | None:
@@ -245,7 +247,7 @@ class OpenQualiCLIP(PromptIQA):
     __module__ = "qualiclip_pyiqa.archs"
 
 
-def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> str | Path | weight_files.WeightRecord:
+def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> str | Path | WeightRecord:
     """The weights of a metric with a backbone: those that were asked for, the metric's own, or OpenAI's."""
     record = spec.weights if wanted is None else wanted
     if record != spec.weights or backbone == spec.backbone:
@@ -254,7 +256,7 @@ def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> s
         raise SettingsError(
             f"{spec.name} is a {spec.backbone}; for backbone {backbone!r} pass weights=FILE of a trained model"
         )
-    return weight_files.openai_record(backbones.plain_name(backbone))
+    return openai_record(backbones.plain_name(backbone))
 
 
 def _check_learned(

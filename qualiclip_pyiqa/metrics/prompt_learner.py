@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError, WeightsError
-from ..pretrained import weights as weight_files
-from ..pretrained.model import WeightFile
+from ..pretrained.files import WeightFile
+from ..pretrained.manifest import WeightRecord
+from ..pretrained.read import read
 from ..towers.text import TextTower, tokenize
 
 N_CTX = 16  # context tokens in both papers' code
@@ -130,7 +131,7 @@ def _adopt_shape(learner: PromptLearner, state_dict: dict[str, Any], prefix: str
 
 
 def load_learner(
-    weights: str | Path | weight_files.WeightRecord, text: TextTower, texts: Sequence[str], n_ctx: int | None = None
+    weights: str | Path | WeightRecord, text: TextTower, texts: Sequence[str], n_ctx: int | None = None
 ) -> tuple[PromptLearner, WeightFile]:
     """Read a learned context.
 
@@ -143,8 +144,8 @@ def load_learner(
         WeightsError: no such file, or one that holds no context or the context of another model or of other prompts.
         SettingsError: the context has another length than `n_ctx`.
     """
-    file = WeightFile.of(weight_files.find(weights))
-    loaded, _ = weight_files.read(file.path, layout="context")
+    context = read(weights, layout="context")
+    file, loaded = context.file, context.tensors
     ctx = loaded.get("prompt_learner.ctx")
     if ctx is None or ctx.dim() not in (2, 3):
         raise WeightsError(f"{file.path} holds no prompt context; expected a tensor 'prompt_learner.ctx'")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError, WeightsError
-from . import weights as weight_files
+from .files import WeightFile
+from .layouts import OWN_FORMAT, OwnMetadata, own_metadata
+from .manifest import WeightRecord, is_user_file
+from .read import read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,50 +20,7 @@ if TYPE_CHECKING:
     from ..towers import backbones
     from ..towers.text import TextTower
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A weight file as it was when it was loaded.
-
-    Attributes:
-        path: where it lay.
-        stamp: device, inode, size in bytes and time of change in ns, by which a later change shows.
-    """
-
-    path: Path
-    stamp: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, path: Path) -> WeightFile:
-        """The file as it is now."""
-        return cls(path, _stamp(path))
-
-    @property
-    def changed(self) -> bool:
-        """Whether the file was changed, replaced or removed since it was loaded."""
-        try:
-            return _stamp(self.path) != self.stamp
-        except OSError:
-            return True
-
-    def provenance(self) -> dict[str, Any]:
-        """Hash and terms of what was loaded; the hash is None, with a warning, where the file changed since."""
-        if not self.changed:
-            out = weight_files.provenance(self.path)
-            if not self.changed:
-                return out
-        logger.warning("%s changed after it was loaded, so its hash is no longer that of the model", self.path)
-        return {
-            "file": self.path.name,
-            "path": str(self.path),
-            "sha256": None,
-            "verified": None,
-            "record": None,
-            "licence": "unknown",
-            "source": "a file that changed after it was loaded",
-        }
+_MAX_LOGIT_SCALE = 20.0  # CLIP's own is at most ln 100
 
 
 @dataclass(frozen=True)
@@ -98,7 +57,7 @@ class ModelOrigin:
             WeightsError: it was changed, replaced or removed since; no other model is taken in its place.
         """
         model = None if self.file.changed else _load(self.path, self.backbone, self.openai, self.upstream_texts)
-        if model is None or model.file.stamp != self.file.stamp:
+        if model is None or self.file.changed:
             raise WeightsError(f"{self.path} changed after this model was loaded from it; create the metric again")
         return model
 
@@ -128,7 +87,7 @@ class LoadedModel(ModelOrigin):
         Raises:
             SettingsError: an unknown backbone, or the mini tower, which is none of open_clip's.
         """
-        return _definition(self.path, self.backbone, self.openai, self.tower_options)
+        return _definition(self.backbone, self.openai, self.tower_options)
 
     def image_tower(self, pos_embedding: bool) -> nn.Module:
         """The image tower (N, 3, H, W) in 0..1 -> (N, D), trainable, with the tensors of `state`.
@@ -137,6 +96,8 @@ class LoadedModel(ModelOrigin):
             SettingsError: a positional table was asked of a tower that has none.
             WeightsError: the file holds another tower.
         """
+        import torch
+
         from ..towers import backbones
         from ..towers.base import load_into
 
@@ -146,7 +107,8 @@ class LoadedModel(ModelOrigin):
 
             if pos_embedding:
                 raise SettingsError("the mini tower has no positional table; expected pos_embedding=False")
-            tower = MiniTower(**self.tower_options)
+            with torch.device("meta"):  # so that a file cannot ask for more memory than it has bytes
+                tower = MiniTower(**self.tower_options)
             load_into(tower, visual, str(self.path))
             return tower
         return backbones.image_tower(self.tower_definition(), visual, pos_embedding, str(self.path))
@@ -175,70 +137,88 @@ class LoadedModel(ModelOrigin):
         return backbones.encode_texts(self.tower_definition(), self.state, texts, str(self.path))
 
 
-def load_model(
-    weights: str | Path | weight_files.WeightRecord, backbone: str, upstream_texts: Sequence[str] = ()
-) -> LoadedModel:
+def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts: Sequence[str] = ()) -> LoadedModel:
     """Find a weight file and read the model in it.
 
     Args:
-        weights: name of a manifest record, a record, or a file; looked up as `pretrained.weights` says.
+        weights: name of a manifest record, a record, or a file; looked up as `pretrained.find` says.
         backbone: image tower of a file that does not say it itself (files trained with this package do).
         upstream_texts: texts of the stored prompt features, in order, of a file in upstream's QualiCLIP layout.
 
     Raises:
-        WeightsError: no such file, a wrong hash, or a file that is damaged, not safe or no whole model.
+        WeightsError: no such file, a wrong hash, or a file that is damaged, not safe or not a whole model.
         SettingsError: an unknown backbone.
     """
-    openai = not weight_files.is_user_file(weights)
-    return _load(weight_files.find(weights), backbone, openai, tuple(upstream_texts))
+    return _load(weights, backbone, not is_user_file(weights), tuple(upstream_texts))
 
 
-def _load(path: Path, backbone: str, openai: bool, upstream_texts: tuple[str, ...]) -> LoadedModel:
-    file = WeightFile.of(path)
-    state, metadata = weight_files.read(path)
-    if file.changed:
-        raise WeightsError(f"{path} changed while it was read; try again")
+def _load(
+    weights: str | Path | WeightRecord, backbone: str, openai: bool, upstream_texts: tuple[str, ...]
+) -> LoadedModel:
+    found = read(weights)
+    path, state = found.file.path, dict(found.tensors)
     rows = state.pop("prompts_features", None)
-    options: dict[str, Any] = {}
-    temperature = None
-    texts: tuple[str, ...] = ()
-    if metadata.get("format") == weight_files.OWN_FORMAT:
-        backbone = metadata["backbone"]
-        options = json.loads(metadata["tower"])
-        temperature = float(metadata["temperature"]) if "temperature" in metadata else None
-        texts = tuple(text for pair in json.loads(metadata["prompts"]) for text in pair)
+    own = OwnMetadata(backbone, {}, (), None)
+    if found.metadata.get("format") == OWN_FORMAT:
+        own = own_metadata(path, found.metadata)
+        openai = False  # its metadata says which activation it needs
+        _check_backbone(path, own.backbone)
     elif rows is not None:
         state = {key.removeprefix("clip_model."): value for key, value in state.items()}
-        texts = upstream_texts
+        own = replace(own, texts=upstream_texts)
         openai = True  # fine-tuned from OpenAI's weights
-    if rows is not None and len(rows) != len(texts):
-        raise WeightsError(f"{path} holds {len(rows)} prompt features; expected {len(texts)}")
-    scale = state.get("logit_scale")
-    if scale is None:
-        raise WeightsError(f"{path} has no 'logit_scale'; expected a whole CLIP or a trained model")
     return LoadedModel(
-        file=file,
-        backbone=backbone,
-        openai=openai,
-        activation="none" if backbone == "mini" else _definition(path, backbone, openai, options).activation,
-        temperature=temperature,
-        tower_options=options,
+        file=found.file,
+        backbone=own.backbone,
+        openai=openai or found.from_openai,
+        activation=_activation(own, openai or found.from_openai),
+        temperature=own.temperature,
+        tower_options=own.tower,
         upstream_texts=upstream_texts,
-        logit_scale=float(scale),
+        logit_scale=_logit_scale(path, state),
         state=state,
-        stored_features={} if rows is None else dict(zip(texts, rows, strict=True)),
+        stored_features=_features_by_text(path, rows, own.texts),
     )
 
 
-def _definition(path: Path, backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:
+def _check_backbone(path: Path, backbone: str) -> None:
     from ..towers import backbones
 
     try:
-        return replace(backbones.find_backbone(backbone, openai), **options)
-    except TypeError as error:
-        raise WeightsError(f"{path}: unknown setting of a tower ({error}); update qualiclip-pyiqa") from error
+        if backbone != "mini":
+            backbones.find_backbone(backbone)
+    except SettingsError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
-def _stamp(path: Path) -> tuple[int, int, int, int]:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+def _logit_scale(path: Path, state: Mapping[str, Tensor]) -> float:
+    scale = state.get("logit_scale")
+    if scale is None:
+        raise WeightsError(f"{path} has no 'logit_scale'; expected a whole CLIP or a trained model")
+    value = float(scale) if scale.numel() == 1 and scale.is_floating_point() else math.nan
+    if not abs(value) <= _MAX_LOGIT_SCALE:
+        found = value if scale.numel() == 1 else f"of shape {tuple(scale.shape)}"
+        raise WeightsError(f"{path}: 'logit_scale' is {found}; expected one number, the logarithm of CLIP's scale")
+    return value
+
+
+def _features_by_text(path: Path, rows: Tensor | None, texts: Sequence[str]) -> dict[str, Tensor]:
+    if rows is None:
+        return {}
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise WeightsError(f"{path}: 'prompts_features' has shape {tuple(rows.shape)}; expected (2P, D) of floats")
+    if len(rows) != len(texts):
+        raise WeightsError(f"{path} holds {len(rows)} prompt features; expected {len(texts)}")
+    return dict(zip(texts, rows, strict=True))
+
+
+def _activation(own: OwnMetadata, openai: bool) -> str:
+    return "none" if own.backbone == "mini" else _definition(own.backbone, openai, own.tower).activation
+
+
+def _definition(backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:
+    from ..towers import backbones
+
+    # Of these options `own_metadata` lets only mean, std and quick_gelu through.
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return replace(backbones.find_backbone(backbone, openai), **values)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError, WeightsError
 from ..metrics.prompts import QUALITY_SETS
-from ..pretrained import weights as weight_files
+from ..pretrained.layouts import OWN_FORMAT
+from ..pretrained.manifest import WeightRecord, openai_record
 from ..pretrained.model import load_model
+from ..pretrained.read import read
 from ..pretrained.write import write_safetensors
 from ..towers.backbones import plain_name
 from ..towers.mini import BLOCKS, MiniTower, RelativeSharpness
@@ -82,8 +84,10 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
     torch.manual_seed(seed)
     tower = MiniTower(config.widths, config.depths, config.hidden, config.dim, BLOCKS, config.dropout)
     anchors = block_anchors(tower, seed)
+    source = ""
     if start is not None:
-        state, _ = weight_files.read(start, layout="qualiclip-pyiqa")
+        found = read(start, layout="qualiclip-pyiqa")
+        state, source = found.tensors, found.file.sha256() or ""
         try:
             tower.load_state_dict(
                 {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
@@ -107,7 +111,7 @@ def _mini(config: Config, seed: int, start: Path | None) -> Aligned:
         unit=unit,
         logit_scale=math.log(MINI_SCALE * unit),
         metadata={"backbone": "mini", "tower": json.dumps(keywords), "temperature": "1"},
-        source="" if start is None else weight_files.file_sha256(start),
+        source=source,
     )
 
 
@@ -129,9 +133,9 @@ def block_anchors(tower: MiniTower, seed: int) -> Tensor:
 
 
 def _clip(config: Config, start: Path | None) -> Aligned:
-    weights: str | Path | weight_files.WeightRecord = start or config.weights
+    weights: str | Path | WeightRecord = start or config.weights
     if weights == "openai":
-        weights = weight_files.openai_record(plain_name(config.backbone))
+        weights = openai_record(plain_name(config.backbone))
     model = load_model(weights, config.backbone, TEXTS)
     if plain_name(model.backbone) != plain_name(config.backbone):
         raise SettingsError(
@@ -164,7 +168,7 @@ def _clip(config: Config, start: Path | None) -> Aligned:
             "temperature": "2",
         },
         rest={key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"},
-        source=weight_files.file_sha256(model.path),
+        source=model.file.sha256() or "",
     )
 
 
@@ -184,7 +188,7 @@ def save(
     tensors = {f"visual.{key}": value for key, value in tower_state.items()} | aligned.rest
     tensors |= {"prompts_features": aligned.anchors, "logit_scale": torch.tensor(aligned.logit_scale)}
     metadata = aligned.metadata | {
-        "format": weight_files.OWN_FORMAT,
+        "format": OWN_FORMAT,
         "prompts": json.dumps(PROMPTS),
         "licence": licence,
         "source": "trained with `qualiclip train`",

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ..errors import ImageError, SettingsError, WeightsError
 from ..evaluation.ratings import Ratings
 from ..images.convert import MIN_SIDE
-from ..pretrained import weights as weight_files
+from ..pretrained.read import read
 from ..towers.mini import RelativeSharpness, detail_and_top
 from .alignment import Aligned, build, save
 from .checkpoint import (
@@ -178,7 +178,7 @@ def _is_finished(out: Path, digest: str) -> bool:
     path = out / MODEL
     if find_checkpoint(out) is not None or not path.exists():
         return False
-    _, metadata = weight_files.read(path)
+    metadata = read(path).metadata
     try:
         run = json.loads(metadata.get("training", "{}")).get("run")
     except (ValueError, AttributeError, RecursionError) as error:

@@ -1,0 +1,63 @@
+"""Folders that may hold weight files, also for a user without a home."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+FOLDERS_VARIABLE = "QUALICLIP_PYIQA_WEIGHTS"
+
+
+def home() -> Path | None:
+    """The user's home; None for a user who has none, as in containers with an arbitrary user id."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` replaced, or as it is where nobody's home is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def user_cache() -> Path | None:
+    """`$XDG_CACHE_HOME` or `~/.cache`; None where neither is known."""
+    if own := os.environ.get("XDG_CACHE_HOME"):
+        return expanded(own)
+    base = home()
+    return None if base is None else base / ".cache"
+
+
+def cache_folder() -> Path | None:
+    """This package's own cache, made when something is downloaded into it; None for a user without a home."""
+    base = user_cache()
+    return None if base is None else base / "qualiclip_pyiqa"
+
+
+def torch_hub() -> Path | None:
+    """torch.hub's folder, where pyiqa keeps its downloads; None where it has none."""
+    # torch takes seconds to import and only an imported torch can have been told another folder.
+    if "torch" in sys.modules:
+        folder = Path(sys.modules["torch"].hub.get_dir())
+    elif own := os.environ.get("TORCH_HOME"):
+        folder = expanded(own) / "hub"
+    else:
+        base = user_cache()
+        if base is None:
+            return None
+        folder = base / "torch" / "hub"
+    # Without a home, torch's is a folder called "~" in the working directory.
+    return None if folder.parts[:1] == ("~",) else folder
+
+
+def hugging_face_cache() -> Path | None:
+    """The Hugging Face cache; None where it has none."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    return None if folder.parts[:1] == ("~",) else folder

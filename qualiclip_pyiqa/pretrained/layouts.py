@@ -1,0 +1,194 @@
+"""What each layout of a weight file must hold, and what the metadata of this package's own files may say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OWN_FORMAT = "qualiclip-pyiqa/1"
+OWN_METADATA = ("backbone", "tower", "prompts")
+# Keys of tensors, or prefixes of keys with a final dot.
+REQUIRED = {
+    "openai-clip": ("visual.", "logit_scale"),
+    "qualiclip": ("clip_model.visual.", "clip_model.logit_scale", "prompts_features"),
+    "context": ("prompt_learner.ctx",),
+    "qualiclip-pyiqa": ("visual.", "prompts_features", "logit_scale"),
+}
+CONTEXT_LAYOUTS = ("context", "context-tensor", "params")
+
+# Far more than any real model has, and few enough that a hostile file cannot ask for a network that fills the memory.
+_MAX_STAGES, _MAX_DEPTH, _MAX_WIDTH, _MAX_BLOCKS, _MAX_PAIRS, _MAX_TEXT = 8, 32, 2048, 64, 1000, 1000
+
+
+@dataclass(frozen=True)
+class OwnMetadata:
+    """Checked metadata of a file that was trained with this package.
+
+    Attributes:
+        backbone: image tower: a name of open_clip's or OpenAI's, or `mini`.
+        tower: keywords of `MiniTower`, or `mean`, `std` and `quick_gelu` of a CLIP tower.
+        texts: texts of the stored prompt features, positive and negative alternating.
+        temperature: the one that the logit scale was chosen for; None where the file says none.
+    """
+
+    backbone: str
+    tower: dict[str, Any] = field(hash=False)
+    texts: tuple[str, ...]
+    temperature: float | None
+
+
+def own_metadata(path: Path, metadata: Mapping[str, str]) -> OwnMetadata:
+    """Check the metadata of an own-format file. Nothing else in it has an effect on the network.
+
+    Raises:
+        WeightsError: a value is missing, not JSON, of the wrong type, out of range, or an unknown keyword.
+    """
+    missing = [key for key in OWN_METADATA if key not in metadata]
+    if missing:
+        raise WeightsError(f"{path} lacks metadata {', '.join(missing)}; expected a model trained with this package")
+    backbone = metadata["backbone"]
+    checks = _MINI if backbone == "mini" else _CLIP
+    tower = _json(path, "tower", metadata["tower"])
+    if not isinstance(tower, dict):
+        raise _wrong(path, "tower", tower, "a JSON object")
+    for key, value in tower.items():
+        if key not in checks:
+            raise WeightsError(
+                f"{path}: metadata 'tower' has the unknown keyword {str(key)[:80]!r}; expected some of "
+                f"{', '.join(checks)}; for a newer file update qualiclip-pyiqa"
+            )
+        check, expected = checks[key]
+        if not check(value):
+            raise _wrong(path, f"tower.{key}", value, expected)
+    if backbone == "mini":
+        _check_mini_together(path, tower)
+    return OwnMetadata(backbone, tower, _texts(path, metadata["prompts"]), _temperature(path, metadata))
+
+
+def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], layout: str | None) -> None:
+    """Check that a file holds what its layout needs.
+
+    Args:
+        layout: one of the manifest's, or `context` for either kind of context file; None: the one it looks like.
+
+    Raises:
+        WeightsError: another layout (names what is missing) or another version of this package's format.
+    """
+    if layout is None:
+        layout = "openai-clip"
+        if metadata.get("format", "").startswith("qualiclip-pyiqa"):
+            layout = "qualiclip-pyiqa"
+        elif "prompts_features" in state:
+            layout = "qualiclip"
+        elif "prompt_learner.ctx" in state:
+            layout = "context"
+    required = REQUIRED["context" if layout in CONTEXT_LAYOUTS else layout]
+    missing = [
+        key for key in required if not (any(k.startswith(key) for k in state) if key.endswith(".") else key in state)
+    ]
+    if layout == "qualiclip-pyiqa":
+        found = metadata.get("format", "none")
+        if found != OWN_FORMAT:
+            raise WeightsError(
+                f"{path} has format {found[:80]!r}; expected {OWN_FORMAT!r}: for a newer file update qualiclip-pyiqa"
+            )
+        missing += [f"metadata {key!r}" for key in OWN_METADATA if key not in metadata]
+    if missing:
+        some = ", ".join(list(state)[:3])[:200] or "nothing"
+        raise WeightsError(f"{path} is not of layout {layout}: it lacks {', '.join(missing)} (it holds {some}, ...)")
+
+
+def _json(path: Path, key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: metadata {key!r} is not JSON ({str(error)[:80]}); the file is damaged") from error
+
+
+def _wrong(path: Path, key: str, value: Any, expected: str) -> WeightsError:
+    return WeightsError(f"{path}: metadata {key!r} is {repr(value)[:80]}; expected {expected}")
+
+
+def _texts(path: Path, text: str) -> tuple[str, ...]:
+    pairs = _json(path, "prompts", text)
+    good = isinstance(pairs, list) and 0 < len(pairs) <= _MAX_PAIRS
+    if not good or not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair)) for pair in pairs):
+        raise _wrong(path, "prompts", pairs, "a list of [positive, negative] pairs of texts")
+    return tuple(each for pair in pairs for each in pair)
+
+
+def _temperature(path: Path, metadata: Mapping[str, str]) -> float | None:
+    if "temperature" not in metadata:
+        return None
+    try:
+        value = float(metadata["temperature"])
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise _wrong(path, "temperature", metadata["temperature"], "a positive number")
+    return value
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and len(value) <= _MAX_TEXT
+
+
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_list(value: object, longest: int) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= longest
+
+
+def _is_rgb(value: object, positive: bool) -> bool:
+    if not (isinstance(value, list) and len(value) == 3):
+        return False
+    numbers = [each for each in value if isinstance(each, int | float) and not isinstance(each, bool)]
+    return len(numbers) == 3 and all(abs(each) <= 1000 and (each > 1e-6 or not positive) for each in numbers)
+
+
+def _are_integers(value: Any, most: int) -> bool:
+    return _is_list(value, _MAX_STAGES) and all(_is_integer(each, 1, most) for each in value)
+
+
+def _are_blocks(value: Any) -> bool:
+    return _is_list(value, _MAX_BLOCKS) and all(
+        _is_list(block, _MAX_STAGES + 1) and all(isinstance(name, str) for name in block) for block in value
+    )
+
+
+_CLIP = {
+    "mean": (lambda value: _is_rgb(value, positive=False), "three numbers"),
+    "std": (lambda value: _is_rgb(value, positive=True), "three positive numbers"),
+    "quick_gelu": (lambda value: isinstance(value, bool), "true or false"),
+}
+_MINI = {
+    "widths": (lambda value: _are_integers(value, _MAX_WIDTH), f"1 to {_MAX_STAGES} integers in 1..{_MAX_WIDTH}"),
+    "depths": (lambda value: _are_integers(value, _MAX_DEPTH), f"1 to {_MAX_STAGES} integers in 1..{_MAX_DEPTH}"),
+    "hidden": (lambda value: _is_integer(value, 1, _MAX_WIDTH), f"an integer in 1..{_MAX_WIDTH}"),
+    "dim": (lambda value: _is_integer(value, 2, _MAX_WIDTH), f"an integer in 2..{_MAX_WIDTH}"),
+    "blocks": (_are_blocks, f"1 to {_MAX_BLOCKS} lists of names"),
+}
+
+
+def _check_mini_together(path: Path, tower: Mapping[str, Any]) -> None:
+    """Check what the keywords of a mini tower say of each other; all five must be there."""
+    missing = [key for key in _MINI if key not in tower]
+    if missing:
+        raise WeightsError(f"{path}: metadata 'tower' lacks {', '.join(missing)}; expected {', '.join(_MINI)}")
+    if len(tower["widths"]) != len(tower["depths"]):
+        raise _wrong(path, "tower.depths", tower["depths"], f"{len(tower['widths'])} integers, one for each width")
+    names = {"energies", *(f"stage{k}" for k in range(1, len(tower["widths"]) + 1))}
+    for block in tower["blocks"]:
+        if block != ["sharpness"] and not names.issuperset(block):
+            raise _wrong(path, "tower.blocks", block, f"some of {', '.join(sorted(names))}, or sharpness alone")
