@@ -38,7 +38,12 @@ def test_everything_that_decides_a_score_is_described() -> None:
     scorer = Scorer(["qualiclip-mini", "piqe"], device="cpu", precision="bf16", ignore_orientation=True, max_pixels=9)
     found = json.loads(json.dumps(scorer.describe()))
     assert found["precision"] == "bf16" and found["device"] == "cpu"
-    assert found["images"] == {"ignore_orientation": True, "allow_truncated": False, "max_pixels": 9}
+    assert found["images"] == {
+        "ignore_orientation": True,
+        "allow_truncated": False,
+        "max_pixels": 9,
+        "ignore_profile": False,
+    }
     assert list(found["columns"]) == list(scorer.columns)
     mini, piqe = found["columns"].values()
     assert mini["lower_better"] is False and len(mini["weights"]["sha256"]) == 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
 import zlib
@@ -469,3 +470,33 @@ def test_integers_of_thirty_two_bits() -> None:
         load_image(Image.fromarray(np.maximum(GREY, 255 * np.eye(40, 48, dtype=np.uint8)).astype(np.int32)))
     deep = b"P5 48 40 65535\n" + np.full((40, 48), 200, ">u2").tobytes()  # a dark one, of known depth
     np.testing.assert_allclose(grey_of(deep), 200 / 65535, atol=1e-7)
+
+
+def test_scorer_and_the_commands_read_by_the_rules_they_are_given(tmp_path: Path) -> None:
+    """Orientation, profile and truncation: one image, one score, with workers and without, and `load_image`'s."""
+    photo = Image.open(Path(__file__).parents[1] / "examples" / "photos" / "hats.jpg").convert("RGB")
+    content = encoded(photo.resize((160, 128)), "JPEG", exif=exif(8), icc_profile=PROFILES["Adobe RGB"][0])[:-2]
+    file = tmp_path / "x.jpg"
+    file.write_bytes(content)
+    net = Scorer(["qualiclip-mini"], workers=0).networks[0].metrics["qualiclip-mini"]
+    seen = set()
+    for rules in ({}, {"ignore_orientation": True}, {"ignore_profile": True}):
+        with torch.no_grad():
+            expected = net(load_image(file, allow_truncated=True, **rules)[None]).item()
+        seen.add(round(expected, 5))
+        for workers in (0, 1):
+            scorer = Scorer(["qualiclip-mini"], workers=workers, allow_truncated=True, **rules)
+            scores = [record.scores["qualiclip-mini"] for record in scorer.score([file, content, Image.open(file)])]
+            assert scores == pytest.approx([expected] * 3, abs=2e-6)
+        table = tmp_path / "scores.jsonl"
+        options = [f"--{name.replace('_', '-')}" for name in rules]
+        command = ["score", str(file), "-m", "qualiclip-mini", "-o", str(table), "--workers", "0", *options]
+        assert main([*command, "--allow-truncated"]) == 0
+        row = json.loads(table.read_text())
+        assert row["qualiclip-mini"] == pytest.approx(expected, abs=1e-6)
+        table.unlink()
+        table.with_name("scores.jsonl.meta.json").unlink()
+        assert main(command) == 1 and "is damaged" in table.read_text()
+        table.unlink()
+        table.with_name("scores.jsonl.meta.json").unlink()
+    assert len(seen) == 3

@@ -19,7 +19,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEFAULT_METRIC = "qualiclip-mini"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
-READ_OPTIONS = ("ignore_orientation", "allow_truncated", "max_pixels", "decode_timeout")
+READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout")
 
 
 class Screen:
@@ -90,6 +90,12 @@ def add_read_options(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=True,
         help="take pixels as they are stored, not as EXIF orientation turns them: as published figures were made",
+    )
+    parser.add_argument(
+        "--ignore-profile",
+        action="store_const",
+        const=True,
+        help="do not convert to sRGB through embedded ICC profiles: as published figures were made",
     )
     parser.add_argument(
         "--allow-truncated",

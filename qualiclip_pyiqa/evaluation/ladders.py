@@ -149,12 +149,7 @@ def score_degraded(
         for number, source in enumerate(paths):
             path = os.fspath(source)
             try:
-                rgb = load_image(
-                    path,
-                    ignore_orientation=rules.ignore_orientation,
-                    allow_truncated=rules.allow_truncated,
-                    max_pixels=rules.max_pixels,
-                )
+                rgb = load_image(path, **asdict(rules))
             except ImageError as error:
                 errors[path] = str(error)
                 continue

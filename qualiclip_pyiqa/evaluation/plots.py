@@ -7,7 +7,7 @@ taken for mathematics or TeX, and letters that no font has are written as `\\uXX
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -165,12 +165,7 @@ def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> 
     figure, axes = _figure(len(pairs), 2, (8, 3.4 * len(pairs)))
     for row, pair in zip(axes, pairs, strict=True):
         for axis, file, side in zip(row, (pair.left, pair.right), ("better", "worse"), strict=True):
-            rgb = load_image(
-                file,
-                ignore_orientation=rules.ignore_orientation,
-                allow_truncated=rules.allow_truncated,
-                max_pixels=rules.max_pixels,
-            )
+            rgb = load_image(file, **asdict(rules))
             shrink = max(1, -(-max(rgb.shape[1:]) // LONGEST))
             shown = F.avg_pool2d(rgb, shrink) if shrink > 1 else rgb
             axis.imshow(shown.movedim(0, -1).numpy())

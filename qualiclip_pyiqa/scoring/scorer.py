@@ -60,6 +60,7 @@ class Scorer:
         compile: whether the networks go through `torch.compile`, which pays from a few hundred images on.
         max_pixels: larger images are refused before they are decoded. Default: Pillow's limit, 89 million.
         ignore_orientation: take pixels as they are stored, not turned as EXIF orientation says that they are shown.
+        ignore_profile: take colours as they are stored, not converted to sRGB through an embedded ICC profile.
         allow_truncated: score files whose image data ends early.
         decode_timeout: seconds that a worker may take to decode an image before it is replaced and the image is an
             error; `math.inf`: no limit.
@@ -94,6 +95,7 @@ class Scorer:
         ignore_orientation: bool = False,
         allow_truncated: bool = False,
         decode_timeout: float = 60.0,
+        ignore_profile: bool = False,
     ) -> None:
         devices = _devices(device)
         on_cpu = devices[0].type == "cpu"
@@ -103,7 +105,7 @@ class Scorer:
         usual = 0 if multiprocessing.current_process().daemon else max(1, min(8, cores // 4 if on_cpu else cores))
         self.workers = _at_least(0, "workers", usual, workers)
         limit = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
-        self.rules = ReadRules(bool(ignore_orientation), bool(allow_truncated), limit)
+        self.rules = ReadRules(bool(ignore_orientation), bool(allow_truncated), limit, bool(ignore_profile))
         self.decode_timeout = _seconds("decode_timeout", decode_timeout)
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
