@@ -46,6 +46,8 @@ class BlindMetric(nn.Module):
         SettingsError: `tile` is not an integer of at least 32.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> class Brightness(BlindMetric):
         ...     def __init__(self):
         ...         super().__init__("brightness", paper="none")

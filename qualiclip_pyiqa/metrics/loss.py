@@ -29,7 +29,7 @@ class QualityLoss(nn.Module):
         SettingsError: a full-reference metric, or one whose best score is not known.
 
     Example:
-        >>> import pyiqa
+        >>> import pyiqa, torch
         >>> loss = QualityLoss(pyiqa.create_metric("qualiclip-mini", device="cpu"))
         >>> restored = torch.rand(1, 3, 64, 64, requires_grad=True)
         >>> loss(restored).backward()

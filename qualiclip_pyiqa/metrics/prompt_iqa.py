@@ -59,12 +59,18 @@ class PromptIQA(BlindMetric):
         image at its own size, never resized -> scores (N, A), float32 (float64 for a metric in double precision), in
         0..1, higher is better; one column for each of `attributes` (A = 1 unless `prompts` is a mapping).
 
+    A batch's scores equal those of its images alone to 2e-6 in float32. On an NVIDIA GPU since Ampere, a metric of
+    `pyiqa.create_metric` is less precise than its network or a `Scorer`: pyiqa runs it under cuDNN flags that allow
+    TF32 in convolutions, whatever the caller has set.
+
     Raises:
         SettingsError: an unknown or contradictory setting.
         PromptError: prompts that make no sense, or that the model cannot encode.
         WeightsError: a weight file that is missing, damaged or another model's.
 
     Example:
+        >>> import torch
+        >>> from qualiclip_pyiqa import OpenQualiCLIP
         >>> metric = OpenQualiCLIP("qualiclip-mini").eval()
         >>> metric(torch.rand(2, 3, 64, 96)).shape
         torch.Size([2, 1])
