@@ -73,7 +73,6 @@ class TestLocalAndGlobal(MetricContract):
         return LocalAndGlobal(**options).eval()
 
 
-@pytest.mark.xfail(reason="Scorer does not know the base class yet", strict=True)
 def test_scored_in_batches_beside_others_and_nothing_is_shared() -> None:
     first, second, third = TwoScales(0).eval(), TwoScales(1).eval(), LocalAndGlobal().eval()
     images = list(upstream.pictures(5, 64, 80))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,25 @@ import numpy as np
 import pyiqa
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from pyiqa.utils.img_util import imread2tensor
 
 from qualiclip_pyiqa import ImageError, Scorer, as_batch
 
 PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "lighthouse.jpg"
 # Kinds of file that pyiqa reads otherwise (or, in the first two cases, alike).
-KINDS = ["plain.png", "plain.jpg", "grey16.png", "alpha.png", "rotated.jpg", "palette.png"]
+KINDS = ["plain.png", "plain.jpg", "grey16.png", "alpha.png", "rotated.jpg", "palette.png", "profile.png"]
+
+
+def gamma_profile() -> bytes:
+    """An ICC profile with sRGB's primaries and a gamma of 1.2, made of Pillow's sRGB profile."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag in range(struct.unpack_from(">I", profile, 128)[0]):
+        name, offset, size = struct.unpack_from(">4sII", profile, 132 + 12 * tag)
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            assert profile[offset : offset + 4] == b"para" and size >= 16
+            struct.pack_into(">4sIHHi", profile, offset, b"para", 0, 0, 0, round(1.2 * 65536))
+    return bytes(profile)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exif[0x0112] = 6
     Image.fromarray(pixels).save(folder / "rotated.jpg", exif=exif)
     Image.fromarray(pixels).quantize(32).save(folder / "palette.png", transparency=3)
+    Image.fromarray(pixels).save(folder / "profile.png", icc_profile=gamma_profile())
     (folder / "truncated.jpg").write_bytes((folder / "plain.jpg").read_bytes()[:2000])
     return folder
 

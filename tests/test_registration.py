@@ -13,7 +13,9 @@ import pytest
 import qualiclip_pyiqa_start
 from qualiclip_pyiqa.metrics.registry import METRICS
 
-PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "lighthouse.jpg"
+ROOT = Path(__file__).parents[1]
+PHOTO = ROOT / "examples" / "photos" / "lighthouse.jpg"
+MINI = next((ROOT / "weights").glob("*.safetensors"))
 
 
 def run(code: str, *options: str, **environment: str) -> str:
@@ -97,13 +99,16 @@ forward = pyiqa.models.inference_model.InferenceModel.forward
 assert "qualiclip-mini" not in theirs and len(set(theirs) & set({sorted(METRICS)})) == 9
 pyiqa.create_metric("psnr", device="cpu")  # loads the entry points
 assert "qualiclip-mini" not in pyiqa.list_models() and "qualiclip_pyiqa" not in sys.modules
-from qualiclip_pyiqa import QualityLoss
+import qualiclip_pyiqa
 assert {{name: entry for name, entry in DEFAULT_CONFIGS.items() if name in theirs}} == theirs
 assert DEFAULT_CONFIGS["qualiclip"]["metric_opts"]["type"] == "QualiCLIP"
 assert set(DEFAULT_CONFIGS) - set(theirs) == set({sorted(METRICS)}) - set(theirs)
 metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
 assert 0 < metric({str(PHOTO)!r}).item() < 1
 assert pyiqa.models.inference_model.InferenceModel.forward.__wrapped__ is forward
+# The file of a model of ours is ours whatever pyiqa's names mean.
+scorer = qualiclip_pyiqa.Scorer({str(MINI)!r}, device="cpu", workers=0)
+assert next(scorer.score([{str(PHOTO)!r}])).error is None
 """,
         QUALICLIP_PYIQA_AUTOLOAD="0",
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError, did_you_mean
 from ..metrics.base import BlindMetric
+from ..metrics.prompt_iqa import OpenQualiCLIP
 
 #: A name that `pyiqa.create_metric` knows, the file of a model trained with this package, a metric or a network.
 MetricLike: TypeAlias = str | os.PathLike[str] | nn.Module
@@ -50,7 +51,8 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
         if isinstance(metric, str) and metric.endswith(".safetensors"):
-            own: nn.Module = pyiqa.create_metric("qualiclip", device=device, weights=metric)
+            # Not by pyiqa's name, which may be pyiqa's own (QUALICLIP_PYIQA_AUTOLOAD=0).
+            own: nn.Module = OpenQualiCLIP("qualiclip", weights=metric)
         elif isinstance(metric, str):
             known = pyiqa.list_models()
             if metric not in known:

@@ -23,7 +23,11 @@ def describe_metric(metric: nn.Module, device: torch.device) -> dict[str, Any]:
     net: Any = getattr(metric, "net", metric)
     if callable(getattr(net, "describe", None)):
         own: dict[str, Any] = {**net.describe(), "lower_better": lower_is_better(metric)}
-        own.pop("version", None)  # the description of the whole has it
+        for each in (
+            "version",
+            "reading",
+        ):  # the description of the whole has them, and its rules of reading may differ
+            own.pop(each, None)
         return own
     return {
         "metric": getattr(metric, "metric_name", None),
