@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,8 @@ def test_everything_that_decides_a_score_is_described() -> None:
     scorer = Scorer(["qualiclip-mini", "piqe"], device="cpu", precision="bf16", ignore_orientation=True, max_pixels=9)
     found = json.loads(json.dumps(scorer.describe()))
     assert found["precision"] == "bf16" and found["device"] == "cpu"
-    assert found["images"] == {
-        "ignore_orientation": True,
-        "allow_truncated": False,
-        "max_pixels": 9,
-        "ignore_profile": False,
-    }
+    assert found["images"] == asdict(scorer.rules)
+    assert found["images"]["ignore_orientation"] is True and found["images"]["max_pixels"] == 9
     assert list(found["columns"]) == list(scorer.columns)
     mini, piqe = found["columns"].values()
     assert mini["lower_better"] is False and len(mini["weights"]["sha256"]) == 64
@@ -57,16 +54,18 @@ def test_the_rules_of_reading_reach_the_images(workers: int, tmp_path: Path) -> 
     exif[0x0112] = 6
     with Image.open(rotated) as image:
         image.save(rotated, exif=exif)
+    cut = picture(tmp_path / "cut.jpg", 200, 160)
+    cut.write_bytes(cut.read_bytes()[:-200])
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(buffer, "JPEG", exif=exif)
-    sources = [rotated, buffer.getvalue(), Image.open(rotated)]
+    sources = [rotated, cut, buffer.getvalue(), Image.open(rotated)]
     usual = list(Scorer("qualiclip-mini", device="cpu", workers=workers).score(sources))
-    assert [(r.width, r.height) for r in usual] == [(60, 80)] * 3
+    assert [(r.width, r.height) for r in usual] == [(60, 80), (None, None), (60, 80), (60, 80)]
     rules = {"ignore_orientation": True, "allow_truncated": True}
     scorer = Scorer("qualiclip-mini", device="cpu", workers=workers, **rules)
     assert scorer.rules == ReadRules(**rules)
     stored = list(scorer.score(sources))
-    assert [(r.width, r.height) for r in stored] == [(80, 60)] * 3
+    assert [(r.width, r.height) for r in stored] == [(80, 60), (200, 160), (80, 60), (80, 60)]
     for limit in (0, -1.0, math.nan):
         with pytest.raises(SettingsError, match="expected seconds above 0"):
             Scorer("qualiclip-mini", device="cpu", decode_timeout=limit)
