@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from qualiclip_pyiqa.metrics.prompt_iqa import PromptIQA
-from qualiclip_pyiqa.training.tuning import losses
+from qualiclip_pyiqa.training.tuning import rating_losses
 
 PACKAGE = Path(pyiqa.__file__).parent
 FILES = Path(__file__).parents[1] / "docs" / "options"
@@ -154,7 +154,7 @@ def test_a_step_equals_that_of_pyiqas_own_network(upstream_weights: Path) -> Non
     criteria = [build_loss(train_options[name]) for name in ("mos_loss_opt", "metric_loss_opt")]
     expected = sum(criterion(theirs(x), y) for criterion in criteria)
     # A correlation of scores that hardly differ makes ten times as much of their rounding.
-    found = losses(ours(x)[:, 0], y[:, 0], "mse+plcc")["loss"]
+    found = rating_losses(ours(x)[:, 0], y[:, 0], "mse+plcc")["loss"]
     assert found.item() == pytest.approx(expected.item(), abs=1e-4)
     expected.backward()
     found.backward()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
-from . import RATING_OPTIONS, Commands, add_rating_options, rated, refuse
+from ..optional import require
+from . import RATING_OPTIONS, Commands, add_rating_options, rated, refuse, say
+
+NEEDED = ("accelerate", "kornia", "scipy", "tensorboard")  # the extra `train`
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,8 +18,8 @@ def add_parser(commands: Commands) -> None:
         "train",
         help="train a model on pristine photographs, without opinion scores",
         description="Train an image tower by QualiCLIP's strategy: degraded crops are ranked by their similarity to "
-        "antonym prompts. RUN receives model.safetensors, which every command and pyiqa.create_metric('qualiclip', "
-        "weights=...) take, log.jsonl and TensorBoard's events. Several GPUs: `accelerate launch -m "
+        "antonym prompts. Writes model.safetensors, which every command and pyiqa.create_metric('qualiclip', "
+        "weights=...) load, log.jsonl and TensorBoard's events to RUN. On several GPUs: `accelerate launch -m "
         "qualiclip_pyiqa.commands.cli train ...` or `torchrun -m qualiclip_pyiqa.commands.cli train ...`.",
     )
     parser.set_defaults(run=run)
@@ -29,22 +31,27 @@ def add_parser(commands: Commands) -> None:
         required=True,
         type=Path,
         metavar="DIR",
-        help="photographs to train on; a manifest.csv in it is respected",
+        help="photographs to train on; images that a manifest.csv in it marks as held out are not used",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN")
+    parser.add_argument("--seed", type=int, default=0, help="decides all that is drawn at random (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in RUN")
     parser.add_argument("--exclude", type=Path, metavar="LIST", help="text file of photographs not to train on")
     parser.add_argument("--start", type=Path, metavar="FILE", help="model of an earlier run to begin from")
-    parser.add_argument("--licence", default="not stated", help="of the weights; the photographs' licences decide")
-    parser.add_argument("--device", choices=["cpu"], help="cpu: leave a GPU that is there alone")
     parser.add_argument(
-        "--ratings", type=Path, metavar="CSV", help="opinion scores; SRCC with them is logged, nothing more"
+        "--licence", default="not stated", help="licence of the weights, which depends on those of the photographs"
+    )
+    parser.add_argument("--device", choices=["cpu"], help="cpu: do not use a GPU")
+    parser.add_argument(
+        "--ratings", type=Path, metavar="CSV", help="opinion scores; their SRCC is logged, nothing more"
     )
     add_rating_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for module in NEEDED:
+        require(module, "train", "qualiclip train")
+
     from ..training.config import load_config
     from ..training.run import DivergedError, train
 
@@ -65,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
     except DivergedError as error:
-        print(f"qualiclip: {error}", file=sys.stderr)
+        say(f"qualiclip: {error}")
         return 1
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if os.environ.get("RANK", "0") == "0":  # one of several processes prints
         print(path)
     return 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 from ..errors import SettingsError
 from ..metrics.registry import with_context
-from . import Commands, add_rating_options, rated
+from ..optional import require
+from . import Commands, add_rating_options, rated, say
 
 
 def add_parser(commands: Commands) -> None:
@@ -17,50 +17,57 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="learn a prompt context from opinion scores",
-        description="Learn the prompt context of a metric from rated pictures, all else of CLIP being frozen. RUN gets "
-        "params.pth, which pyiqa.create_metric(METRIC, pretrained='RUN/params.pth') takes, and log.jsonl.",
+        description="Learn the prompt context of a metric from rated images, with CLIP frozen. Writes params.pth, which "
+        "pyiqa.create_metric(METRIC, pretrained='RUN/params.pth') loads, and log.jsonl to RUN.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("-m", "--metric", required=True, metavar="METRIC", help=f"one of {metrics}")
-    parser.add_argument("--ratings", required=True, type=Path, metavar="CSV", help="opinion scores of the pictures")
+    parser.add_argument("--ratings", required=True, type=Path, metavar="CSV", help="opinion scores of the images")
     add_rating_options(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder for params.pth and log.jsonl")
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--mos-range",
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="what becomes 0 and 1 (default: as trained on)",
+        help="opinion scores that become 0 and 1 (default: the range of the training images)",
     )
     parser.add_argument(
-        "--validation", type=float, default=0.2, metavar="SHARE", help="held out and watched (default: 0.2; 0: none)"
+        "--validation",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the images that is held out and watched; 0 holds out none (default: 0.2)",
     )
     parser.add_argument(
-        "--recipe", choices=("official", "pyiqa"), help="default: official for clipiqa+, pyiqa for the others"
+        "--recipe", choices=("official", "pyiqa"), help="default: official for clipiqa+, pyiqa for the other metrics"
     )
-    parser.add_argument(
-        "--learning-rate", type=float, metavar="X", help="this and what follows: instead of the recipe's"
-    )
-    parser.add_argument("--loss", choices=("mse", "mse+plcc"))
-    parser.add_argument("--crop", type=int, metavar="N", help="side of the random crops; 0: whole pictures")
-    parser.add_argument("--context-length", type=int, dest="n_ctx", metavar="N", help="tokens of a context")
-    contexts = parser.add_mutually_exclusive_group()
-    contexts.add_argument("--shared", action="store_const", const=True, help="one context for all prompts")
-    contexts.add_argument("--separate", dest="shared", action="store_const", const=False, help="one for each prompt")
-    parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch", type=int, metavar="N")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="instead of the metric's own tower")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="weights in place of the metric's own")
+    own = parser.add_argument_group("settings in place of the recipe's")
+    own.add_argument("--learning-rate", type=float, metavar="X")
+    own.add_argument("--loss", choices=("mse", "mse+plcc"))
+    own.add_argument("--crop", type=int, metavar="N", help="side of random crops in pixels; 0: whole images")
+    own.add_argument("--context-length", type=int, dest="n_ctx", metavar="N", help="tokens of a context")
+    contexts = own.add_mutually_exclusive_group()
+    contexts.add_argument("--shared", action="store_const", const=True, help="one context for all prompts")
+    contexts.add_argument(
+        "--separate", dest="shared", action="store_const", const=False, help="a context for each prompt"
+    )
+    own.add_argument("--epochs", type=int, metavar="N")
+    own.add_argument("--batch", type=int, metavar="N")
+    own.add_argument("--seed", type=int, metavar="N")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require("scipy", "train", "qualiclip tune")
     ratings = rated(arguments)  # before anything that takes time
-    print(f"qualiclip: {ratings}", file=sys.stderr)
+    say(f"qualiclip: {ratings}")
 
     import torch
 
-    from ..training.tuning import RECIPES, default_recipe, fresh_network, tune
+    from ..training.recipes import RECIPES, default_recipe, fresh_network
+    from ..training.tuning import tune
 
     recipe = default_recipe(arguments.metric)
     if arguments.recipe is not None:

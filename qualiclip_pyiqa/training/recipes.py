@@ -1,0 +1,136 @@
+"""How prompt contexts are learned: the recipes of published ones, and networks to start from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import SettingsError
+from ..images.convert import MIN_SIDE
+from ..metrics import prompt_iqa
+from ..metrics.prompt_iqa import PromptIQA
+from ..metrics.registry import metric_spec, with_context
+
+LOSSES = ("mse", "mse+plcc")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a prompt context is learned.
+
+    Attributes:
+        name: name in `RECIPES` of the recipe that the values come from.
+        optimiser: name of a class in `torch.optim`, used with its defaults except for the learning rate.
+        learning_rate: learning rate of the first epoch.
+        epochs: passes over the training images. Images left over after the last full batch of a pass are skipped.
+        period: the learning rate falls along half a cosine that would reach zero after `period * epochs` epochs.
+        batch: images per step; all of them if there are fewer.
+        crop: side in pixels of a random square crop; 0: the whole image at its own size. Either way half of the images
+            of an epoch are mirrored left to right.
+        loss: "mse", or "mse+plcc" for MSE + (1 - PLCC of the batch) / 2, of scores and opinion scores in 0..1.
+        shared: whether all prompts share one context (n_ctx, W), or have one each, (2P, n_ctx, W).
+        context_std: standard deviation of the normal distribution that a fresh context is drawn from; None: the
+            architecture's own start.
+        n_ctx: tokens of a context.
+        seed: decides the fresh context, the held-out images, the order, the crops and the mirroring.
+
+    Raises:
+        SettingsError: a value out of range.
+    """
+
+    name: str
+    optimiser: str
+    learning_rate: float
+    epochs: int
+    period: float
+    batch: int
+    crop: int
+    loss: str
+    shared: bool
+    context_std: float | None
+    n_ctx: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        def need(good: bool, what: str, expected: str) -> None:
+            if not good:
+                raise SettingsError(f"{what} is {getattr(self, what)!r}; expected {expected}")
+
+        need(0 < self.learning_rate < 1e30, "learning_rate", "a positive number below 1e30")
+        need(self.epochs >= 1, "epochs", "at least 1")
+        need(self.loss in LOSSES, "loss", " or ".join(LOSSES))
+        least = 2 if self.loss == "mse+plcc" else 1
+        need(self.batch >= least, "batch", f"at least {least}" + (" for a correlation" if least == 2 else ""))
+        need(self.crop == 0 or self.crop >= MIN_SIDE, "crop", f"0 for whole pictures, or at least {MIN_SIDE} pixels")
+
+    def rate(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, counted from 0."""
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / (self.epochs * self.period)))
+
+
+# [S] published by the authors, [D] derived from what they published, [U] our own choice or unverified.
+RECIPES = {
+    # CLIP-IQA+ by its authors: clipiqa_coop_koniq.py and coopclipiqa.py of github.com/IceClear/CLIP-IQA.
+    "official": Recipe(
+        name="official",
+        optimiser="SGD",  # [S] without momentum or weight decay
+        learning_rate=0.002,  # [S]
+        epochs=1450,  # [D] the published context is that of step 80,000 [S]: 55 steps of 128 of KonIQ's 7,058 images
+        period=3.75,  # [D] the cosine is over 300,000 steps [S], not 80,000; its floor of 1e-7 [S] is left out
+        batch=128,  # [D] 64 on each GPU, and a remark that there are 2 [S]
+        crop=0,  # [S] KonIQ-10k at 1024x768, mirrored at random
+        loss="mse",  # [S] to MOS / 100
+        shared=True,  # [S]
+        context_std=0.02,  # [S]
+        n_ctx=16,  # [S]
+        seed=123,  # [U] the authors set none
+    ),
+    # Options of pyiqa for CLIP-IQA+ (options/train/CLIPIQA) and QualiCLIP+ (options/train/QualiCLIP).
+    "pyiqa": Recipe(
+        name="pyiqa",
+        optimiser="Adam",  # [S]
+        learning_rate=2e-3,  # [S]
+        epochs=50,  # [S]
+        period=1.0,  # [S] a step of the cosine after each epoch
+        batch=8,  # [S]
+        crop=384,  # [S] mirrored at random
+        loss="mse+plcc",  # [S] with equal weights
+        shared=False,  # [S]
+        context_std=None,  # [S] N(0, 0.02) for QualiCLIP+, the embedding of `X` for CLIP-IQA+
+        n_ctx=16,  # [S]
+        seed=123,  # [S] the number; the values drawn with it differ
+    ),
+}
+
+
+def default_recipe(metric: str) -> Recipe:
+    """Return the recipe that a metric's published context was learned by.
+
+    Raises:
+        SettingsError: an unknown metric, or one without a learned context.
+
+    Example:
+        >>> default_recipe("clipiqa+").name
+        'official'
+    """
+    if metric_spec(metric).name not in with_context():
+        raise SettingsError(
+            f"{metric} has fixed prompts, no context to learn; expected one of {', '.join(with_context())}"
+        )
+    return RECIPES["official" if metric == "clipiqa+" else "pyiqa"]
+
+
+def fresh_network(metric: str, recipe: Recipe, **options: Any) -> PromptIQA:
+    """Create a metric with a recipe's fresh context; `options` are the architecture's, such as `weights`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        net: PromptIQA = getattr(prompt_iqa, metric_spec(metric).arch)(
+            metric, pretrained=False, n_ctx=recipe.n_ctx, prompt_specific_ctx=not recipe.shared, **options
+        )
+        assert net.prompt_learner is not None
+        if recipe.context_std is not None:
+            torch.nn.init.normal_(net.prompt_learner.ctx, std=recipe.context_std)
+    return net
