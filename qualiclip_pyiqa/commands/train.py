@@ -42,9 +42,7 @@ def add_parser(commands: Commands) -> None:
         "--licence", default="not stated", help="licence of the weights, which depends on those of the photographs"
     )
     parser.add_argument("--device", choices=["cpu"], help="cpu: do not use a GPU")
-    parser.add_argument(
-        "--ratings", type=Path, metavar="CSV", help="opinion scores; their SRCC is logged, nothing more"
-    )
+    parser.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores; the SRCC is logged, no more")
     add_rating_options(parser)
 
 

@@ -17,7 +17,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="learn a prompt context from opinion scores",
-        description="Learn the prompt context of a metric from rated images, with CLIP frozen. Writes params.pth, which "
+        description="Learn a metric's prompt context from rated images, with CLIP frozen. Writes params.pth, which "
         "pyiqa.create_metric(METRIC, pretrained='RUN/params.pth') loads, and log.jsonl to RUN.",
     )
     parser.set_defaults(run=run)
