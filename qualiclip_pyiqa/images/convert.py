@@ -98,7 +98,7 @@ def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[in
     """Read width and height of an image as it would be scored, from the header of its file.
 
     Raises:
-        ImageError: as `read_pixels`, except for what is only found while decoding.
+        ImageError: as `read_pixels`, except for images that are too small and for what is only found while decoding.
 
     Example:
         >>> read_size("examples/photos/hats.jpg")
@@ -107,7 +107,7 @@ def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[in
     rules, name = rules or _DEFAULT, source_name(source)
 
     def size(image: Image.Image) -> tuple[int, int]:
-        _check_pixels(decode.stored_size(image), name, rules)
+        _check_limit(decode.stored_size(image), name, rules)
         return decode.shown_size(image, rules.ignore_orientation)
 
     with _opened(source, name) as file, _one_line(name), decode.strictly():
@@ -183,7 +183,7 @@ def _read(file: BinaryIO, name: str, rules: ReadRules, use: Callable[[Image.Imag
     """Open the image in a file and use it. A PNG whose metadata Pillow refuses is used without them."""
     start = file.read(64)
     if plugin_format(start) == "JXL" and (size := jxl.read_size(file)) is not None:
-        _check_pixels(size, name, rules)  # its plug-in decodes when it opens
+        _check_limit(size, name, rules)  # its plug-in decodes when it opens
     try:
         return use(open_image(file))
     except ImageError:
@@ -221,6 +221,11 @@ def _one_line(name: str) -> Iterator[None]:
 
 def _check_pixels(size: tuple[int, int], name: str, rules: ReadRules) -> None:
     """Refuse what is too large or too small before the work of decoding."""
+    _check_limit(size, name, rules)
+    check_size(size[1], size[0], name)
+
+
+def _check_limit(size: tuple[int, int], name: str, rules: ReadRules) -> None:
     width, height = size
     limit = rules.limit()
     if limit is not None and width * height > limit:
@@ -228,7 +233,6 @@ def _check_pixels(size: tuple[int, int], name: str, rules: ReadRules) -> None:
             f"{name} is too large, which may be a decompression bomb ({width}x{height}, limit {limit} pixels); if it "
             "is to be read, raise max_pixels (on the command line --max-pixels) or PIL.Image.MAX_IMAGE_PIXELS"
         )
-    check_size(height, width, name)
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:

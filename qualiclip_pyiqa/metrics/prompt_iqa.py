@@ -29,6 +29,26 @@ from .prompts import Prompts, PromptsLike, resolve_prompts
 from .registry import METRICS, PromptSpec, metric_spec, with_context
 
 
+def positive_probabilities(features: Tensor, text: Tensor, scale: float) -> Tensor:
+    """Compute the softmax of each antonym prompt pair's scaled cosines, at its positive prompt.
+
+    Args:
+        features: image features, of any length.
+        text: features of positive and negative prompts, alternating; of any length.
+        scale: multiplies cosines: exp(logit_scale) / temperature.
+
+    Shape:
+        (N, D), (2P, D) -> (N, P) in 0..1, in float32 or the wider dtype of the features.
+    """
+    # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
+    with torch.autocast(features.device.type, enabled=False):
+        precise = torch.promote_types(features.dtype, torch.float32)
+        image = F.normalize(features.to(precise), dim=-1)
+        text = F.normalize(text.to(precise), dim=-1)
+        logits = image @ text.T * scale
+        return logits.unflatten(1, (-1, 2)).softmax(dim=-1)[..., 0]
+
+
 class PromptIQA(BlindMetric):
     """A blind metric by antonym prompt pairs. Construct `OpenCLIPIQA` or `OpenQualiCLIP`, or call `create_metric`.
 
@@ -150,14 +170,9 @@ class PromptIQA(BlindMetric):
     def rate(self, features: Tensor) -> Tensor:
         """Scores (M, A) of image features (M, D), which need not be of unit length."""
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
-        # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
+        positive = positive_probabilities(features, text, self.logit_scale / self.temperature)
         with torch.autocast(features.device.type, enabled=False):
-            precise = torch.promote_types(features.dtype, torch.float32)
-            image = F.normalize(features.to(precise), dim=-1)
-            text = F.normalize(text.to(precise), dim=-1)
-            logits = image @ text.T * (self.logit_scale / self.temperature)
-            positive = logits.unflatten(1, (-1, 2)).softmax(dim=-1)[..., 0]
-            membership = self.membership.to(precise)
+            membership = self.membership.to(positive.dtype)
             return positive @ membership / membership.sum(dim=0)
 
     def train(self, mode: bool = True) -> PromptIQA:

@@ -17,6 +17,7 @@ from ..degradations.base import LEVELS
 from ..evaluation.ladders import behaviour
 from ..evaluation.ratings import Ratings
 from ..images.tensors import load_image
+from ..metrics.prompt_iqa import positive_probabilities
 from ..towers.base import freeze
 from .alignment import Aligned, similarities
 from .config import Config
@@ -84,11 +85,11 @@ def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float | 
     """Compute the SRCC of scores of whole images with opinion scores: positive if they agree, None if undefined."""
     tower = freeze(copy.deepcopy(tower))  # a frozen copy streams large images
     device = aligned.anchors.device
-    scale = math.exp(aligned.logit_scale) / aligned.unit / float(aligned.metadata["temperature"])
+    scale = math.exp(aligned.logit_scale) / float(aligned.metadata["temperature"])
     scores = []
     for path in tqdm(ratings.paths, desc="rated images", file=sys.stderr, leave=False):
-        c = similarities(tower(load_image(path)[None].to(device)), aligned.anchors, aligned.unit)
-        scores.append(float(torch.sigmoid(scale * (c[..., 0] - c[..., 1])).mean()))
+        features = tower(load_image(path)[None].to(device))
+        scores.append(float(positive_probabilities(features, aligned.anchors, scale).mean()))
     return correlations(scores, ratings)[0]
 
 
