@@ -447,7 +447,7 @@ def test_a_file_that_changes_after_loading_is_neither_described_nor_read_as_the_
 ) -> None:
     file = tmp_path / "model.pt"
     shutil.copy(tiny_folder / "tiny-resnet.pt", file)
-    net = OpenCLIPIQA(backbone="tiny-resnet", weights=file)
+    net = OpenCLIPIQA("clipiqa", backbone="tiny-resnet", weights=file)
     x = upstream.pictures(1, 64, 64)
     score, sha256 = scores_of(net, x), hashlib.sha256(file.read_bytes()).hexdigest()
     net.set_prompts("look")
@@ -459,7 +459,7 @@ def test_a_file_that_changes_after_loading_is_neither_described_nor_read_as_the_
     assert torch.equal(scores_of(net, x), score) and net.prompts.attributes == ("quality",)
     said = net.describe()["weights"]
     assert said["sha256"] is None and said["licence"] == "unknown" and "changed after it was loaded" in caplog.text
-    other = OpenCLIPIQA(backbone="tiny-resnet", weights=file)
+    other = OpenCLIPIQA("clipiqa", backbone="tiny-resnet", weights=file)
     assert other.describe()["weights"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() != sha256
     file.unlink()
     assert net.describe()["weights"]["sha256"] is None

@@ -253,7 +253,7 @@ def test_damaged_memory_of_hashes_is_one_line(folder: Path, content: str) -> Non
 
 def test_a_verdict_is_verified_by_the_manifest_alone(folder: Path) -> None:
     file = write(folder / RECORD.file)
-    assert str(verdict(RECORD, file)) == f"verified: sha256 {SHA256} (the manifest)"
+    assert str(verdict(RECORD, file)) == f"verified: sha256 {SHA256} (open_clip's table)"
     unpublished = replace(RECORD, sha256="")
     assert str(verdict(unpublished, file)).startswith("unknown: no hash to compare with")
     write(own_cache() / "hashes.json", json.dumps({f"test/{RECORD.file}": ENTRY}).encode())
@@ -597,8 +597,8 @@ def test_a_hub_that_lies_about_a_pinned_file_is_refused(server: Server, own_cach
     server.commit = REVISION
     child = find_in_child(PINNED, HF_ENDPOINT=server.address)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 1 and SHA256 in err.splitlines()[-1] and "the manifest" in err.splitlines()[-1]
-    refusal(lambda: find.find(PINNED), SHA256, "the manifest")
+    assert child.returncode == 1 and SHA256 in err.splitlines()[-1] and "open_clip's table" in err.splitlines()[-1]
+    refusal(lambda: find.find(PINNED), SHA256, "open_clip's table")
     assert cached() == []
 
 
@@ -615,7 +615,7 @@ def test_what_others_cached_from_main_is_found_and_held_against_the_manifest(own
     link = write_hub_cache(own_caches, PINNED.hf_repo, PINNED.hf_file, CONTENT)
     assert find.find(PINNED) == link and verdict(PINNED, link).kind == "verified"
     write(link.resolve(), b"something else")
-    refusal(lambda: find.find(PINNED), SHA256, "the manifest")
+    refusal(lambda: find.find(PINNED), SHA256, "open_clip's table")
 
 
 def test_a_file_that_the_hub_lacks_comes_from_the_url(server: Server) -> None:

@@ -345,7 +345,7 @@ def test_wrong_metadata_is_one_line_and_asks_nobody(
         ({"logit_scale": torch.tensor([1.0, 2.0])}, "'logit_scale' is of shape (2,)"),
         ({"logit_scale": torch.tensor(float("nan"))}, "'logit_scale' is nan"),
         ({"logit_scale": torch.tensor(1000.0)}, "'logit_scale' is 1000"),
-        ({"logit_scale": torch.tensor(3)}, "'logit_scale' is nan"),
+        ({"logit_scale": torch.tensor(3)}, "'logit_scale' is of type int64"),
         ({"prompts_features": torch.ones(4)}, "'prompts_features' has shape (4,)"),
     ],
 )

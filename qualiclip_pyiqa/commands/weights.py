@@ -46,7 +46,8 @@ def add_parser(commands: Commands) -> None:
         "verify",
         help="compare the hashes of the files that are here with the known ones",
         description="Prints for each file `verified` (the published sha256), `first use` (the sha256 of the first "
-        "download, which nobody has verified), `unknown` (no hash to compare with) or `WRONG`.",
+        "download, which nobody has verified), `unknown` (no hash to compare with) or `WRONG`. With --ratings also "
+        "scores the images, as they are stored (--ignore-orientation), and compares the SRCC with published ones.",
     )
     action.add_argument("names", metavar="NAME", nargs="*", help=f"{name_help} (default: all that are here)")
     group = action.add_argument_group("scores (with the name of at least one metric)")
@@ -191,15 +192,17 @@ def _compare_scores(arguments: argparse.Namespace) -> bool:
 
 
 def _scores(metric: str, ratings: Ratings) -> list[float]:
-    """Score every rated image as `qualiclip score` does; the first one that cannot be scored is an error."""
+    """Score every rated image; the first one that cannot be scored is an error.
+
+    As `qualiclip score --ignore-orientation` does: published figures were made of pixels as they are stored.
+    """
     from tqdm import tqdm
 
     from ..scoring.scorer import Scorer
 
     scores = []
-    for record in tqdm(
-        Scorer(metric).score(ratings.paths), desc=metric, total=len(ratings.paths), unit="image", file=sys.stderr
-    ):
+    records = Scorer(metric, ignore_orientation=True).score(ratings.paths)
+    for record in tqdm(records, desc=metric, total=len(ratings.paths), unit="image", file=sys.stderr):
         if record.error is not None:
             raise ImageError(record.error)
         scores += record.scores.values()

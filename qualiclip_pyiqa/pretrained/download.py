@@ -17,7 +17,7 @@ from ..files import replacing
 from . import folders
 from .files import OpenFile
 from .manifest import EMBEDDED_METRIC, SHA256, WeightRecord, data_folder
-from .verify import KnownHash, refuse_hash, remember, remembered_hash
+from .verify import KnownHash, published_hash, refuse_hash, remember, remembered_hash
 
 # The largest of OpenAI's models is 1.7 GB; a server that sends without end is cut off here.
 MAX_BYTES = 8 * 2**30
@@ -123,7 +123,7 @@ def _accept(record: WeightRecord, path: Path, name: str, digest: str, source: st
         raise WeightsError(f"{called} for {record.file} is empty; {remedy}")
     # A download is the file of the record, so no other content is excused from the manifest's hash.
     in_manifest = record.sha256 if name == record.file else record.hub_sha256 if name == record.hf_file else ""
-    known = KnownHash(in_manifest, "the manifest", verifies=True) if in_manifest else remembered_hash(record, name)
+    known = published_hash(record, in_manifest) if in_manifest else remembered_hash(record, name)
     first_use = known is None
     if known is None and digest:
         known = KnownHash(digest, source, verifies=False)

@@ -85,6 +85,10 @@ def locate(name_or_record: str | WeightRecord) -> FoundWeights | None:
 
     Raises:
         WeightsError: no record has this name.
+
+    Example:
+        >>> locate("qualiclip-mini").path.name
+        'qualiclip-mini.safetensors'
     """
     record = _record(name_or_record)
     if record is None:

@@ -148,6 +148,12 @@ def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts
     Raises:
         WeightsError: no such file, a wrong hash, or a file that is damaged, not safe or not a whole model.
         SettingsError: an unknown backbone.
+
+    Example:
+        >>> model = load_model("qualiclip-mini", "mini")
+        >>> model.backbone, model.temperature, len(model.stored_features)
+        ('mini', 1.0, 14)
+        >>> tower = model.image_tower(pos_embedding=False)
     """
     return _load(weights, backbone, not is_user_file(weights), tuple(upstream_texts))
 
@@ -198,6 +204,8 @@ def _logit_scale(path: Path, state: Mapping[str, Tensor]) -> float:
     value = float(scale) if scale.numel() == 1 and scale.is_floating_point() else math.nan
     if not abs(value) <= _MAX_LOGIT_SCALE:
         found = value if scale.numel() == 1 else f"of shape {tuple(scale.shape)}"
+        if not scale.is_floating_point():
+            found = f"of type {str(scale.dtype).removeprefix('torch.')}"
         raise WeightsError(f"{path}: 'logit_scale' is {found}; expected one number, the logarithm of CLIP's scale")
     return value
 

@@ -79,9 +79,9 @@ def known_hash(record: WeightRecord, path: Path, opened: OpenFile | None = None)
     if name == record.file and record.sha256:
         if record.layout == "openai-clip" and not _is_archive(path, opened):
             return None  # a plain state dict in the archive's place
-        return KnownHash(record.sha256, "the manifest", verifies=True)
+        return published_hash(record, record.sha256)
     if name == record.hf_file and record.hub_sha256:
-        return KnownHash(record.hub_sha256, "the manifest", verifies=True)
+        return published_hash(record, record.hub_sha256)
     remembered = _remembered().get(f"{record.name}/{path.name}")
     if remembered is not None:
         return _as_known(remembered)
@@ -90,6 +90,12 @@ def known_hash(record: WeightRecord, path: Path, opened: OpenFile | None = None)
     if record.hf_repo and blob.parent.name == "blobs" and SHA256.fullmatch(blob.name):
         return KnownHash(blob.name, "what the hub said at the download, as its cache recorded", verifies=False)
     return None
+
+
+def published_hash(record: WeightRecord, sha256: str) -> KnownHash:
+    """A hash that the record itself holds."""
+    said_by = "the manifest" if record.name in manifest() else "open_clip's table"
+    return KnownHash(sha256, said_by, verifies=True)
 
 
 def verdict(record: WeightRecord, path: Path) -> Verdict:
@@ -105,7 +111,7 @@ def verdict(record: WeightRecord, path: Path) -> Verdict:
 
 def _verdict(record: WeightRecord, known: KnownHash | None, sha256: str) -> Verdict:
     if any(map(sha256.startswith, record.known_hashes)):  # whatever its name
-        return Verdict(VERIFIED, sha256, KnownHash(sha256, "the manifest", verifies=True))
+        return Verdict(VERIFIED, sha256, published_hash(record, sha256))
     if known is None:
         return Verdict(UNKNOWN, sha256, None)
     if not sha256.startswith(known.sha256):
@@ -126,7 +132,8 @@ def check_hash(record: WeightRecord, opened: OpenFile) -> None:
 
 def refuse_hash(record: WeightRecord, opened: OpenFile, known: KnownHash, called: str, remedy: str) -> None:
     """Raise a WeightsError that says which hash was expected and found; log it with `QUALICLIP_PYIQA_VERIFY=0`."""
-    size = f" and {opened.stamp.size} bytes instead of {record.size}" if record.size else ""
+    expected = record.hub_size if known.sha256 == record.hub_sha256 else record.size
+    size = f" and {opened.stamp.size} bytes instead of {expected}" if expected else ""
     message = (
         f"{called} is not {record.file}: expected sha256 {known.sha256} ({known.said_by}), "
         f"found {opened.sha256()}{size}"
@@ -237,6 +244,12 @@ def provenance(file: WeightFile) -> dict[str, Any]:
         `file`, `path`, `sha256` (None, with a warning, where the file changed before it was hashed), `check`
         (`verified`, `first use`, `unknown`, `wrong`), `check_detail`, `record` (None for a user's own file), `licence`,
         `source` and, for a record, `licence_url`, `commercial_use` and `citation`.
+
+    Example:
+        >>> from qualiclip_pyiqa.pretrained.read import read
+        >>> said = provenance(read("qualiclip-mini").file)
+        >>> said["check"], said["licence"]
+        ('verified', 'CC-BY-SA-4.0')
     """
     sha256 = file.sha256()
     out: dict[str, Any] = {"file": file.path.name, "path": str(file.path), "sha256": sha256}

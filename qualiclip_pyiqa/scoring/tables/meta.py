@@ -21,6 +21,8 @@ UNKNOWN = "rows_of_unknown_settings"
 # What a description says of a model besides what decides its scores.
 _IGNORED = frozenset(
     (
+        "check",
+        "check_detail",
         "citation",
         "commercial_use",
         "direction",
@@ -32,7 +34,6 @@ _IGNORED = frozenset(
         "record",
         "source",
         "summary",
-        "verified",
     )
 )
 # What decides at most which images get a score, or is no more than a reason to look into the changelog.
