@@ -26,7 +26,7 @@ def describe_metric(metric: nn.Module, device: torch.device) -> dict[str, Any]:
         for each in (
             "version",
             "reading",
-        ):  # the description of the whole has them, and its rules of reading may differ
+        ):  # the whole has them, and perhaps other rules
             own.pop(each, None)
         return own
     return {
