@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
-from qualiclip_pyiqa.towers.mini import PERCENTILES, UNRANKED, RelativeSharpness, detail_and_top, log_energies
-from qualiclip_pyiqa.training.stacks import laplacian_log_variance, read_energies
+from qualiclip_pyiqa.towers.mini import RelativeSharpness
+from qualiclip_pyiqa.towers.statistics import PERCENTILES, UNRANKED, detail_and_top, log_energies
+from qualiclip_pyiqa.training.photographs import read_energies
+from qualiclip_pyiqa.training.stacks import laplacian_log_variance
 
 # pyiqa's no-reference metrics that are no neural network. Most need a file of parameters that pyiqa downloads.
 CLASSICAL = ("piqe", "entropy", "niqe", "niqe_matlab", "ilniqe", "brisque", "brisque_matlab", "nrqm", "pi")
