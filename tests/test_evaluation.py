@@ -522,13 +522,21 @@ def test_options_of_reading(rated: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert evaluate(*command, *options) == 0
         written = json.loads(out.read_text())
         assert (written["metrics"]["qualiclip-mini"]["plcc"] == pytest.approx(1, abs=1e-6)) == ignored
-        assert written["ignore_orientation"] is ignored
+        assert written["ignore_orientation"] is ignored and written["ignore_profile"] is False
         assert f"EXIF orientation: {said}" in capsys.readouterr().out
         assert evaluate("--degradations", folder, "--limit", 1, "--json", out, *options) == 0
         means = json.loads(out.read_text())["metrics"]["qualiclip-mini"]["types"]["jpeg"]["means"]
         assert (means[0] == pytest.approx(stored[0], abs=1e-5)) == ignored
         assert f"EXIF orientation: {said}" in capsys.readouterr().out
 
+    assert evaluate(*command, "--ignore-profile") == 0
+    assert json.loads(out.read_text())["ignore_profile"] is True
+    assert "ICC profiles: ignored, as in published figures" in capsys.readouterr().out
+    data = paths[0].read_bytes()
+    paths[0].write_bytes(data[: len(data) * 3 // 4])
+    assert evaluate(*command) == 1
+    assert list(json.loads(out.read_text())["left_out"]) == [str(paths[0])]
+    assert evaluate(*command, "--allow-truncated") == 0
     assert evaluate(*command, "--max-pixels", 100) == 1
     assert "could be scored; the first: " in capsys.readouterr().err.splitlines()[-1]
     for option in ("--max-pixels", "--decode-timeout"):

@@ -168,7 +168,7 @@ def _settings(settings: Mapping[str, Any] | None, errors: Mapping[str, str]) -> 
 
     return {
         "settings": settings,
-        "ignore_orientation": text.ignored_orientation(settings),
+        **{name: text.read_rule(settings, name) for name in ("ignore_orientation", "ignore_profile")},
         "left_out": dict(errors),
     }
 
@@ -212,7 +212,7 @@ def _opinions(arguments: argparse.Namespace) -> Result:
             name: {"lower_better": scores.lower_better[name], **each} for name, each in report.as_dict().items()
         },
     }
-    lines = [str(ratings), text.orientation(scores.settings)]
+    lines = [str(ratings), text.reading(scores.settings)]
     if table is not None:
         lines.append(f"scores: {arguments.scores}; their directions: {scores.directions}")
     return Result(
@@ -268,7 +268,7 @@ def _degradations(arguments: argparse.Namespace) -> Result:
 
     errors |= report.errors
     numbers = {**_settings(settings, errors), "metrics": report.as_dict()}
-    return Result(numbers, [text.orientation(settings), *text.ladders(report)], draw, len(paths), errors)
+    return Result(numbers, [text.reading(settings), *text.ladders(report)], draw, len(paths), errors)
 
 
 def _images(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -339,5 +339,5 @@ def _gmad(arguments: argparse.Namespace) -> Result:
         "lower_better": scores.lower_better,
         "pairs": pairs,
     }
-    lines = [text.orientation(scores.settings), "", *text.duels(found, kept)]
+    lines = [text.reading(scores.settings), "", *text.duels(found, kept)]
     return Result(numbers, lines, draw, len(paths), errors)

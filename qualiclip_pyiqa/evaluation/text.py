@@ -29,21 +29,24 @@ def cell(name: str) -> str:
     return source_name(name).replace("|", "\\|")
 
 
-def ignored_orientation(settings: Mapping[str, Any] | None) -> bool | None:
-    """Whether images were scored without their EXIF orientation, by `Scorer.describe`; None if that is not known."""
+def read_rule(settings: Mapping[str, Any] | None, name: str) -> bool | None:
+    """Look up a rule of reading, such as `ignore_orientation`, in what `Scorer.describe` says; None if it is not there.
+
+    Example:
+        >>> read_rule({"rules": {"ignore_orientation": True}}, "ignore_orientation")
+        True
+    """
     for rules in (settings or {}).values():
-        if isinstance(rules, Mapping) and isinstance(rules.get("ignore_orientation"), bool):
-            return bool(rules["ignore_orientation"])
+        if isinstance(rules, Mapping) and isinstance(rules.get(name), bool):
+            return bool(rules[name])
     return None
 
 
-def orientation(settings: Mapping[str, Any] | None) -> str:
-    """Say how EXIF orientation was treated, since it changes scores and published figures were made without it."""
-    return {
-        None: "EXIF orientation: not known whether it was applied",
-        False: "EXIF orientation: applied, images are scored as viewers show them",
-        True: "EXIF orientation: ignored, as in published figures",
-    }[ignored_orientation(settings)]
+def reading(settings: Mapping[str, Any] | None) -> str:
+    """Say how EXIF orientation and ICC profiles were treated: both change scores, and published figures ignore both."""
+    said = {None: "not known", False: "applied, as viewers show images", True: "ignored, as in published figures"}
+    rules = (("EXIF orientation", "ignore_orientation"), ("ICC profiles", "ignore_profile"))
+    return "; ".join(f"{what}: {said[read_rule(settings, name)]}" for what, name in rules)
 
 
 def opinions(report: OpinionReport, ratings: Ratings, column: str | None) -> list[str]:
