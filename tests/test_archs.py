@@ -333,8 +333,8 @@ def test_qualiclip_file_serves_both_scales_and_other_prompts(upstream_weights: P
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that the tensors which are made meanwhile hold at once; with PyTorch's public operators, since
-    `fused.at_hand` steps aside for what watches them."""
+    """The most bytes that the tensors which are made meanwhile hold at once; a metric uses PyTorch's public
+    operators alone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow
     from ray.data import Dataset
 
+    from .building import Metrics
     from .scorer import Scorer
 
 # Rows that a worker scores at a time, and that are scored again if it is killed.
@@ -39,7 +40,7 @@ CORES = 4
 
 def score_dataset(
     dataset: Dataset,
-    metrics: Any,
+    metrics: Metrics,
     *,
     image: str = "bytes",
     actors: int | None = None,
@@ -90,7 +91,7 @@ class RayScorer:
         metrics, options: as for `Scorer`.
     """
 
-    def __init__(self, metrics: Any, **options: Any) -> None:
+    def __init__(self, metrics: Metrics, **options: Any) -> None:
         _ray()
         self._metrics, self._options = metrics, options
         scorer = _checked(metrics, **options)
@@ -130,7 +131,7 @@ class RayScorer:
 class ScoreStage:
     """What each worker runs: an Arrow table in, the same rows with scores out."""
 
-    def __init__(self, metrics: Any, image: str, threads: int, workers: int | None = None, **options: Any) -> None:
+    def __init__(self, metrics: Metrics, image: str, threads: int, workers: int | None = None, **options: Any) -> None:
         import torch
 
         from .scorer import Scorer
@@ -193,14 +194,16 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
                 yield f"{root.rstrip('/')}/{quote(name)}{mark}{query}"
 
 
-def _checked(metrics: Any, **options: Any) -> Scorer:
+def _checked(metrics: Metrics, **options: Any) -> Scorer:
     """Build a scorer here, so that wrong settings and missing weights are found before workers build theirs."""
     from .scorer import Scorer
 
     return Scorer(metrics, **{**options, "device": "cpu", "compile": False})
 
 
-def _scored(dataset: Dataset, metrics: Any, image: str, actors: int | None, device: str | None, **options: Any) -> Any:
+def _scored(
+    dataset: Dataset, metrics: Metrics, image: str, actors: int | None, device: str | None, **options: Any
+) -> Any:
     ray = _ray()
     gpus = _gpus(device)
     cores = [int(node.get("CPU", 0)) for node in _nodes()]
