@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
-#: A format that Pillow has no opener for. Files of faults pretend to be of this format.
-FORMAT = "JXL"
+#: A format that nobody knows before `register_faults`.
+FORMAT = "FAULT"
 _PREFIX = b"FAULT"
 
 
@@ -32,8 +32,8 @@ def fault(what: str, **details: object) -> bytes:
     return _PREFIX + json.dumps({"what": what, **details}).encode()
 
 
-def register_faults() -> None:
-    Image.register_open(FORMAT, open_fault, accept_fault)
+def register_faults(name: str = FORMAT) -> None:
+    Image.register_open(name, open_fault, accept_fault)
 
 
 def accept_fault(prefix: bytes) -> bool:

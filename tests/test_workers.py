@@ -310,7 +310,10 @@ def test_what_is_set_up_in_pillow_holds_in_workers(monkeypatch: pytest.MonkeyPat
     assert isinstance(decoded([large.getvalue()], 1, ReadRules(max_pixels=80_000))[0], np.ndarray)
 
 
-def test_a_plug_in_has_the_same_pixels_in_every_process(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", [FORMAT, "JXL", "FLI"])  # unknown to Pillow, known without an opener, Pillow's own
+def test_a_plug_in_has_the_same_pixels_in_every_process(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    del Image.OPEN[FORMAT]
+    register_faults(name)
     sources = [fault("grey", value=value) for value in (0, 99, 255)]
     here, there = decoded(list(sources), workers=0), decoded(list(sources), workers=2)
     assert np.array_equal(here, there) and np.ptp(here) == 255

@@ -157,7 +157,7 @@ def _in_order() -> Iterator[str]:
 def opened_formats() -> tuple[str, ...]:
     """Names of the formats that are opened now: `FORMATS`, and what other packages registered in Pillow besides."""
     Image.init()
-    return (*FORMATS, *(name for name in Image.OPEN if name not in FORMATS and not _is_pillows(Image.OPEN[name][0])))
+    return (*FORMATS, *(name for name in Image.OPEN if name not in FORMATS and not is_pillows(Image.OPEN[name][0])))
 
 
 def is_image_suffix(suffix: str) -> bool:
@@ -171,10 +171,11 @@ def is_image_suffix(suffix: str) -> bool:
     if suffix in SUFFIXES:
         return True
     name = Image.EXTENSION.get(suffix)
-    return name in Image.OPEN and not _is_pillows(Image.OPEN[name][0])
+    return name in Image.OPEN and not is_pillows(Image.OPEN[name][0])
 
 
-def _is_pillows(opener: Any) -> bool:
+def is_pillows(opener: Any) -> bool:
+    """Whether an opener or decoder is Pillow's own, and not another package's."""
     return (getattr(opener, "__module__", None) or "").partition(".")[0] == "PIL"
 
 
@@ -183,7 +184,7 @@ def _plugin_opener(name: str) -> Any:
     Image.init()
     if name in Image.OPEN:
         opener = Image.OPEN[name][0]
-        if not _is_pillows(opener) or features.check(name.lower()):
+        if not is_pillows(opener) or features.check(name.lower()):
             return opener
     # pillow_heif leaves Pillow as it is when it is imported; the other two register themselves.
     for package in {"HEIF": ("pillow_heif", "pi_heif"), "AVIF": ("pillow_avif",), "JXL": ("pillow_jxl",)}[name]:

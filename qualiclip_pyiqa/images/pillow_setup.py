@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from PIL import Image
 
-from .formats import opened_formats
+from .formats import is_pillows, opened_formats
 
 Setting: TypeAlias = bool | int | float | str | None
 
@@ -53,9 +53,9 @@ def read_setup() -> PillowSetup:
     openers = {
         name: (_name(Image.OPEN[name][0]), _name(accept) if (accept := Image.OPEN[name][1]) else None)
         for name in opened_formats()
-        if name in Image.OPEN and not _is_pillows(Image.OPEN[name][0])
+        if name in Image.OPEN and not is_pillows(Image.OPEN[name][0])
     }
-    decoders = {name: _name(decoder) for name, decoder in Image.DECODERS.items() if not _is_pillows(decoder)}
+    decoders = {name: _name(decoder) for name, decoder in Image.DECODERS.items() if not is_pillows(decoder)}
     settings = {module: _values(module, names) for module, names in SETTINGS.items() if module in sys.modules}
     plugins = [*(opener for opener, _ in openers.values()), *decoders.values()]
     packages = {name.partition(":")[0].partition(".")[0] for name in plugins}
@@ -86,10 +86,6 @@ def apply_setup(setup: PillowSetup) -> None:
             import_module(module)
         if module in sys.modules:  # of a plug-in's package: what the plug-in needs, and not the program around it
             vars(sys.modules[module]).update(values)
-
-
-def _is_pillows(registered: Any) -> bool:
-    return (getattr(registered, "__module__", None) or "").partition(".")[0] == "PIL"
 
 
 def _name(registered: Any) -> str:

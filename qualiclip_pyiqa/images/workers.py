@@ -40,7 +40,6 @@ ATTEMPTS = 3
 START_TIMEOUT = 60.0
 
 _SLICE = 0.5  # seconds between looks at whether the decoder is being closed
-_PIPE_BYTES = 2**20
 _CAN_POLL = hasattr(select, "poll")  # not on Windows
 
 # In the environment of a process that is started as a worker. A worker removes it before it imports anything.
@@ -53,6 +52,10 @@ if _MARK in os.environ:  # `sys.executable` was not Python but this program, whi
     print("qualiclip_pyiqa: this program was started in place of a decoding process, and exits", file=sys.stderr)
     sys.stderr.flush()
     os._exit(3)
+
+# For glibc in a worker; others ignore it. Blocks of up to 32 MiB, such as the pixels of 10 megapixels, are used again
+# instead of being given back after each image: a third less work for an image that decodes quickly.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
 # What talking to a process raises that is gone, or that sends what no worker sends.
 _GONE = (EOFError, OSError, BadReplyError)
@@ -242,7 +245,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, _MARK: "1"},
+            env={**_ALLOCATOR, **os.environ, _MARK: "1"},
             process_group=0,  # Ctrl-C is for the parent, which stops its workers in order
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
@@ -254,10 +257,6 @@ class _Worker:
             self.writable, self.readable = select.poll(), select.poll()
             self.writable.register(self.stdin, select.POLLOUT)
             self.readable.register(self.stdout, select.POLLIN)
-        with contextlib.suppress(ImportError, AttributeError, OSError):  # fewer turns for a large image, on Linux
-            import fcntl
-
-            fcntl.fcntl(self.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def greet(self, timeout: float) -> str:
         """Wait until the worker is ready; return what it says is wrong, or ""."""
