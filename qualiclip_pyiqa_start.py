@@ -68,7 +68,7 @@ def _add_entries(module):
 
         configs, replace = module.DEFAULT_CONFIGS, _autoload()
         configs.update({name: spec.entry() for name, spec in METRICS.items() if replace or name not in configs})
-    except Exception as error:  # pyiqa must work whatever is wrong with us
+    except Exception as error:  # noqa: BLE001 - pyiqa must work whatever is wrong with us
         _warn(f"could not add its metrics to pyiqa ({type(error).__name__}: {error}); reinstall it")
 
 
@@ -81,7 +81,7 @@ def _wrap_forward(module):
         from functools import wraps
 
         from torch import Tensor
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - said below
         _warn(f"could not wrap pyiqa's InferenceModel.forward ({type(error).__name__}: {error}): {READS_ITSELF}")
         return
 

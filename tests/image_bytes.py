@@ -82,8 +82,8 @@ def srgb_curve() -> bytes:
 
 def rgb_profile(columns: tuple[tuple[float, ...], ...], curve: bytes) -> bytes:
     xyz = [b"XYZ \0\0\0\0" + _fixed(*column) for column in columns]
-    colours = {name: value for name, value in zip((b"rXYZ", b"gXYZ", b"bXYZ"), xyz, strict=True)}
-    return _profile(b"RGB ", colours | {name: curve for name in (b"rTRC", b"gTRC", b"bTRC")})
+    colours = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), xyz, strict=True))
+    return _profile(b"RGB ", colours | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve))
 
 
 def grey_profile(curve: bytes) -> bytes:

@@ -353,7 +353,7 @@ def test_level_0_is_the_crop_itself_and_the_paper_has_none(folder: Path) -> None
 
 
 def noise_stacks(folder: Path, **change: bool) -> list[Stack]:
-    only = {name: 0.0 for name in DEGRADATIONS} | {"motion_blur": 1.0}
+    only = dict.fromkeys(DEGRADATIONS, 0.0) | {"motion_blur": 1.0}
     config = dataclasses.replace(TOY, type_weights=only, **change)
     return Stacks(paths_of(folder), config, seed=0)[0]
 

@@ -372,7 +372,7 @@ _JSON = st.recursive(
 )
 _TOWER = st.fixed_dictionaries(
     {},
-    optional={key: _JSON for key in (*MINI, "mean", "std", "quick_gelu", "vision", "name")},
+    optional=dict.fromkeys((*MINI, "mean", "std", "quick_gelu", "vision", "name"), _JSON),
 )
 _METADATA = st.fixed_dictionaries(
     {},

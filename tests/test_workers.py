@@ -153,7 +153,7 @@ def test_a_worker_that_was_taken_over_can_only_lie(tmp_path: Path) -> None:
     for what, data in answers.items():
         before, bad, after = decoded([fault("grey"), fault("send", data=data.hex()), fault("grey")], workers=1)
         assert is_grey(before) and is_grey(after), what
-        end = "ended with exit status 0" if what in ("nothing",) else "sent a malformed answer"
+        end = "ended with exit status 0" if what == "nothing" else "sent a malformed answer"
         assert bad == f"bytes cannot be decoded: the process that tried it {end}, 3 times", what
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()

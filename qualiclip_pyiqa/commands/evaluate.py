@@ -128,7 +128,7 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> int:
         if path is not None:
             try:
                 write(path)
-            except Exception as failure:
+            except Exception as failure:  # noqa: BLE001 - said below
                 failures.append(failure)
     print("\n".join(result.lines))
     if result.errors:

@@ -140,7 +140,7 @@ def compare(first: ArrayLike, second: ArrayLike, opinions: ArrayLike, seed: int 
 
 
 def logistic(scores: ArrayLike, top: float, bottom: float, middle: float, width: float) -> Floats:
-    """Map scores s to (top - bottom) / (1 + exp(-(s - middle) / |width|)) + bottom, the mapping of VQEG 2003."""
+    """Map scores s to `(top - bottom) / (1 + exp(-(s - middle) / |width|)) + bottom`, the mapping of VQEG 2003."""
     s = (np.asarray(scores, float) - middle) / max(abs(width), 1e-12)
     return (top - bottom) / (1 + np.exp(-np.clip(s, -500, 500))) + bottom
 

@@ -155,7 +155,7 @@ def _orientation(image: Image.Image, getexif: Callable[[Any], Image.Exif] | None
         return 1
     try:
         value = (getexif or type(image).getexif)(image).get(_ORIENTATION, 1)
-    except Exception:  # whatever is wrong with EXIF, the pixels may be good
+    except Exception:  # noqa: BLE001 - whatever is wrong with EXIF, the pixels may be good
         return 1
     return value if isinstance(value, int) and value in _TRANSPOSES else 1
 

@@ -40,7 +40,7 @@ def decode(source: PixelSource, rules: ReadRules | None = None) -> Decoded:
         return ImageError(one_line(str(error)))
     except MemoryError:
         return ImageError(f"{source_name(source)} cannot be decoded: out of memory")
-    except Exception as error:  # a fault of a decoder or of ours; the images before and after this one still count
+    except Exception as error:  # noqa: BLE001 - a decoder's fault or ours; other images still count
         return ImageError(one_line(f"{source_name(source)} cannot be decoded ({type(error).__name__}: {error})"))
 
 
@@ -79,6 +79,6 @@ def work(settings: WorkerSettings) -> None:
 def _prepare(setup: PillowSetup) -> ImageError | None:
     try:
         apply_setup(setup)
-    except Exception as error:  # whatever the import of a plug-in raises
+    except Exception as error:  # noqa: BLE001 - whatever the import of a plug-in raises
         return ImageError(one_line(f"{type(error).__name__}: {error}"))
     return None

@@ -154,7 +154,7 @@ class Decoder:
             number, source = task
             try:
                 result: np.ndarray | Exception = self._decode(thread, number, source)
-            except Exception as error:  # the caller's thread must hear of it
+            except Exception as error:  # noqa: BLE001 - the caller's thread must hear of it
                 result = error
             self.results.put(DecodedImage(number, result))
         self._reap(thread)

@@ -43,7 +43,7 @@ def download(record: WeightRecord) -> Path:
             return _download_from_hub(record)
         except WeightsError:
             raise
-        except Exception as error:  # whatever the HTTP library underneath raises; all of it is reported below
+        except Exception as error:  # noqa: BLE001 - whatever the HTTP library underneath raises; all of it is reported below
             failures.append(f"hub: {_one_line(error)}")
     for url in () if offline else record.urls:
         try:

@@ -40,7 +40,7 @@ def rows_at_once(network: nn.Module, x: Tensor) -> int | None:
     height, width = x.shape[2:]
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or (torch.is_grad_enabled() and x.requires_grad)
         or height * width <= LARGE_PIXELS
         or has_global_hooks()

@@ -58,7 +58,7 @@ def alignment_losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor
 
 
 def consistency_loss(similarity: Tensor, margin: float) -> Tensor:
-    """Compute QualiCLIP's L_cons, the mean of max(0, |c(x_i^1, t) - c(x_i^2, t)| - margin).
+    """Compute QualiCLIP's L_cons, the mean of `max(0, |c(x_i^1, t) - c(x_i^2, t)| - margin)`.
 
     Two crops of one level are equally good.
 

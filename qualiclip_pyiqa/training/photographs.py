@@ -17,7 +17,7 @@ from ..errors import ImageError, SettingsError
 from ..images.convert import read_size
 from ..images.paths import list_images
 from ..images.tensors import load_image
-from ..towers.mini import log_energies
+from ..towers.statistics import log_energies
 from .config import Config
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ class Recomputed(nn.Sequential):
         if not torch.is_grad_enabled():
             return super().forward(x)
         passes = (nullcontext(), self._frozen_statistics())  # contexts of the first pass and of the second
-        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: passes)  # type: ignore[no-any-return]
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: passes)
 
     @contextmanager
     def _frozen_statistics(self) -> Iterator[None]:

@@ -39,7 +39,8 @@ from ..errors import ImageError, SettingsError, WeightsError
 from ..evaluation.ratings import Ratings
 from ..images.convert import MIN_SIDE
 from ..pretrained.read import read
-from ..towers.mini import RelativeSharpness, detail_and_top
+from ..towers.mini import RelativeSharpness
+from ..towers.statistics import detail_and_top
 from .alignment import Aligned, build, save
 from .checkpoint import (
     PATTERN,
