@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qualiclip_pyiqa.errors import ImageError, SettingsError
-from qualiclip_pyiqa.images import workers
+from qualiclip_pyiqa.images import process, workers
 from qualiclip_pyiqa.images.convert import ReadRules
 from qualiclip_pyiqa.images.wire import (
     DTYPES,
@@ -187,7 +187,7 @@ def test_an_image_that_ends_its_worker_is_an_error_and_its_neighbours_are_not(
 def test_an_image_whose_worker_does_not_come_back_is_an_error(
     what: str, can_poll: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_CAN_POLL", can_poll)  # False: as on Windows
+    monkeypatch.setattr(process, "_CAN_POLL", can_poll)  # False: as on Windows
     log = tmp_path / "log"
     sources = [fault("grey")] * 5
     sources[2] = fault(what, log=str(log)) + b" " * 2**22  # more than a pipe holds
@@ -203,7 +203,7 @@ def test_an_image_whose_worker_does_not_come_back_is_an_error(
 
 @pytest.mark.parametrize("can_poll", [True, False])
 def test_a_stopped_worker_that_does_not_even_read_is_replaced(can_poll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_CAN_POLL", can_poll)
+    monkeypatch.setattr(process, "_CAN_POLL", can_poll)
     results: queue.SimpleQueue[DecodedImage] = queue.SimpleQueue()
     decoder = Decoder(1, 4, results, timeout=3)
     decoder.submit(0, fault("grey"))
@@ -250,16 +250,16 @@ def test_a_worker_without_a_parent_ends_its_decoder_too(monkeypatch: pytest.Monk
 
 
 def test_workers_that_do_not_start_are_no_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_COMMAND", "raise SystemExit(3)")
+    monkeypatch.setattr(process, "_COMMAND", "raise SystemExit(3)")
     with pytest.raises(SettingsError, match=r"^workers is 2, .* does not start \(exit status 3, 3 times\).* workers=0"):
         decoded([fault("grey")] * 4)
 
 
 @pytest.mark.parametrize("can_poll", [True, False])
 def test_workers_that_hang_at_their_start_are_no_images_fault(can_poll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_CAN_POLL", can_poll)
+    monkeypatch.setattr(process, "_CAN_POLL", can_poll)
     monkeypatch.setattr(workers, "START_TIMEOUT", 2.0)
-    monkeypatch.setattr(workers, "_COMMAND", "import time; time.sleep(600)")
+    monkeypatch.setattr(process, "_COMMAND", "import time; time.sleep(600)")
     with pytest.raises(SettingsError, match=r"does not start \(nothing heard within 2 seconds\); .* workers=0"):
         decoded([fault("grey")] * 2, timeout=1)
 

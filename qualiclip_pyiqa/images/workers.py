@@ -7,30 +7,25 @@ import torch or the user's main module, and end with their parent.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import queue
-import select
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import ImageError, SettingsError
-from .convert import ReadRules, one_line, source_name
+from .convert import ReadRules, source_name
 from .decoding import Decoded, WorkerSettings, decode
 from .pillow_setup import read_setup
-from .wire import READY, REPLY_SIZE, BadReplyError, pack_request, parse_reply
+from .process import GONE, TimedOutError, WorkerProcess
+from .wire import BadReplyError, pack_request
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +33,6 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 #: Seconds that a worker may take to start, at least.
 START_TIMEOUT = 60.0
-
-_SLICE = 0.5  # seconds between looks at whether the decoder is being closed
-_CAN_POLL = hasattr(select, "poll")  # not on Windows
-
-# In the environment of a process that is started as a worker. A worker removes it before it imports anything.
-_MARK = "QUALICLIP_PYIQA_WORKER"
-_COMMAND = (
-    f"import json, os, sys; os.environ.pop({_MARK!r}); sys.path[:] = json.loads(sys.argv[1]); "
-    "from qualiclip_pyiqa.images.decoding import work; work(json.loads(sys.argv[2]))"
-)
-if _MARK in os.environ:  # `sys.executable` was not Python but this program, which would start itself without end
-    print("qualiclip_pyiqa: this program was started in place of a decoding process, and exits", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(3)
-
-# For glibc in a worker; others ignore it. Blocks of up to 32 MiB, such as the pixels of 10 megapixels, are used again
-# instead of being given back after each image: a third less work for an image that decodes quickly.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
-
-# What talking to a process raises that is gone, or that sends what no worker sends.
-_GONE = (EOFError, OSError, BadReplyError)
-
-
-class _TimedOutError(Exception):
-    """A worker did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +87,7 @@ class Decoder:
                 self.workers = _none(f"a plug-in of Pillow, {error.args[0]}")
         self._tasks: queue.SimpleQueue[tuple[int, str | bytes] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._running: dict[int, _Worker] = {}  # by thread
+        self._running: dict[int, WorkerProcess] = {}  # by thread
         self._closing = threading.Event()
 
     @property
@@ -171,7 +141,7 @@ class Decoder:
                 return decode(source, self.rules)
             try:
                 return worker.decode(number, request, self.rules.max_pixels, self.timeout)
-            except _TimedOutError:
+            except TimedOutError:
                 self._reap(thread)
                 return ImageError(
                     f"{name} was not decoded within {self.timeout:g} seconds; if it needs more, raise decode_timeout "
@@ -180,20 +150,20 @@ class Decoder:
             except MemoryError:
                 self._reap(thread)
                 return ImageError(f"{name} cannot be decoded: out of memory")
-            except _GONE as error:
+            except GONE as error:
                 ends = self._reap(thread, error)
             if self._closing.is_set():
                 break
         return ImageError(f"{name} cannot be decoded: the process that tried it {ends}, {ATTEMPTS} times")
 
-    def _start(self, thread: int) -> _Worker | None:
+    def _start(self, thread: int) -> WorkerProcess | None:
         """Start a worker and wait until it is ready: what it dies of from now on is an image. None: decode here."""
         if not self.workers:
             return None
         failure = ""
         for _ in range(ATTEMPTS):
             try:
-                worker = self._running[thread] = _Worker(self._arguments, self._closing)
+                worker = self._running[thread] = WorkerProcess(self._arguments, self._closing)
             except OSError as error:
                 self.workers = _none(f"{error.strerror or error} ({sys.executable})")
                 return None
@@ -201,11 +171,11 @@ class Decoder:
                 worker.process.kill()
             try:
                 problem = worker.greet(limit := max(START_TIMEOUT, self.timeout))
-            except _TimedOutError:
+            except TimedOutError:
                 self._reap(thread)
                 failure = f"nothing heard within {limit:g} seconds"
                 break
-            except _GONE:
+            except GONE:
                 self._reap(thread)
                 failure = f"exit status {worker.process.returncode}, {ATTEMPTS} times"
             else:
@@ -232,123 +202,6 @@ class Decoder:
         if status is not None and status < 0:
             return f"was ended by {_signal_name(-status)}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
         return "cannot be ended" if status is None else f"ended with exit status {status}"
-
-
-class _Worker:
-    """A decoding process and the pipes to it, whose other end is never waited for without a limit."""
-
-    def __init__(self, arguments: list[str], closing: threading.Event) -> None:
-        self.closing = closing
-        self.process = subprocess.Popen(
-            # -P: the folder that the user is in, which may hold anything, is not on the path of imports.
-            [sys.executable, "-P", "-c", _COMMAND, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**_ALLOCATOR, **os.environ, _MARK: "1"},
-            process_group=0,  # Ctrl-C is for the parent, which stops its workers in order
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.left = math.inf  # seconds
-        if _CAN_POLL:
-            os.set_blocking(self.stdin.fileno(), False)
-            self.writable, self.readable = select.poll(), select.poll()
-            self.writable.register(self.stdin, select.POLLOUT)
-            self.readable.register(self.stdout, select.POLLIN)
-
-    def greet(self, timeout: float) -> str:
-        """Wait until the worker is ready; return what it says is wrong, or ""."""
-        with self._limit(timeout):
-            answer = self._answer(READY, 0)
-        return "" if isinstance(answer, np.ndarray) else str(answer)
-
-    def decode(self, number: int, request: list[bytes], limit: int | None, timeout: float) -> Decoded:
-        """Ask for pixels and wait for them, `timeout` seconds at most; `limit` is that of `parse_reply`."""
-        with self._limit(timeout):
-            for piece in request:
-                self._write(piece)
-            return self._answer(number, limit)
-
-    def end(self, wait: bool) -> int | None:
-        """Kill the process and close its pipes; `wait`: it is ending, let it. Returns its exit status if it has one."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if wait:  # its pipes close before its exit status is there
-                self.process.wait(timeout=1)
-        self.process.kill()
-        for pipe in (self.stdin, self.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that the kernel holds, for a disk that is gone, say
-            self.process.wait(timeout=1)
-        return self.process.returncode
-
-    def _answer(self, number: int, limit: int | None) -> Decoded:
-        header = bytearray(REPLY_SIZE)
-        self._read(memoryview(header))
-        reply = parse_reply(header, number, limit)
-        if reply.shape is None:
-            text = bytearray(reply.length)
-            self._read(memoryview(text))
-            return ImageError(one_line(text.decode(errors="replace")))
-        try:
-            array = np.empty(reply.shape, reply.dtype)
-        except ValueError:  # NumPy's word for more than any machine has
-            raise MemoryError from None
-        self._read(array.data.cast("B"))
-        return array
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            self._wait("writable")
-            view = view[self.stdin.write(view) or 0 :]
-
-    def _read(self, view: memoryview) -> None:
-        while view:
-            self._wait("readable")
-            count = self.stdout.readinto(view)  # type: ignore[attr-defined]
-            if not count:
-                raise EOFError
-            view = view[count:]
-
-    @contextlib.contextmanager
-    def _limit(self, seconds: float) -> Iterator[None]:
-        """Limit how long `_read` and `_write` wait, all together; beyond it they raise `_TimedOutError`."""
-        self.left = seconds
-        if _CAN_POLL or not math.isfinite(seconds):
-            yield
-            return
-        expired = threading.Event()
-        timer = threading.Timer(seconds, self._expire, (expired,))
-        timer.start()
-        try:
-            yield
-        except _GONE:
-            if expired.is_set():
-                raise _TimedOutError from None
-            raise
-        finally:
-            timer.cancel()
-
-    def _expire(self, expired: threading.Event) -> None:
-        expired.set()
-        self.process.kill()
-
-    def _wait(self, what: str) -> None:
-        """Wait until a pipe can be used. Only waiting counts: a computer that slept has not used up the time."""
-        while _CAN_POLL:
-            if self.closing.is_set():
-                raise EOFError
-            turn = max(0.0, min(self.left, _SLICE))
-            begin = time.monotonic()
-            done = getattr(self, what).poll(math.ceil(turn * 1000))
-            self.left -= min(turn, time.monotonic() - begin)
-            if done:
-                return
-            if self.left <= 0:
-                raise _TimedOutError
 
 
 def usable_workers(wanted: int) -> int:
