@@ -36,10 +36,11 @@ from qualiclip_pyiqa.training.recipes import LOSSES, RECIPES, Recipe, default_re
 from qualiclip_pyiqa.training.tuning import tune
 
 COUNT = 15
-# What it takes to learn something from random weights in seconds.
+# What it takes to learn something from random weights in seconds. At larger rates, such as 0.1 and 0.02, the loss does
+# not fall steadily, and how far it falls is decided by a processor's rounding.
 QUICK = {
-    "official": dataclasses.replace(RECIPES["official"], learning_rate=0.1, epochs=40),
-    "pyiqa": dataclasses.replace(RECIPES["pyiqa"], learning_rate=0.02, epochs=12, batch=4, crop=56),
+    "official": dataclasses.replace(RECIPES["official"], learning_rate=0.03, epochs=40),
+    "pyiqa": dataclasses.replace(RECIPES["pyiqa"], learning_rate=0.002, epochs=12, batch=4, crop=56),
 }
 
 
@@ -88,6 +89,7 @@ def test_it_learns_repeats_and_loads(
         torch.manual_seed(number)  # what the caller has drawn does not matter
         assert tune(net, ratings, tmp_path / str(number), QUICK[name]) == tmp_path / str(number) / "params.pth"
     first, *epochs = log_of(tmp_path / "0")
+    # To 0.34 to 0.64 of it; with other seeds, which also hold out other images, 0.56 to 0.76 by the official recipe.
     assert np.mean([e["loss"] for e in epochs[-3:]]) < 0.9 * np.mean([e["loss"] for e in epochs[:3]])
     assert log_of(tmp_path / "1") == [first, *epochs]
     assert (tmp_path / "0/params.pth").read_bytes() == (tmp_path / "1/params.pth").read_bytes()
@@ -152,7 +154,7 @@ def test_the_log_says_what_decides_a_result(tiny_folder: Path, ratings: Ratings,
     # Nine pictures make two batches of four; the one that is left over is another one in each epoch.
     assert [(e["epoch"], e["step"]) for e in epochs] == [(1, 2), (2, 4), (3, 6)]
     for number, each in enumerate(epochs):
-        assert each["learning_rate"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * number / 3)))
+        assert each["learning_rate"] == pytest.approx(recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * number / 3)))
         assert each["loss"] == pytest.approx(each["mse"] + each["plcc"])
     training, watched = tuning._split(ratings, 0.4, recipe.seed)
     assert not set(training.paths) & set(watched.paths) and len(training.paths + watched.paths) == COUNT
