@@ -1,21 +1,25 @@
-"""Files that are whole or not there."""
+"""Files that are whole or absent, and the encodings and delimiters of text files from other programs."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` that nobody has. What the block writes there becomes `path`, at once, if all goes well.
+    """Yield an unused name beside `path`; the file that the block writes there replaces `path` when it succeeds.
 
-    Otherwise nothing of it stays and `path` is as it was; a killed process leaves `NAME.*.part`.
+    If the block raises, the new file is removed and `path` is unchanged; a killed process leaves `NAME.*.part`.
     """
-    # A name may have 255 bytes.
+    # File systems limit a name to 255 bytes.
     stem = os.fsdecode(os.fsencode(path.name)[:200])
     part = path.with_name(f"{stem}.{secrets.token_hex(6)}.part")
     try:
@@ -24,3 +28,33 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def text_codec(start: bytes) -> tuple[str, str]:
+    """Return the encoding and error handler for a text file: UTF-16 with a byte order mark, else UTF-8.
+
+    Bytes that are not UTF-8 are kept as surrogate escapes, since they may belong to file names.
+
+    Args:
+        start: the first bytes of the file.
+    """
+    return ("utf-16", "strict") if start.startswith(UTF16_MARKS) else ("utf-8-sig", "surrogateescape")
+
+
+def best_delimiter(header: Callable[[str], Sequence[str]], wanted: Collection[str]) -> str:
+    """Return the delimiter that splits a CSV header into most of the wanted columns, then into most columns.
+
+    Args:
+        header: splits the header by a delimiter.
+        wanted: names of columns, in lower case.
+
+    Example:
+        >>> best_delimiter("name, first;MOS".split, ["mos"])
+        ';'
+    """
+
+    def found(delimiter: str) -> tuple[int, int]:
+        names = header(delimiter)
+        return len({name.strip().lower() for name in names}.intersection(wanted)), len(names)
+
+    return max(DELIMITERS, key=found)

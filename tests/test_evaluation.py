@@ -36,7 +36,7 @@ from qualiclip_pyiqa.evaluation.ladders import score_degraded
 from qualiclip_pyiqa.evaluation.opinions import report_opinions
 from qualiclip_pyiqa.evaluation.ratings import read_ratings
 from qualiclip_pyiqa.evaluation.scores import score_images
-from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
@@ -215,12 +215,12 @@ def test_command_with_ratings(rated: Path, tmp_path: Path, capsys: pytest.Captur
     # A DMOS column is known to be better when lower; any column can be named and turned round.
     assert evaluate(*command[:4], "--mos-column", "dmos", "--json", out) == 0
     assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(mini["srcc"])
-    assert "lower opinion scores are better, by the column's name, dmos; otherwise" in capsys.readouterr().out
+    assert "lower opinion scores are better, judging by the column name dmos; else pass" in capsys.readouterr().out
     # ... of KADID-10k's own, higher is better.
     assert evaluate(*command[:4], "--mos-column", "dmos", "--no-lower-better", "--json", out) == 0
     assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--lower-better", "--json", out) == 0
-    assert "lower opinion scores are better, as told" in capsys.readouterr().out
+    assert "lower opinion scores are better, as passed" in capsys.readouterr().out
     assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--mos-column", "constant", "--json", out) == 0
     assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] is None
@@ -374,9 +374,9 @@ def test_command_with_gmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert drawn.height > 800
     # An image that cannot be scored, or a folder that cannot be listed, takes part in no pair and is named.
     (tmp_path / "photos" / "00.png").write_bytes(b"broken")
-    found = find_pictures([str(tmp_path / "photos")])
+    found = find_images([str(tmp_path / "photos")])
     found.unreadable["locked"] = "Permission denied"
-    monkeypatch.setattr("qualiclip_pyiqa.images.paths.find_pictures", lambda folders: found)
+    monkeypatch.setattr("qualiclip_pyiqa.images.paths.find_images", lambda folders: found)
     assert evaluate(*command, "--json", out) == 1
     said = capsys.readouterr().err
     assert "2 of 13 images are left out:" in said and "locked cannot be listed (Permission denied)" in said

@@ -105,7 +105,7 @@ def test_rows_that_are_all_of_one_image_are_refused(folder: Path) -> None:
         for level in range(1, 6):
             (folder / f"{number}.AWGN.{level}.png").touch()
             lines.append(f"{number},1,{level},0.{level}")
-    with pytest.raises(SettingsError, match=r"several rows of 1600 \(lines 2 and 3\), all of .*1600\.png: is it"):
+    with pytest.raises(SettingsError, match=r"several rows named 1600 \(lines 2 and 3\), all matching .*1600\.png; if"):
         read(folder, "\n".join(lines))
 
 
@@ -131,21 +131,21 @@ def test_names_that_are_not_utf8(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.png,1.5\nsub/b.JPG,2\n", r"line 1 is no header, but looks like data \(a\.png, 1\.5\); put one before it"),
-        ("a.png;1.5\n", r"line 1 is no header, but looks like data \(a\.png, 1\.5\)"),
+        ("a.png,1.5\nsub/b.JPG,2\n", r"line 1 looks like data, not a header \(a\.png, 1\.5\); insert one"),
+        ("a.png;1.5\n", r"line 1 looks like data, not a header \(a\.png, 1\.5\)"),
         ("image;mos\na.png;1,5\n", r"line 2: mos is '1,5'; expected a number with a decimal point"),
         ("image,mos\na.png,\n", r"line 2: mos is ''; expected a number"),
         ("image,mos\na.png,inf\n", r"line 2: mos is 'inf'; expected a finite number"),
         ("image,mos\na.png\n", r"line 2: mos is ''; expected a number"),
-        ("image,mos\nc d,e.png,3\n", r"line 2 has 3 cells; expected 2, as the header has"),
-        ("image,mos\n,3\n", r"line 2 names no image"),
+        ("image,mos\nc d,e.png,3\n", r"line 2 has 3 cells; expected 2 as in the header"),
+        ("image,mos\n,3\n", r"line 2 has no image name"),
         ("image,mos\n" + "x" * 200_000 + ",3\n", r"cannot be read \(field larger than field limit"),
         ("image,MOS,Mos\na.png,3,4\n", r"has 2 columns 'MOS'; expected one"),
         (
             "picture of,mos\na.png,3\n",
-            r"no column that is usual for image names, but picture of, mos \(sep",
+            r"no usual column of image names; its columns, separated by commas: picture of, mos;",
         ),
-        ("", r"no column that is usual for image names, but none"),
+        ("", r"no usual column of image names; .*: none;"),
         ("image,mos\nz.png,3\n", r"line 2: z\.png is not there; expected an image below"),
         ("image,mos\na.png/,3\n", None),
         (b"\xff\xfei\x00m", r"cannot be read \(.*utf-16"),

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ImageError, SettingsError
+from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
-from ..images.paths import FoundPaths, find_pictures, matches
+from ..images.paths import FoundPaths, find_images, matches
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
 from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, add_read_options, read_options, say
 from .summary import Summary
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ..scoring.ray import expand_urls
 
         names = expand_urls(names)
-    found = find_pictures(names)
+    found = find_images(names)
     if not found.paths and not found.unreadable:
         counts = {"files are not images": found.others, "entries are hidden": found.hidden}
         skipped = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -209,7 +210,7 @@ def _listed(data: bytes, null: bool) -> list[str]:
         return [os.fsdecode(name) for name in data.split(b"\0") if name]
     try:
         # UTF-16 with its byte order mark: a name of bytes may begin like that, but then no NUL follows.
-        text = data.decode("utf-16") if data[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in data else None
+        text = data.decode("utf-16") if data.startswith(UTF16_MARKS) and b"\0" in data else None
     except UnicodeDecodeError as error:
         raise SettingsError(f"the list on standard input is not valid UTF-16 ({error.reason})") from error
     lines = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")) if text is None else text

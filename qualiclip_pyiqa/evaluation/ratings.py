@@ -11,27 +11,27 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import SettingsError, did_you_mean
+from ..files import DELIMITERS, best_delimiter, text_codec
 from ..images.convert import source_name
 from ..images.identity import image_key
 from .names import FileNames
 
-# Names that these columns have in published data sets, in lower case; the first that is there is taken.
+# Column names in published data sets, in lower case; the first one found is used.
 IMAGE_COLUMNS = ("image", "image_name", "img_name", "img_path", "img", "filename", "file_name", "file", "name", "path")
 OPINION_COLUMNS = ("mos", "dmos", "mos_zscore", "mean_opinion_score", "opinion", "rating", "score")
 LOWER_BETTER = ("dmos",)
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 @dataclass
 class Ratings:
-    """Opinion scores, one per row of a table. An image that several rows rate is there several times.
+    """Opinion scores, one per row of a table; an image that several rows rate appears several times.
 
     Attributes:
         paths, opinions: file and opinion score of each row.
         lower_better: whether a lower opinion score is better, as with DMOS.
-        groups: group of each row; empty where none was asked for.
-        columns: which columns, or which data set and split, were read; for people.
-        because: how the direction is known; for people.
+        groups: group of each row; empty if no group column was chosen.
+        columns: the columns, or the data set and split, that were read; for display.
+        because: the source of the direction; for display.
     """
 
     paths: list[Path]
@@ -43,7 +43,7 @@ class Ratings:
 
     @cached_property
     def images(self) -> list[Path]:
-        """Image of each row: files that are the same have the path of the first row, however the rows spell it."""
+        """The image of each row; different spellings of one path become that of the first row."""
         first: dict[str, Path] = {}
         return [first.setdefault(image_key(str(path)), path) for path in self.paths]
 
@@ -51,10 +51,10 @@ class Ratings:
         """Average the opinion scores of each image.
 
         Args:
-            group: rows of this group only.
+            group: use only the rows of this group.
 
         Returns:
-            Mean opinion score by image, in the order of the rows.
+            Mean opinion score by image, in row order.
         """
         rows: dict[Path, list[float]] = {}
         for number, (image, opinion) in enumerate(zip(self.images, self.opinions, strict=True)):
@@ -71,7 +71,7 @@ class Ratings:
         count = (
             f"{images} images"
             if images == len(self.paths)
-            else (f"{len(self.paths)} rows of {images} images, whose opinion scores are averaged")
+            else f"{len(self.paths)} rows of {images} images, whose opinion scores are averaged"
         )
         return f"{count} ({self.columns}; {direction} opinion scores are better, {self.because})"
 
@@ -87,33 +87,33 @@ def read_ratings(
 ) -> Ratings:
     """Read ratings from a CSV file with a header.
 
-    Commas, semicolons and tabs between cells are recognised, as are UTF-8 and UTF-16 with a byte order mark. Image
-    names may have either separator of folders, another case than the file, or no suffix where one image has that stem.
+    The delimiter (comma, semicolon or tab) and the encoding (UTF-8, or UTF-16 with a byte order mark) are detected.
+    Image names may use / or \\, differ from the file in case, or lack the suffix if only one image has that stem.
 
     Args:
         table: the file.
-        folder: folder of the images. None: `among` names them.
-        image_column, opinion_column: names of columns, in any case. None: the usual names are looked for.
+        folder: folder of the images. None: search `among` only.
+        image_column, opinion_column: names of columns, in any case. None: one of the usual names.
         group_column: column to divide the images by.
-        lower_better: whether lower opinion scores are better. None: decided by the column's name, so true for `dmos`.
-            KADID-10k's own `dmos` is higher when better.
-        among: paths that the names are looked for in instead of on disk; with `folder` only those below it. Without
-            `folder` a name is that of the one path that ends with it.
+        lower_better: whether lower opinion scores are better. None: true for a column called `dmos`, else false. In
+            KADID-10k, higher `dmos` is better.
+        among: paths to search instead of the disk; with `folder`, only those below it. Without `folder`, a name matches
+            the one path that ends with it.
 
     Raises:
-        SettingsError: no such file or column; a rating that is not a number; an image that is missing or ambiguous; a
-            name without suffix in several rows, which is rarely an image's.
+        SettingsError: no such file or column; a rating that is not a number; an image that is missing or ambiguous;
+            several rows with the same name without suffix, which is rarely the rated image.
     """
     if among is None and folder is not None and not folder.is_dir():
-        raise SettingsError(f"{folder} is not a folder; expected that of the images that {table} rates")
+        raise SettingsError(f"{folder} is not a folder; expected the folder of the images rated in {table}")
     names, delimiter, rows = _read(table, image_column, opinion_column)
     image = _column(table, names, delimiter, image_column, IMAGE_COLUMNS, "image names", "--image-column")
     opinion = _column(table, names, delimiter, opinion_column, OPINION_COLUMNS, "opinion scores", "--mos-column")
     group = None if group_column is None else _named(table, names, group_column)
-    because = "as told"
+    because = "as passed"
     if lower_better is None:
         lower_better = names[opinion].strip().lower() in LOWER_BETTER
-        because = f"by the column's name, {names[opinion].strip()}; otherwise pass --{'no-' * lower_better}lower-better"
+        because = f"judging by the column name {names[opinion].strip()}; else pass --{'no-' * lower_better}lower-better"
     return Ratings(
         paths=_paths(table, folder, among, [(line, cells[image].strip()) for line, cells in rows]),
         opinions=[_number(table, line, names[opinion], cells[opinion]) for line, cells in rows],
@@ -125,12 +125,10 @@ def read_ratings(
 
 
 def _read(table: Path, *wanted: str | None) -> tuple[list[str], str, list[tuple[int, list[str]]]]:
-    """The header, the delimiter, and the rows with the number of their last line."""
+    """Return the header, the delimiter, and the rows with the numbers of their last lines."""
     try:
         data = table.read_bytes()
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        # File names may hold bytes that are not UTF-8.
-        text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", "surrogateescape")
+        text = data.decode(*text_codec(data))
     except OSError as error:
         raise _unreadable(table, error.strerror or error) from error
     except UnicodeDecodeError as error:
@@ -145,8 +143,8 @@ def _read(table: Path, *wanted: str | None) -> tuple[list[str], str, list[tuple[
     for line, cells in rows:
         if any(cell.strip() for cell in cells[len(names) :]):
             raise SettingsError(
-                f"{table}, line {line} has {len(cells)} cells; expected {len(names)}, as the header has "
-                "(put names that hold the separator in quotes)"
+                f"{table}, line {line} has {len(cells)} cells; expected {len(names)} as in the header "
+                "(quote names that contain the delimiter)"
             )
         cells += [""] * (len(names) - len(cells))
     return names, delimiter, rows
@@ -157,27 +155,23 @@ def _unreadable(table: Path, reason: object) -> SettingsError:
 
 
 def _header(text: str, wanted: Iterable[str | None]) -> tuple[list[str], str]:
-    """Column names, split by the delimiter that gives most of the columns that are looked for, then most columns."""
-    known = {*IMAGE_COLUMNS, *OPINION_COLUMNS, *(name.strip().lower() for name in wanted if name)}
+    """Return the column names and the delimiter."""
 
     def split(delimiter: str) -> list[str]:
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
 
-    def fitting(delimiter: str) -> tuple[int, int]:
-        names = split(delimiter)
-        return len({name.strip().lower() for name in names} & known), len(names)
-
-    best = max(DELIMITERS, key=fitting)
-    return split(best), best
+    usual = (*IMAGE_COLUMNS, *OPINION_COLUMNS, *(name.strip().lower() for name in wanted if name))
+    delimiter = best_delimiter(split, usual)
+    return split(delimiter), delimiter
 
 
 def _named(table: Path, names: Sequence[str], wanted: str) -> int:
-    """Index of a column by its name, or by its name in another case."""
+    """Return the index of a column by its name, else by its name in another case."""
     alike = [k for k, name in enumerate(names) if name.strip().lower() == wanted.strip().lower()]
     found = [k for k in alike if names[k] == wanted] or alike
     if not found:
         raise SettingsError(
-            f"{table} has no column {wanted!r}{did_you_mean(wanted, names)}; it has {', '.join(names) or 'none'}"
+            f"{table} has no column {wanted!r}{did_you_mean(wanted, names)}; its columns: {', '.join(names) or 'none'}"
         )
     if len(found) > 1:
         raise SettingsError(f"{table} has {len(found)} columns {names[found[0]]!r}; expected one")
@@ -200,9 +194,9 @@ def _column(
     if found is None:
         has = ", ".join(names) or "none"
         raise SettingsError(
-            f"{table}, line 1 is no header, but looks like data ({has}); put one before it, such as image,mos"
+            f"{table}, line 1 looks like data, not a header ({has}); insert one, such as image,mos"
             if any(_is_number(name) for name in names)
-            else f"{table} has no column that is usual for {what}, but {has} (separated by {DELIMITERS[delimiter]}); "
+            else f"{table} has no usual column of {what}; its columns, separated by {DELIMITERS[delimiter]}: {has}; "
             f"pass {option} NAME"
         )
     return _named(table, names, found)
@@ -232,17 +226,17 @@ def _paths(
     table: Path, folder: Path | None, among: Sequence[str] | None, names: Sequence[tuple[int, str]]
 ) -> list[Path]:
     files = FileNames(folder, among)
-    lines: dict[str, int] = {}  # line of each name that is a stem
+    lines: dict[str, int] = {}  # of names without suffix
     paths = []
     for line, name in names:
         if not name:
-            raise SettingsError(f"{table}, line {line} names no image")
+            raise SettingsError(f"{table}, line {line} has no image name")
         path, by_stem = files.find(name, f"{table}, line {line}")
         if by_stem and lines.setdefault(name, line) != line:
             raise SettingsError(
-                f"{table} has several rows of {source_name(name)} (lines {lines[name]} and {line}), all of "
-                f"{source_name(path)}: is it the column of the rated images? "
-                "If not, pass --image-column; if they are repeated ratings, write the names with their suffix"
+                f"{table} has several rows named {source_name(name)} (lines {lines[name]} and {line}), all matching "
+                f"{source_name(path)}; if another column names the rated images, pass --image-column; "
+                "if these are repeated ratings, add the suffix to the names"
             )
         paths.append(path)
     return paths

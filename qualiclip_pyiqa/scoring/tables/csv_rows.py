@@ -1,4 +1,4 @@
-"""CSV. A file name that is not UTF-8 stands in it with its own bytes."""
+"""CSV tables. File names that are not UTF-8 are stored as their own bytes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from ...files import best_delimiter, text_codec
 from .cells import check_names, not_scores
-
-_DELIMITERS = (",", ";", "\t")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class CsvRows:
-    """A CSV file with commas, semicolons or tabs, in UTF-8 or, with a byte order mark, in UTF-16.
+    """A CSV file with commas, semicolons or tabs, in UTF-8, or in UTF-16 with a byte order mark.
 
     Attributes:
-        delimiter, encoding: as found.
+        delimiter, encoding: as detected.
     """
 
     unread: Mapping[str, str] = {}
@@ -25,38 +23,33 @@ class CsvRows:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            self.encoding = "utf-16" if file.read(2) in _UTF16 else "utf-8-sig"
-        names: list[str] = []
-        for delimiter in _DELIMITERS:
-            self.delimiter = delimiter
-            _, first = next(self._lines(), (0, []))
-            found = [name.strip() for name in first]
-            names = names or found
-            if "path" in found:
-                names = found
-                break
-        self.names = check_names(path, names)
+            self.encoding, self._errors = text_codec(file.read(2))
+        self.delimiter = best_delimiter(self._header, ["path"])
+        self.names = check_names(path, [name.strip() for name in self._header(self.delimiter)])
+
+    def _header(self, delimiter: str) -> list[str]:
+        _, names = next(self._lines(delimiter), (0, []))
+        return names
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        lines = self._lines()
+        lines = self._lines(self.delimiter)
         next(lines)
         for number, cells in lines:
             if len(cells) != len(self.names):
                 raise not_scores(
                     self.path,
                     f"line {number} has {len(cells)} cells for {len(self.names)} columns; "
-                    "if a run was stopped there, go on with it by --resume",
+                    "if a run was stopped there, continue it with --resume",
                 )
             yield f"line {number}", dict(zip(self.names, cells, strict=True))
 
-    def _lines(self) -> Iterator[tuple[int, list[str]]]:
-        # With UTF-8, undecodable bytes pass through to the file name.
-        errors = "strict" if self.encoding == "utf-16" else "surrogateescape"
-        with self.path.open(encoding=self.encoding, errors=errors, newline="") as file:
-            reader = csv.reader(file, delimiter=self.delimiter)
+    def _lines(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        """Yield line number and cells of the lines that are not empty."""
+        with self.path.open(encoding=self.encoding, errors=self._errors, newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter)
             try:
                 for cells in reader:
-                    if cells:  # not an empty line
+                    if cells:
                         yield reader.line_num, cells
             except csv.Error as error:
                 raise not_scores(self.path, f"line {reader.line_num}: {error}") from error
@@ -65,7 +58,8 @@ class CsvRows:
 
 
 def csv_line(cells: Iterable[object], delimiter: str = ",") -> bytes:
+    """Encode one row."""
     text = io.StringIO()
-    # Python 3.11 quotes the characters of the line terminator: with "\r\n", a carriage return in a name ends no row.
+    # Python 3.11 quotes only the characters of the line terminator: "\r\n" protects a carriage return in a name.
     csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
     return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
