@@ -26,7 +26,7 @@ import pyiqa
 from PIL import Image, ImageOps
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.allocator import keep_freed_memory
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
@@ -86,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.limit, options.sizes = 4, options.sizes or [(64, 48)]
-    paths = find_pictures(options.images).paths
+    paths = find_images(options.images).paths
     paths = paths[:: max(1, len(paths) // options.limit)][: options.limit]
     with TemporaryDirectory() as copies:
         compare(resample(paths, options.sizes, Path(copies)) if options.sizes else paths, options)

@@ -39,7 +39,7 @@ from qualiclip_pyiqa.evaluation.agreement import LEAST, agreement, compare
 from qualiclip_pyiqa.evaluation.ladders import score_degraded
 from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.evaluation.scores import score_images
-from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
 EMBEDDED = "qualiclip-mini"
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 def photographs(folder: Path) -> tuple[list[str], list[str]]:
     """Pictures of a folder that may be trained on, and those that are held out by its `manifest.csv`."""
-    paths = find_pictures([str(folder)]).paths if folder.is_dir() else []
+    paths = find_images([str(folder)]).paths if folder.is_dir() else []
     names: set[Path] = set()
     if (folder / "manifest.csv").is_file():
         with (folder / "manifest.csv").open(newline="", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ import common
 import pyiqa
 from scipy import stats
 
-from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.limit, options.tile = 3, [128]
-    paths = find_pictures(options.images).paths[: options.limit]
+    paths = find_images(options.images).paths[: options.limit]
     metrics = {"whole": pyiqa.create_metric(options.metric, device="cpu")}
     metrics |= {str(tile): pyiqa.create_metric(options.metric, device="cpu", tile=tile) for tile in options.tile}
     records = list(Scorer(metrics, device="cpu").score(paths))

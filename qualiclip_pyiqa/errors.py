@@ -11,7 +11,7 @@ class ImageError(ValueError):
 
 
 class PromptError(ValueError):
-    """A prompt set, antonym prompt pair or attribute mapping that makes no sense."""
+    """An invalid prompt set, antonym prompt pair or attribute mapping."""
 
 
 class SettingsError(ValueError):
@@ -22,8 +22,19 @@ class WeightsError(RuntimeError):
     """A weight file that is missing, damaged, of another layout, or not safe to load."""
 
 
+def one_line(text: object) -> str:
+    """Put a message that comes from elsewhere on one line: line breaks and other control characters become a space.
+
+    Example:
+        >>> one_line("broken\\n  header")
+        'broken header'
+    """
+    line = str(text)
+    return line if line.isprintable() else " ".join("".join(c if c.isprintable() else " " for c in line).split())
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: `"; did you mean 'niqe'?"`, or nothing if no name is near.
+    """Return `"; did you mean 'niqe'?"` for the end of an error message, or `""` if no known name is similar.
 
     Example:
         >>> did_you_mean("clipqa", ["clipiqa", "qualiclip"])

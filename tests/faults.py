@@ -98,7 +98,7 @@ def workers_of(pid: int) -> list[int]:
         with contextlib.suppress(OSError):  # threads and processes come and go meanwhile
             for child in map(int, (task / "children").read_text().split()):
                 with contextlib.suppress(OSError):
-                    if b"qualiclip_pyiqa.images.decoding" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    if b"qualiclip_pyiqa.images.worker_loop" in Path(f"/proc/{child}/cmdline").read_bytes():
                         found.append(child)
     return found
 

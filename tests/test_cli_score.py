@@ -22,7 +22,7 @@ from faults import as_nobody, workers_of
 from PIL import Image
 
 from qualiclip_pyiqa.commands import cli
-from qualiclip_pyiqa.images.paths import find_pictures
+from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record, read_table
 
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_listed_is_a_row(
 ) -> None:
     (folder / "sub").chmod(0)
     monkeypatch.chdir(folder)  # the folders above may be closed too
-    assert as_nobody(lambda: str(find_pictures(["sub"]).unreadable)) == str({"sub": "Permission denied"})
+    assert as_nobody(lambda: str(find_images(["sub"]).unreadable)) == str({"sub": "Permission denied"})
     (folder / "sub").chmod(0o755)
 
     scandir = os.scandir

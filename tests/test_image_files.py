@@ -36,7 +36,7 @@ from qualiclip_pyiqa.commands.cli import main
 from qualiclip_pyiqa.errors import ImageError
 from qualiclip_pyiqa.images import formats, jxl
 from qualiclip_pyiqa.images.convert import ReadRules, read_pixels, read_size
-from qualiclip_pyiqa.images.formats import FORMATS, SUFFIXES, is_image_suffix, plugin_format
+from qualiclip_pyiqa.images.formats import FORMATS, SUFFIXES, has_image_suffix, plugin_format
 from qualiclip_pyiqa.training.photographs import shorter_side
 
 RNG = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_listed_formats_start_nothing_and_are_pillows() -> None:
     assert set(FORMATS) - set(Image.OPEN) <= {"HEIF", "JXL", "AVIF"}
     registered = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     assert registered <= SUFFIXES and all(suffix == suffix.lower() for suffix in SUFFIXES)
-    assert is_image_suffix(".MPO") and not is_image_suffix(".pdf") and not is_image_suffix(".h5")
+    assert has_image_suffix("x.MPO") and not has_image_suffix("x.pdf") and not has_image_suffix("x.h5")
 
 
 class Striped(ImageFile.ImageFile):
@@ -138,7 +138,7 @@ def test_a_format_that_was_registered_in_pillow_is_opened(monkeypatch: pytest.Mo
     Image.register_open("STRIPED", Striped, lambda prefix: prefix.startswith(b"striped!"))
     Image.register_extension("STRIPED", ".str")
     assert np.array_equal(read_pixels(content)[..., 0], GREY)
-    assert is_image_suffix(".STR") and "STRIPED" in formats.opened_formats()
+    assert has_image_suffix("x.STR") and "STRIPED" in formats.opened_formats()
 
 
 FTYP = b"\0\0\0\x18ftyp"

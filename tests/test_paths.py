@@ -14,8 +14,8 @@ from faults import as_nobody
 from test_cli_score import picture
 
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.images.formats import SUFFIXES
-from qualiclip_pyiqa.images.paths import FoundPaths, find_pictures, is_picture, list_images, matches
+from qualiclip_pyiqa.images.formats import SUFFIXES, has_image_suffix
+from qualiclip_pyiqa.images.paths import FoundPaths, find_images, list_images, matches
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_find_pictures(folder: Path, tmp_path: Path) -> None:
-    found = find_pictures([str(folder / "1.png"), str(folder), str(folder)])
+def test_find_images(folder: Path, tmp_path: Path) -> None:
+    found = find_images([str(folder / "1.png"), str(folder), str(folder)])
     assert Counter(found.paths).most_common(1)[0][1] == 1 and found.paths[0] == str(folder / "1.png")
-    assert find_pictures([str(folder / "[01].png")]).paths == [str(folder / "[01].png")]  # no pattern
+    assert find_images([str(folder / "[01].png")]).paths == [str(folder / "[01].png")]  # no pattern
 
 
 def test_patterns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_patterns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in ("**/*.jpg", "./**/*.jpg", f"{folder}/**/*.jpg", "../*/**/sub/**/*.jpg", "sub/**/", "s**"):
         usual = sorted(set(glob.glob(pattern, recursive=True)))  # noqa: PTH207
         assert matches(pattern) == usual and usual[0] != pattern
-    assert {str(folder / path) for path in find_pictures(matches("sub/**")).paths} == {
+    assert {str(folder / path) for path in find_images(matches("sub/**")).paths} == {
         str(folder / "sub" / "deep.jpg"),
         str(folder / "sub" / "[x]" / "deeper.jpg"),
     }
@@ -56,12 +56,12 @@ def test_a_loop_of_folders_ends(folder: Path) -> None:
     elsewhere = picture(folder.parent / "elsewhere" / "z.jpg").parent
     (folder / "link").symlink_to(elsewhere)
     assert matches(str(folder / "**" / "*.jpg")) == [str(folder / "link" / "z.jpg"), str(folder / "sub" / "deep.jpg")]
-    assert len(find_pictures([str(folder)]).paths) == 6
+    assert len(find_images([str(folder)]).paths) == 6
 
 
 def test_folders_within_folders(tmp_path: Path) -> None:
     """However many, in the order of their names."""
-    find_pictures([str(tmp_path)])  # what is imported only once needs a deeper stack
+    find_images([str(tmp_path)])  # what is imported only once needs a deeper stack
     expected, below = [], tmp_path
     for _ in range(80):
         expected.append(picture(below / "a.png"))
@@ -72,7 +72,7 @@ def test_folders_within_folders(tmp_path: Path) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack(0)) + 60)
     try:
-        found = find_pictures([str(tmp_path)]).paths
+        found = find_images([str(tmp_path)]).paths
     finally:
         sys.setrecursionlimit(limit)
     assert found == [str(path) for path in expected]
@@ -103,7 +103,7 @@ def littered(folder: Path) -> Path:
 
 def test_hidden_entries_of_folders_are_left_out_and_counted(littered: Path) -> None:
     expected = [str(littered / f"{n}.png") for n in range(4)] + [str(littered / "sub" / "deep.jpg")]
-    found = find_pictures([str(littered)])
+    found = find_images([str(littered)])
     assert found == FoundPaths(expected, others=1, hidden=9)  # folders count once; @eaDir is there twice
     assert [str(path) for path in list_images(littered)] == expected
 
@@ -120,24 +120,24 @@ def test_patterns_leave_out_what_folders_do(littered: Path, monkeypatch: pytest.
 
 def test_hidden_entries_that_are_named_are_found(littered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(littered)
-    assert find_pictures(["._0.png", "__MACOSX", ".Trash/x.png"]).paths == ["._0.png", "__MACOSX/0.png", ".Trash/x.png"]
+    assert find_images(["._0.png", "__MACOSX", ".Trash/x.png"]).paths == ["._0.png", "__MACOSX/0.png", ".Trash/x.png"]
     assert matches(".*/*.png") == [".Trash/x.png", ".ipynb_checkpoints/0-checkpoint.png"]
     assert matches("@eaDir/**/*.jpg") == ["@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg"]
     assert matches("__M*/*.png") == ["__MACOSX/0.png"]
     shutil.move("sub", ".sub")
     monkeypatch.chdir(".sub")  # a folder named as "." is not hidden, whatever it is called
-    assert find_pictures(["."]).paths == ["./deep.jpg"]
-    assert find_pictures([str(littered / ".sub")]).paths == [str(littered / ".sub" / "deep.jpg")]
+    assert find_images(["."]).paths == ["./deep.jpg"]
+    assert find_images([str(littered / ".sub")]).paths == [str(littered / ".sub" / "deep.jpg")]
 
 
 def test_every_suffix_that_is_opened_in_any_case(tmp_path: Path) -> None:
     assert {".jpg", ".mpo", ".heic", ".tif", ".webp"} <= SUFFIXES
     for suffix in SUFFIXES:
         for spelling in (suffix, suffix.upper(), suffix.title()):
-            assert is_picture(f"x{spelling}")
-    assert not any(map(is_picture, ("x.eps", "x.txt", "x", "jpg", ".jpg", "x.jpg/y")))
+            assert has_image_suffix(f"x{spelling}")
+    assert not any(map(has_image_suffix, ("x.eps", "x.txt", "x", "jpg", ".jpg", "x.jpg/y")))
     (tmp_path / "DSC_1.MPO").touch()
-    assert find_pictures([str(tmp_path)]).paths == [str(tmp_path / "DSC_1.MPO")]
+    assert find_images([str(tmp_path)]).paths == [str(tmp_path / "DSC_1.MPO")]
 
 
 def test_list_images_is_all_or_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

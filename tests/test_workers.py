@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qualiclip_pyiqa.errors import ImageError, SettingsError
-from qualiclip_pyiqa.images import process, workers
+from qualiclip_pyiqa.images import worker_process, workers
 from qualiclip_pyiqa.images.convert import ReadRules
 from qualiclip_pyiqa.images.wire import (
     DTYPES,
@@ -53,7 +53,7 @@ def pillow_as_it_was() -> Iterator[None]:
     Image.init()
     openers, names = dict(Image.OPEN), list(Image.ID)
     register_faults()
-    workers._none.cache_clear()
+    workers._no_workers.cache_clear()
     yield
     Image.ID[:] = names
     Image.OPEN.clear()
@@ -153,8 +153,8 @@ def test_a_worker_that_was_taken_over_can_only_lie(tmp_path: Path) -> None:
     for what, data in answers.items():
         before, bad, after = decoded([fault("grey"), fault("send", data=data.hex()), fault("grey")], workers=1)
         assert is_grey(before) and is_grey(after), what
-        end = "ended with exit status 0" if what == "nothing" else "sent a malformed answer"
-        assert bad == f"bytes cannot be decoded: the process that tried it {end}, 3 times", what
+        end = "exited with status 0" if what == "nothing" else "sent a malformed answer"
+        assert bad == f"bytes cannot be decoded: the decoding process {end}, 3 times", what
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
     assert not mark.exists()
@@ -162,12 +162,12 @@ def test_a_worker_that_was_taken_over_can_only_lie(tmp_path: Path) -> None:
     lines = header(1, b"e", 0, 0, 0, 0, 9) + b"a\nb\x1b[2J\xffc"
     assert decoded([fault("grey"), fault("send", data=lines.hex())], workers=1)[1] == "a b [2J\ufffdc"
     short = header(1, b"a", 0, 40, 48, 3, 5760) + bytes(99)
-    assert "ended with exit status 0, 3 times" in str(decoded([fault("grey"), fault("send", data=short.hex())], 1)[1])
+    assert "exited with status 0, 3 times" in str(decoded([fault("grey"), fault("send", data=short.hex())], 1)[1])
 
 
 @pytest.mark.parametrize(
     ("what", "end"),
-    [("kill", r"was ended by SIGKILL \(out of memory\?\), 3 times"), ("exit", "ended with exit status 0, 3 times")],
+    [("kill", r"was killed by SIGKILL \(out of memory\?\), 3 times"), ("exit", "exited with status 0, 3 times")],
 )
 def test_an_image_that_ends_its_worker_is_an_error_and_its_neighbours_are_not(
     what: str, end: str, tmp_path: Path
@@ -187,7 +187,7 @@ def test_an_image_that_ends_its_worker_is_an_error_and_its_neighbours_are_not(
 def test_an_image_whose_worker_does_not_come_back_is_an_error(
     what: str, can_poll: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "_CAN_POLL", can_poll)  # False: as on Windows
+    monkeypatch.setattr(worker_process, "_CAN_POLL", can_poll)  # False: as on Windows
     log = tmp_path / "log"
     sources = [fault("grey")] * 5
     sources[2] = fault(what, log=str(log)) + b" " * 2**22  # more than a pipe holds
@@ -196,14 +196,14 @@ def test_an_image_whose_worker_does_not_come_back_is_an_error(
     assert time.monotonic() - begin < 60
     assert [is_grey(result) for result in results] == [True, True, False, True, True]
     assert results[2] == (
-        "bytes was not decoded within 3 seconds; if it needs more, raise decode_timeout (--decode-timeout)"
+        "bytes was not decoded within 3 seconds; if it needs longer, raise decode_timeout (--decode-timeout)"
     )
     assert log.stat().st_size == 1  # one attempt
 
 
 @pytest.mark.parametrize("can_poll", [True, False])
 def test_a_stopped_worker_that_does_not_even_read_is_replaced(can_poll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_CAN_POLL", can_poll)
+    monkeypatch.setattr(worker_process, "_CAN_POLL", can_poll)
     results: queue.SimpleQueue[DecodedImage] = queue.SimpleQueue()
     decoder = Decoder(1, 4, results, timeout=3)
     decoder.submit(0, fault("grey"))
@@ -246,21 +246,21 @@ def test_a_worker_without_a_parent_ends_its_decoder_too(monkeypatch: pytest.Monk
     decoder.submit(0, fault("spin"))
     (result,) = [decoder.results.get(timeout=100).result]
     decoder.close()
-    assert "the process that tried it was ended by SIGALRM, 3 times" in str(result)
+    assert "the decoding process was killed by SIGALRM, 3 times" in str(result)
 
 
 def test_workers_that_do_not_start_are_no_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_COMMAND", "raise SystemExit(3)")
-    with pytest.raises(SettingsError, match=r"^workers is 2, .* does not start \(exit status 3, 3 times\).* workers=0"):
+    monkeypatch.setattr(worker_process, "_COMMAND", "raise SystemExit(3)")
+    with pytest.raises(SettingsError, match=r"^workers is 2, .* fail to start \(exit status 3, 3 times\).* workers=0"):
         decoded([fault("grey")] * 4)
 
 
 @pytest.mark.parametrize("can_poll", [True, False])
 def test_workers_that_hang_at_their_start_are_no_images_fault(can_poll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_CAN_POLL", can_poll)
+    monkeypatch.setattr(worker_process, "_CAN_POLL", can_poll)
     monkeypatch.setattr(workers, "START_TIMEOUT", 2.0)
-    monkeypatch.setattr(process, "_COMMAND", "import time; time.sleep(600)")
-    with pytest.raises(SettingsError, match=r"does not start \(nothing heard within 2 seconds\); .* workers=0"):
+    monkeypatch.setattr(worker_process, "_COMMAND", "import time; time.sleep(600)")
+    with pytest.raises(SettingsError, match=r"fail to start \(no answer within 2 seconds\); .* workers=0"):
         decoded([fault("grey")] * 2, timeout=1)
 
 
@@ -329,7 +329,7 @@ def test_a_plug_in_that_workers_cannot_import_is_used_here(caplog: pytest.LogCap
     Image.register_open(FORMAT, opener, accept_fault)
     assert all(map(is_grey, decoded([fault("kill")] * 3)))
     assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
-    assert "decoded in this process" in caplog.text and "opener cannot be imported by another process" in caplog.text
+    assert "decoding in this process" in caplog.text and "opener cannot be imported by another process" in caplog.text
 
 
 def test_a_plug_in_whose_import_fails_there_is_used_here(
@@ -351,18 +351,18 @@ def test_a_plug_in_whose_import_fails_there_is_used_here(
     monkeypatch.setenv("SHY", "1")
     Image.register_open(FORMAT, shy.opener, accept_fault)
     assert all(map(is_grey, decoded([fault("kill")] * 3)))
-    assert len(caplog.records) == 1 and "(RuntimeError: not here)" in caplog.text
+    assert len(caplog.records) == 1 and ": RuntimeError: not here" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("frozen", True, "it is a frozen application"),
-        ("frozen", "macosx_app", "it is a frozen application"),
+        ("frozen", True, "this is a frozen application"),
+        ("frozen", "macosx_app", "this is a frozen application"),
         ("executable", "", "sys.executable is empty"),
         ("executable", None, "sys.executable is empty"),
         ("executable", "/bin/sh", "/bin/sh is not a Python interpreter"),
-        ("executable", "/nowhere/python3", "may not be executed, or does not exist"),
+        ("executable", "/nowhere/python3", "does not exist or is not executable"),
     ],
 )
 def test_where_no_process_can_be_started_images_are_decoded_here(
@@ -410,8 +410,8 @@ def test_a_program_that_is_its_own_interpreter_does_not_multiply(tmp_path: Path)
     )
     program.chmod(0o755)
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
-    assert run.stdout.startswith("workers is 2, but a decoding process does not start (exit status 3, 3 times)")
-    assert run.stderr.count("was started in place of a decoding process, and exits") == 3
+    assert run.stdout.startswith("workers is 2, but decoding processes fail to start (exit status 3, 3 times)")
+    assert run.stderr.count("was started instead of a decoding process; exiting") == 3
     assert (tmp_path / "log").read_text() == "...."  # itself and three attempts
 
 

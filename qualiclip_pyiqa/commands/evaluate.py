@@ -273,11 +273,11 @@ def _degradations(arguments: argparse.Namespace) -> Result:
 
 def _images(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The images of a folder, and what could not be listed."""
-    from ..images.paths import find_pictures
+    from ..images.paths import find_images
 
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder; expected one with images")
-    found = find_pictures([str(folder)])
+    found = find_images([str(folder)])
     if not found.paths and not found.unreadable:
         raise SettingsError(f"no images in {folder}")
     return found.paths, {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..errors import SettingsError
 from ..images.convert import source_name
-from ..images.paths import find_pictures, is_picture
+from ..images.formats import has_image_suffix
+from ..images.paths import find_images
 
 
 class FileNames:
@@ -75,7 +76,7 @@ class FileNames:
         """Paths to choose from, and the parts of their names below the folder."""
         if self.folder is None:
             return [(path, _parts(path)) for path in dict.fromkeys(self.among or ())]
-        paths = find_pictures([str(self.folder)]).paths if self.among is None else dict.fromkeys(self.among)
+        paths = find_images([str(self.folder)]).paths if self.among is None else dict.fromkeys(self.among)
         root = _parts(os.path.abspath(self.folder))  # noqa: PTH100
         whole = [(path, _parts(os.path.abspath(path))) for path in paths]  # noqa: PTH100
         return [(path, parts[len(root) :]) for path, parts in whole if parts[: len(root)] == root]
@@ -91,7 +92,7 @@ class FileNames:
     def _by_stem(self) -> dict[str, list[tuple[str, list[str]]]]:
         index: dict[str, list[tuple[str, list[str]]]] = {}
         for path, parts in self._files:
-            if parts and is_picture(path):
+            if parts and has_image_suffix(path):
                 stem = os.path.splitext(parts[-1])[0]  # noqa: PTH122
                 index.setdefault(stem.casefold(), []).append((path, [*parts[:-1], stem]))
         return index

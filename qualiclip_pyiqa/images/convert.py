@@ -19,13 +19,14 @@ from typing import BinaryIO, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, one_line
 from . import decode, jxl, png
 from .formats import RefusedError, open_image, plugin_format
 
 MIN_SIDE = 32  # pixels; CLIP's ResNets halve an image five times
 EncodedSource: TypeAlias = str | os.PathLike[str] | bytes
 PixelSource: TypeAlias = EncodedSource | Image.Image | np.ndarray
+PixelsOrError: TypeAlias = np.ndarray | ImageError
 
 _Result = TypeVar("_Result")
 
@@ -94,6 +95,18 @@ def read_pixels(source: PixelSource, rules: ReadRules | None = None) -> np.ndarr
         return _read(file, name, rules, decoded)
 
 
+def read_or_error(source: PixelSource, rules: ReadRules | None = None) -> PixelsOrError:
+    """Call `read_pixels`, and return any exception as an `ImageError` of one line."""
+    try:
+        return read_pixels(source, rules)
+    except ImageError as error:
+        return ImageError(one_line(error))
+    except MemoryError:
+        return ImageError(f"{source_name(source)} cannot be decoded: out of memory")
+    except Exception as error:  # noqa: BLE001 - a decoder's fault or ours; other images still count
+        return ImageError(one_line(f"{source_name(source)} cannot be decoded ({type(error).__name__}: {error})"))
+
+
 def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[int, int]:
     """Read width and height of an image as it would be scored, from the header of its file.
 
@@ -122,11 +135,6 @@ def source_name(source: object) -> str:
     if isinstance(source, Image.Image):
         return source_name(getattr(source, "filename", "") or "PIL image")
     return {"ndarray": "array", "Tensor": "tensor"}.get(type(source).__name__, type(source).__name__)
-
-
-def one_line(text: str) -> str:
-    """Replace line breaks and everything else that does not print by spaces."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def check_size(height: int, width: int, name: str) -> None:

@@ -6,6 +6,7 @@ would start Ghostscript for an EPS, hands WMF, BUFR, GRIB and HDF5 to handlers o
 
 from __future__ import annotations
 
+import os.path
 import struct
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -160,14 +161,14 @@ def opened_formats() -> tuple[str, ...]:
     return (*FORMATS, *(name for name in Image.OPEN if name not in FORMATS and not is_pillows(Image.OPEN[name][0])))
 
 
-def is_image_suffix(suffix: str) -> bool:
-    """Whether files of this suffix are looked for in folders: `SUFFIXES`, and what other packages registered in Pillow.
+def has_image_suffix(path: str) -> bool:
+    """Return whether folders are searched for files of this suffix: `SUFFIXES`, and those of Pillow plug-ins.
 
     Example:
-        >>> is_image_suffix(".JPG"), is_image_suffix(".eps")
+        >>> has_image_suffix("a/b.JPG"), has_image_suffix("a/b.eps")
         (True, False)
     """
-    suffix = suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122 - millions of paths
     if suffix in SUFFIXES:
         return True
     name = Image.EXTENSION.get(suffix)

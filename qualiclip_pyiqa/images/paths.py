@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..errors import SettingsError
-from .formats import is_image_suffix
+from .formats import has_image_suffix
 
 _Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
@@ -25,7 +25,7 @@ _WILDCARDS = ("*", "?", "[")
 
 @dataclass
 class FoundPaths:
-    """What `find_pictures` found.
+    """What `find_images` found.
 
     Attributes:
         paths: images, in the order of the arguments, and in folders in the order of names. A path that was named
@@ -41,7 +41,7 @@ class FoundPaths:
     hidden: int = 0
 
 
-def find_pictures(arguments: Iterable[str]) -> FoundPaths:
+def find_images(arguments: Iterable[str]) -> FoundPaths:
     """Find images among files, which are kept as they are, and below folders.
 
     Args:
@@ -70,7 +70,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder; expected one with images")
-    found = find_pictures([str(folder)])
+    found = find_images([str(folder)])
     for path, why in found.unreadable.items():
         raise SettingsError(f"{path} cannot be listed ({why}); expected a folder that can be read")
     return [Path(path) for path in found.paths]
@@ -85,11 +85,6 @@ def matches(pattern: str) -> list[str]:
     if os.path.lexists(pattern) or not glob.has_magic(pattern):
         return [pattern]
     return sorted(set(_expand(pattern.replace(os.sep, "/")))) or [pattern]
-
-
-def is_picture(name: str) -> bool:
-    """Return whether a file is an image by its suffix, in any case."""
-    return is_image_suffix(os.path.splitext(name)[1])
 
 
 def is_hidden(name: str) -> bool:
@@ -141,7 +136,7 @@ def _walk(folder: str, found: FoundPaths, seen: _Seen) -> Iterator[str]:
             shown = [entry for entry in entries if not is_hidden(entry.name)]
             found.hidden += len(entries) - len(shown)
             todo += [(entry.path, _is_folder(entry)) for entry in reversed(shown)]
-        elif is_picture(path):
+        elif has_image_suffix(path):
             yield path
         else:
             found.others += 1

@@ -1,4 +1,4 @@
-"""One decoding process and the pipes to it, whose other end is never waited for without a limit."""
+"""One decoding process and its pipes. Every read and write has a time limit."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..errors import ImageError
-from .convert import one_line
-from .decoding import Decoded
+from ..errors import ImageError, one_line
+from .convert import PixelsOrError
 from .wire import READY, REPLY_SIZE, BadReplyError, parse_reply
 
-_SLICE = 0.5  # seconds between looks at whether the decoder is being closed
+_SLICE = 0.5  # seconds between checks for `closing`
 _CAN_POLL = hasattr(select, "poll")  # not on Windows
 
-# In the environment of a process that is started as a worker. A worker removes it before it imports anything.
+# Environment variable of a worker, which removes it before importing anything.
 _MARK = "QUALICLIP_PYIQA_WORKER"
 _COMMAND = (
     f"import json, os, sys; os.environ.pop({_MARK!r}); sys.path[:] = json.loads(sys.argv[1]); "
-    "from qualiclip_pyiqa.images.decoding import work; work(json.loads(sys.argv[2]))"
+    "from qualiclip_pyiqa.images.worker_loop import work; work(json.loads(sys.argv[2]))"
 )
-if _MARK in os.environ:  # `sys.executable` was not Python but this program, which would start itself without end
-    print("qualiclip_pyiqa: this program was started in place of a decoding process, and exits", file=sys.stderr)
+if _MARK in os.environ:  # `sys.executable` is this program, not Python: it would start itself forever
+    print("qualiclip_pyiqa: this program was started instead of a decoding process; exiting", file=sys.stderr)
     sys.stderr.flush()
     os._exit(3)
 
-# For glibc in a worker; others ignore it. Blocks of up to 32 MiB, such as the pixels of 10 megapixels, are used again
-# instead of being given back after each image: a third less work for an image that decodes quickly.
+# Makes a worker's glibc reuse blocks of up to 32 MiB (10 megapixels) instead of returning them to the system after each
+# image, which saves a third of the time for an image that decodes quickly. Other C libraries ignore it.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
-# What talking to a process raises that is gone, or that sends what no worker sends.
+#: Raised when a worker has died or sent a malformed message.
 GONE = (EOFError, OSError, BadReplyError)
 
 
@@ -46,28 +45,28 @@ class TimedOutError(Exception):
 
 
 class WorkerProcess:
-    """A decoding process, running from the start on.
+    """A running decoding process.
 
     Args:
-        arguments: of `_COMMAND`: the path of imports and `WorkerSettings`, both as JSON.
-        closing: as soon as it is set nothing is waited for.
+        arguments: of `_COMMAND`: `sys.path` and `WorkerSettings`, both as JSON.
+        closing: once set, every wait ends with `EOFError`.
     """
 
     def __init__(self, arguments: list[str], closing: threading.Event) -> None:
         self.closing = closing
         self.process = subprocess.Popen(
-            # -P: the folder that the user is in, which may hold anything, is not on the path of imports.
+            # -P keeps the working directory, which may hold anything, out of `sys.path`.
             [sys.executable, "-P", "-c", _COMMAND, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             env={**_ALLOCATOR, **os.environ, _MARK: "1"},
-            process_group=0,  # Ctrl-C is for the parent, which stops its workers in order
+            process_group=0,  # Ctrl-C reaches only the parent, which then stops its workers
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.left = math.inf  # seconds
+        self.left = math.inf  # seconds left for the current exchange
         if _CAN_POLL:
             os.set_blocking(self.stdin.fileno(), False)
             self.writable, self.readable = select.poll(), select.poll()
@@ -75,32 +74,32 @@ class WorkerProcess:
             self.readable.register(self.stdout, select.POLLIN)
 
     def greet(self, timeout: float) -> str:
-        """Wait until the worker is ready; return what it says is wrong, or ""."""
+        """Wait until the worker is ready; return the problem it reports, or ""."""
         with self._limit(timeout):
             answer = self._answer(READY, 0)
         return "" if isinstance(answer, np.ndarray) else str(answer)
 
-    def decode(self, number: int, request: list[bytes], limit: int | None, timeout: float) -> Decoded:
-        """Ask for pixels and wait for them, `timeout` seconds at most; `limit` is that of `parse_reply`."""
+    def decode(self, number: int, request: list[bytes], limit: int | None, timeout: float) -> PixelsOrError:
+        """Send a request and wait up to `timeout` seconds for the answer; `limit`: see `parse_reply`."""
         with self._limit(timeout):
             for piece in request:
                 self._write(piece)
             return self._answer(number, limit)
 
     def end(self, wait: bool) -> int | None:
-        """Kill the process and close its pipes; `wait`: it is ending, let it. Returns its exit status if it has one."""
+        """Kill the process, after letting it exit if `wait`, and close its pipes; return its exit status, if known."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if wait:  # its pipes close before its exit status is there
+            if wait:  # pipes close before the exit status is known
                 self.process.wait(timeout=1)
         self.process.kill()
         for pipe in (self.stdin, self.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that the kernel holds, for a disk that is gone, say
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, for example on a lost disk
             self.process.wait(timeout=1)
         return self.process.returncode
 
-    def _answer(self, number: int, limit: int | None) -> Decoded:
+    def _answer(self, number: int, limit: int | None) -> PixelsOrError:
         header = bytearray(REPLY_SIZE)
         self._read(memoryview(header))
         reply = parse_reply(header, number, limit)
@@ -110,7 +109,7 @@ class WorkerProcess:
             return ImageError(one_line(text.decode(errors="replace")))
         try:
             array = np.empty(reply.shape, reply.dtype)
-        except ValueError:  # NumPy's word for more than any machine has
+        except ValueError:  # larger than any address space
             raise MemoryError from None
         self._read(array.data.cast("B"))
         return array
@@ -131,7 +130,7 @@ class WorkerProcess:
 
     @contextlib.contextmanager
     def _limit(self, seconds: float) -> Iterator[None]:
-        """Limit how long `_read` and `_write` wait, all together; beyond it they raise `TimedOutError`."""
+        """Limit the total time that `_read` and `_write` wait; beyond it they raise `TimedOutError`."""
         self.left = seconds
         if _CAN_POLL or not math.isfinite(seconds):
             yield
@@ -153,7 +152,7 @@ class WorkerProcess:
         self.process.kill()
 
     def _wait(self, what: str) -> None:
-        """Wait until a pipe can be used. Only waiting counts: a computer that slept has not used up the time."""
+        """Wait until a pipe is ready, counting only the time spent in `poll`: a suspended computer uses up none."""
         while _CAN_POLL:
             if self.closing.is_set():
                 raise EOFError

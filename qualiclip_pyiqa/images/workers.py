@@ -1,8 +1,7 @@
 """Decode images in worker processes that may crash, hang or lie: every image comes back, as pixels or as an error.
 
-Each worker has pipes of its own and one image at a time. So its death ends only its own messages (where workers share a
-pipe, a death in mid-message leaves the reader waiting for ever), and it is known which image it died of. Workers never
-import torch or the user's main module, and end with their parent.
+Each worker has its own pipes and decodes one image at a time, so a worker that dies in mid-message blocks no other, and
+the image that killed it is known. Workers never import torch or the user's main module, and exit with their parent.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ImageError, SettingsError
-from .convert import ReadRules, source_name
-from .decoding import Decoded, WorkerSettings, decode
+from .convert import PixelsOrError, ReadRules, read_or_error, source_name
 from .pillow_setup import read_setup
-from .process import GONE, TimedOutError, WorkerProcess
 from .wire import BadReplyError, pack_request
+from .worker_loop import WorkerSettings
+from .worker_process import GONE, TimedOutError, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-#: Attempts per image, and per start of a worker, before giving up. An image that takes too long has one.
+#: Attempts per image, and per worker start, before giving up. An image that times out is not tried again.
 ATTEMPTS = 3
-#: Seconds that a worker may take to start, at least.
+#: Seconds that a worker has to start, or the time per image if that is longer.
 START_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """What a `Decoder` puts on its queue for one image.
+    """The result for one image, as a `Decoder` puts it on its queue.
 
     Attributes:
-        number: what `Decoder.submit` was called with.
-        result: pixels as `read_pixels` returns them; `ImageError`: the image cannot be decoded; another exception: a
-            failure that is not the image's fault, to be raised.
+        number: as passed to `Decoder.submit`.
+        result: pixels as from `read_pixels`; an `ImageError` if the image cannot be decoded; or another exception, to
+            be raised, for a failure that is not the image's fault.
     """
 
     number: int
@@ -50,18 +49,18 @@ class DecodedImage:
 
 
 class Decoder:
-    """Decodes images in worker processes and puts a `DecodedImage` for each on a queue, in whatever order.
+    """Decodes images in worker processes and puts a `DecodedImage` for each on a queue, in any order.
 
-    What is set up in Pillow when the decoder is made holds in its workers too.
+    Workers repeat Pillow's setup in this process at the time the decoder is created.
 
     Args:
-        workers: number of processes; 0: decode in this process, in `submit`, where no time limit can be kept. Where no
-            process can be started, such as in a frozen application, it is 0 whatever was asked for; the log says why.
-        ahead: how many images may be on their way at a time.
-        results: the queue; whoever takes a result off it subtracts it from `pending`.
+        workers: number of processes; 0: decode in this process, in `submit`, without a time limit. Where processes
+            cannot be started, as in a frozen application, this becomes 0 and the reason is logged.
+        ahead: maximum number of pending images.
+        results: the queue. Its reader decrements `pending` for each result taken.
         rules: how files become pixels.
-        timeout: seconds that a worker may take for an image, transport included, before it is killed and replaced and
-            the image is an error; `math.inf`: no limit.
+        timeout: seconds per image, transport included, after which the worker is replaced and the image becomes an
+            error; `math.inf`: no limit.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Decoder:
     ) -> None:
         rules = rules or ReadRules()
         self.workers, self.ahead, self.results, self.timeout = usable_workers(workers), ahead, results, timeout
-        self.rules = dataclasses.replace(rules, max_pixels=rules.limit())  # the same limit here and in all workers
+        self.rules = dataclasses.replace(rules, max_pixels=rules.limit())  # same limit in all workers
         self.pending = 0
         self._arguments: list[str] = []
         if self.workers:
@@ -84,7 +83,7 @@ class Decoder:
                 )
                 self._arguments = [json.dumps(sys.path), json.dumps(settings)]
             except LookupError as error:
-                self.workers = _none(f"a plug-in of Pillow, {error.args[0]}")
+                self.workers = _no_workers(f"a plug-in of Pillow, {error.args[0]}")
         self._tasks: queue.SimpleQueue[tuple[int, str | bytes] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._running: dict[int, WorkerProcess] = {}  # by thread
@@ -96,10 +95,10 @@ class Decoder:
         return self.pending < self.ahead
 
     def submit(self, number: int, source: str | bytes) -> None:
-        """Ask for the pixels of a path or of encoded bytes; `number` comes back with them."""
+        """Queue a path or encoded bytes; its `DecodedImage` has the same `number`."""
         self.pending += 1
         if not self.workers:
-            self.results.put(DecodedImage(number, decode(source, self.rules)))
+            self.results.put(DecodedImage(number, read_or_error(source, self.rules)))
             return
         self._tasks.put((number, source))
         if len(self._threads) < min(self.workers, self.pending):
@@ -108,7 +107,7 @@ class Decoder:
             thread.start()
 
     def close(self) -> None:
-        """End all workers, whatever they are doing."""
+        """Kill all workers and wait for their threads."""
         self._closing.set()
         for _ in self._threads:
             self._tasks.put(None)
@@ -119,32 +118,32 @@ class Decoder:
         self._threads.clear()
 
     def _serve(self, thread: int) -> None:
-        """Serve one worker: start the process, talk to it, start another one when it is gone."""
+        """Run one worker's thread: send it images, and restart it whenever it dies."""
         while (task := self._tasks.get()) is not None and not self._closing.is_set():
             number, source = task
             try:
                 result: np.ndarray | Exception = self._decode(thread, number, source)
-            except Exception as error:  # noqa: BLE001 - the caller's thread must hear of it
+            except Exception as error:  # noqa: BLE001 - raised in the caller's thread
                 result = error
             self.results.put(DecodedImage(number, result))
         self._reap(thread)
 
-    def _decode(self, thread: int, number: int, source: str | bytes) -> Decoded:
+    def _decode(self, thread: int, number: int, source: str | bytes) -> PixelsOrError:
         name, ends = source_name(source), ""
         try:
             request = pack_request(number, source)
-        except UnicodeEncodeError:  # a path that no file system can have: the error is all there is
-            return decode(source, self.rules)
+        except UnicodeEncodeError:  # no file system has such a path: the result is an error
+            return read_or_error(source, self.rules)
         for _ in range(ATTEMPTS):
             worker = self._running.get(thread) or self._start(thread)
             if worker is None:
-                return decode(source, self.rules)
+                return read_or_error(source, self.rules)
             try:
                 return worker.decode(number, request, self.rules.max_pixels, self.timeout)
             except TimedOutError:
                 self._reap(thread)
                 return ImageError(
-                    f"{name} was not decoded within {self.timeout:g} seconds; if it needs more, raise decode_timeout "
+                    f"{name} was not decoded within {self.timeout:g} seconds; if it needs longer, raise decode_timeout "
                     "(--decode-timeout)"
                 )
             except MemoryError:
@@ -154,10 +153,10 @@ class Decoder:
                 ends = self._reap(thread, error)
             if self._closing.is_set():
                 break
-        return ImageError(f"{name} cannot be decoded: the process that tried it {ends}, {ATTEMPTS} times")
+        return ImageError(f"{name} cannot be decoded: the decoding process {ends}, {ATTEMPTS} times")
 
     def _start(self, thread: int) -> WorkerProcess | None:
-        """Start a worker and wait until it is ready: what it dies of from now on is an image. None: decode here."""
+        """Start a worker and wait until it is ready, so that a later death is an image's fault. None: decode here."""
         if not self.workers:
             return None
         failure = ""
@@ -165,15 +164,15 @@ class Decoder:
             try:
                 worker = self._running[thread] = WorkerProcess(self._arguments, self._closing)
             except OSError as error:
-                self.workers = _none(f"{error.strerror or error} ({sys.executable})")
+                self.workers = _no_workers(f"{error.strerror or error} ({sys.executable})")
                 return None
-            if self._closing.is_set():  # `close` may have looked before this worker was there
+            if self._closing.is_set():  # `close` may have missed this new worker
                 worker.process.kill()
             try:
                 problem = worker.greet(limit := max(START_TIMEOUT, self.timeout))
             except TimedOutError:
                 self._reap(thread)
-                failure = f"nothing heard within {limit:g} seconds"
+                failure = f"no answer within {limit:g} seconds"
                 break
             except GONE:
                 self._reap(thread)
@@ -182,17 +181,17 @@ class Decoder:
                 if not problem:
                     return worker
                 self._reap(thread)
-                self.workers = _none(f"a plug-in of Pillow cannot be imported there ({problem})")
+                self.workers = _no_workers(f"a worker cannot import a Pillow plug-in: {problem}")
                 return None
             if self._closing.is_set():
                 break
         raise SettingsError(
-            f"workers is {self.workers}, but a decoding process does not start ({failure}); see what it wrote to "
+            f"workers is {self.workers}, but decoding processes fail to start ({failure}); check their output on "
             "standard error, or set workers=0 (--workers 0)"
         )
 
     def _reap(self, thread: int, error: BaseException | None = None) -> str:
-        """End a thread's worker if it has one; return what became of it, as the end of a sentence."""
+        """Kill a thread's worker, if it has one; return what happened to it, as a predicate for an error message."""
         worker = self._running.pop(thread, None)
         if worker is None:
             return ""
@@ -200,29 +199,29 @@ class Decoder:
         if isinstance(error, BadReplyError):
             return "sent a malformed answer"
         if status is not None and status < 0:
-            return f"was ended by {_signal_name(-status)}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
-        return "cannot be ended" if status is None else f"ended with exit status {status}"
+            return f"was killed by {_signal_name(-status)}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
+        return "cannot be killed" if status is None else f"exited with status {status}"
 
 
 def usable_workers(wanted: int) -> int:
-    """Return `wanted`, or 0 in a process that cannot start workers through `sys.executable`; the log says why, once."""
+    """Return `wanted`, or 0 if `sys.executable` cannot start workers; the reason is logged once."""
     if not wanted:
         return 0
     program = sys.executable
     if getattr(sys, "frozen", False):
-        return _none("it is a frozen application")
+        return _no_workers("this is a frozen application")
     if not program:
-        return _none("it does not know its interpreter (sys.executable is empty)")
+        return _no_workers("sys.executable is empty")
     if not any(name in os.path.basename(program).lower() for name in ("python", "pypy", "graalpy")):  # noqa: PTH119
-        return _none(f"{program} is not a Python interpreter")
+        return _no_workers(f"{program} is not a Python interpreter")
     if not os.access(program, os.X_OK):
-        return _none(f"{program} may not be executed, or does not exist")
+        return _no_workers(f"{program} does not exist or is not executable")
     return wanted
 
 
-@functools.cache  # once
-def _none(why: str) -> int:
-    logger.warning("images are decoded in this process, without a time limit: no workers can be started (%s)", why)
+@functools.cache  # log each reason once
+def _no_workers(why: str) -> int:
+    logger.warning("decoding in this process, without a time limit, because no workers can be started: %s", why)
     return 0
 
 

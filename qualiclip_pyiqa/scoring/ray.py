@@ -171,7 +171,8 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
     """
     fs = require("pyarrow.fs", "ray", "a URL")
 
-    from ..images.paths import is_hidden, is_picture
+    from ..images.formats import has_image_suffix
+    from ..images.paths import is_hidden
 
     for argument in arguments:
         if "://" not in argument:
@@ -189,7 +190,7 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
             continue
         root, mark, query = argument.partition("?")
         for name in names:
-            if is_picture(name) and not any(map(is_hidden, name.split("/"))):
+            if has_image_suffix(name) and not any(map(is_hidden, name.split("/"))):
                 # A path is not a URL: it may have spaces, # and %.
                 yield f"{root.rstrip('/')}/{quote(name)}{mark}{query}"
 

@@ -24,8 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ImageError, SettingsError
-from ..images.convert import ReadRules
-from ..images.decoding import decode
+from ..images.convert import ReadRules, read_or_error
 from ..images.tensors import Source, load_image
 from ..images.workers import DecodedImage, Decoder
 from .building import Metrics, build_metrics, named_metrics
@@ -248,7 +247,7 @@ class _Run:
             except ImageError as error:
                 self._add(number, error)
         else:
-            self._add(number, decode(source, self.scorer.rules))
+            self._add(number, read_or_error(source, self.scorer.rules))
 
     def _add(self, number: int, result: np.ndarray | ImageError) -> None:
         """Put decoded pixels into the waiting room of their size, or finish an image that has none."""
