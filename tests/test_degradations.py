@@ -6,6 +6,7 @@ import collections
 import io
 import itertools
 import math
+import os
 import random
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from qualiclip_pyiqa.degradations.bank import DEGRADATIONS, degrade, strength
 from qualiclip_pyiqa.degradations.base import GROUP_ORDER, LEVELS, Degradation
 from qualiclip_pyiqa.degradations.compose import degrade_all, draw_types
 from qualiclip_pyiqa.errors import SettingsError
-from qualiclip_pyiqa.evaluation.ladders import STEPS, behaviour, behaviours, ladder
+from qualiclip_pyiqa.evaluation.ladders import behaviour, behaviours, ladder, steps
 
 Array = NDArray[np.float64]
 
@@ -324,6 +325,17 @@ def test_other_precisions(name: str, dtype: torch.dtype, picture: torch.Tensor) 
     assert (result.float() - degrade(x, name, 3, seed=5)).abs().mean() < 4 * torch.finfo(dtype).eps + 1e-5
 
 
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_another_default_dtype_changes_nothing(name: str, picture: torch.Tensor) -> None:
+    expected = degrade(picture, name, 3, seed=5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = degrade(picture, name, 3, seed=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", DEGRADATIONS)
 def test_devices_agree(name: str, picture: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,6 +550,15 @@ def test_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert message in said and said.count("\n") == 1
 
 
+def test_a_sheet_whose_name_the_terminal_cannot_show(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "photo.png")
+    command = [sys.executable, "-m", "qualiclip_pyiqa.degradations.sheet", "photo.png", "-o", "国.png"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, r"\u56fd.png", "")
+    assert (tmp_path / "国.png").is_file()
+
+
 def test_a_second_bank_is_a_table_of_its_own() -> None:
     def invert(x: torch.Tensor, amount: float, generators: Sequence[torch.Generator]) -> torch.Tensor:
         return x + amount * (1 - 2 * x)
@@ -576,7 +597,7 @@ except SettingsError as error:
 def test_a_ladder_is_the_photograph_and_every_level_as_files_hold_them() -> None:
     rgb = synthetic_photograph(0, 64, 48)
     pictures = list(ladder(rgb, seed=3))
-    assert len(pictures) == STEPS == 1 + 5 * 24 and torch.equal(pictures[0], rgb)
+    assert len(pictures) == steps() == 1 + 5 * 24 and torch.equal(pictures[0], rgb)
     for number, name in enumerate(DEGRADATIONS):
         for level in range(1, LEVELS + 1):
             found = pictures[LEVELS * number + level]
@@ -604,8 +625,8 @@ def test_behaviour_counts_what_is_known_to_be_worse() -> None:
 
 
 def test_behaviours_are_by_type_in_the_banks_order() -> None:
-    table = np.arange(2 * STEPS, dtype=float).reshape(2, STEPS)
+    table = np.arange(2 * steps(), dtype=float).reshape(2, steps())
     found = behaviours(table.flatten(), lower_better=True)
     assert list(found) == list(DEGRADATIONS) and all(each.falls and each.in_order == 1 for each in found.values())
-    assert found["gaussian_blur"].means == [STEPS / 2 + k for k in (0, 1, 2, 3, 4, 5)]
-    assert found["lens_blur"].means == [STEPS / 2 + k for k in (0, 6, 7, 8, 9, 10)]
+    assert found["gaussian_blur"].means == [steps() / 2 + k for k in (0, 1, 2, 3, 4, 5)]
+    assert found["lens_blur"].means == [steps() / 2 + k for k in (0, 6, 7, 8, 9, 10)]

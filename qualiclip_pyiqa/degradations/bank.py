@@ -60,7 +60,7 @@ def motion_blur(x: Tensor, length: float, generators: Generators) -> Tensor:
     # kornia's motion_blur takes odd whole lengths only.
     angle = math.pi * shared_choices(generators, 1)
     points = 16 * math.ceil(length)
-    t = ((torch.arange(points) + 0.5) / points - 0.5) * length
+    t = ((torch.arange(points, dtype=torch.float32) + 0.5) / points - 0.5) * length
     size = math.ceil(length / 2)
     grid = torch.arange(-size, size + 1, dtype=torch.float32)
     across, down = ((1 - ((t * way)[..., None] - grid).abs()).clamp(min=0) for way in (angle.cos(), angle.sin()))
@@ -243,7 +243,7 @@ def color_block(x: Tensor, count: float, generators: Generators) -> Tensor:
     """Paint `count` 32x32 squares of random colour; a lower count's squares are the first of a higher count's."""
     h, w = x.shape[-2:]
     side = min(32, h, w)
-    paint = torch.full((len(generators), 3, h, w), torch.nan)
+    paint = torch.full((len(generators), 3, h, w), torch.nan, dtype=torch.float32)
     for layer, draws in zip(paint, shared_choices(generators, int(count), 5), strict=True):
         for (fy, fx), color in zip(draws[:, :2].tolist(), draws[:, 2:, None, None], strict=True):
             top, left = round(fy * (h - side)), round(fx * (w - side))

@@ -107,7 +107,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 def shared_choices(generators: Generators, *shape: int) -> Tensor:
     """Draw uniform numbers in 0..1 that the images of a generator share: (number of generators, *shape), on the CPU."""
-    return torch.stack([torch.rand(shape, generator=generator) for generator in generators])
+    return torch.stack([torch.rand(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
 
 def own_choices(draw: Callable[..., Tensor], x: Tensor, generators: Generators, *shape: int) -> Tensor:
@@ -117,4 +117,4 @@ def own_choices(draw: Callable[..., Tensor], x: Tensor, generators: Generators, 
         draw: `torch.rand` or `torch.randn`.
     """
     share = len(x) // len(generators)
-    return torch.cat([draw((share, *shape), generator=generator) for generator in generators]).to(x)
+    return torch.cat([draw((share, *shape), generator=each, dtype=torch.float32) for each in generators]).to(x)

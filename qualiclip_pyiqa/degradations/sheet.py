@@ -54,6 +54,9 @@ def contact_sheet(rgb: Tensor, seed: int = 0, cell: int = 160, bank: Bank = DEGR
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack the characters of a file name
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="python -m qualiclip_pyiqa.degradations.sheet",
         description="Draw the contact sheet of the degradation bank: every type at every level.",
