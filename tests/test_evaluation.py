@@ -721,6 +721,14 @@ def test_rows_of_pyiqa_in_another_form_are_one_clear_error(
         pyiqa_ratings("spaq", tmp_path)
 
 
+def test_pickled_splits_of_pyiqa_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyiqas_layout(tmp_path, "spaq", "img_name,mos", ["0.png,1"])
+    known = pyiqa.get_dataset_info()
+    monkeypatch.setattr("pyiqa.get_dataset_info", lambda: {"spaq": known["spaq"] | {"split_file": "splits.pkl"}})
+    with pytest.raises(SettingsError, match=r"has its splits in splits\.pkl, a pickle, which could run code"):
+        pyiqa_ratings("spaq", tmp_path)
+
+
 def test_a_missing_extra_is_one_line(
     rated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,11 @@ def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
             f"pyiqa reads its data set {name} by its {options['type']}; expected one of {', '.join(LOADERS)}: "
             "for others make a CSV file and pass --ratings"
         )
+    if options.get("split_file"):  # which pyiqa unpickles
+        raise SettingsError(
+            f"pyiqa's configuration of {name} has its splits in {options['split_file']}, a pickle, which "
+            "could run code; make a CSV file and pass --ratings"
+        )
     for key, value in options.items():
         if root is not None and isinstance(value, str) and value.startswith("./datasets"):
             options[key] = str(root / Path(value).relative_to("datasets"))
