@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_bytes import exif, gamma, grey_profile
 from PIL import Image
 from synthetic import synthetic_photograph
 
@@ -149,6 +150,33 @@ def test_verify_compares_with_published_scores(
     (Path(rated[3]) / "3.png").write_bytes(b"not an image")
     assert cli.main(["weights", "verify", "qualiclip-mini", *rated]) == 1
     assert "3.png" in lines(capsys)[1][-1]
+
+
+def test_verify_scores_stored_pixels_and_each_image_once(
+    rated: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scipy.stats import spearmanr
+
+    images, table = Path(rated[3]), Path(rated[1])
+    for number in range(10):
+        with Image.open(images / f"{number}.png") as picture:
+            picture.convert("L").save(
+                images / f"{number}.png", exif=exif(6), icc_profile=grey_profile(gamma(1 + number / 4))
+            )
+    opinions = [(7 * number) % 20 - 5 * (number % 7) for number in range(20)]
+    table.write_text(table.read_text() + "\n0.png,30")
+    opinions[0] = (opinions[0] + 30) / 2
+    net = OpenQualiCLIP("qualiclip-mini")
+    stored = {"ignore_orientation": True, "ignore_profile": True}
+    with torch.no_grad():
+        scores = [float(net(load_image(images / f"{number}.png", **stored)[None])) for number in range(20)]
+        shown = [float(net(load_image(images / f"{number}.png")[None])) for number in range(20)]
+    srcc = float(spearmanr(scores, opinions)[0])
+    assert abs(srcc - float(spearmanr(shown, opinions)[0])) > 1e-3
+    row = {"metric": "qualiclip-mini", "dataset": "CLIVE", "srcc": srcc, "source": "a table", "verified": True}
+    monkeypatch.setitem(manifest._manifest_file(), "published", [row])
+    assert cli.main(["weights", "verify", "qualiclip-mini", *rated]) == 0
+    assert f"qualiclip-mini on CLIVE, 20 images: SRCC {srcc:.4f} " in lines(capsys)[0][-1]
 
 
 def test_verify_with_unusable_ratings(rated: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

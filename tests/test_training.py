@@ -603,6 +603,10 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
         for name, each in (("higher", ratings), ("lower", reverse))
     ]
     assert signs[0] == -signs[1] != 0
+    # The last image once more, with another opinion score: it counts once, with the mean of both.
+    twice = dataclasses.replace(ratings, paths=[*ratings.paths, ratings.paths[-1]], opinions=[*ratings.opinions, 7.0])
+    averaged = lines_of(trainer.train(short(), folder, tmp_path / "twice", ratings=twice).parent)[-1]["srcc"]
+    assert averaged == pytest.approx(spearmanr(scores, [*ratings.opinions[:-1], 3.5])[0], abs=1e-4)
     (rated / "3.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"3\.png"):  # before the first step
         trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)

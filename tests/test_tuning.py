@@ -172,6 +172,22 @@ def test_a_picture_rated_twice_is_on_one_side(ratings: Ratings) -> None:
     assert tuning._split(ratings, 0.2, 0)[1].paths != tuning._split(ratings, 0.2, 1)[1].paths
 
 
+def test_an_image_that_is_rated_twice_counts_once_however_it_is_spelled(
+    tiny_folder: Path, ratings: Ratings, tmp_path: Path
+) -> None:
+    again = [path.parent / ".." / path.parent.name / path.name for path in ratings.paths]
+    twice = dataclasses.replace(
+        ratings,
+        paths=ratings.paths + again,
+        opinions=[o - 1 for o in ratings.opinions] + [o + 1 for o in ratings.opinions],
+    )
+    recipe = dataclasses.replace(QUICK["official"], epochs=1)
+    for name, rated in (("once", ratings), ("twice", twice)):
+        tune(tiny(tiny_folder, recipe), rated, tmp_path / name, recipe, validation=0.4)
+    assert log_of(tmp_path / "twice") == log_of(tmp_path / "once")
+    assert (tmp_path / "twice/params.pth").read_bytes() == (tmp_path / "once/params.pth").read_bytes()
+
+
 def test_any_range_and_direction(tiny_folder: Path, ratings: Ratings, tmp_path: Path) -> None:
     """The same opinions as DMOS of 0..100, where lower is better, and with a range of their own."""
     recipe = dataclasses.replace(QUICK["official"], epochs=2)

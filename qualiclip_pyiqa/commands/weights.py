@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError, WeightsError, did_you_mean
-from . import Commands
+from . import Commands, Screen, say
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
@@ -47,7 +46,8 @@ def add_parser(commands: Commands) -> None:
         help="compare the hashes of the files that are here with the known ones",
         description="Prints for each file `verified` (the published sha256), `first use` (the sha256 of the first "
         "download, which nobody has verified), `unknown` (no hash to compare with) or `WRONG`. With --ratings also "
-        "scores the images, as they are stored (--ignore-orientation), and compares the SRCC with published ones.",
+        "scores the images, as they are stored (without EXIF orientation and ICC profile), and compares the SRCC with "
+        "published ones.",
     )
     action.add_argument("names", metavar="NAME", nargs="*", help=f"{name_help} (default: all that are here)")
     group = action.add_argument_group("scores (with the name of at least one metric)")
@@ -100,10 +100,7 @@ def _path(arguments: argparse.Namespace) -> int:
     for record in _records(arguments.names):
         found = locate(record)
         if found is None:
-            print(
-                f"qualiclip: {record.file} is not here; get it with: qualiclip weights get {record.name}",
-                file=sys.stderr,
-            )
+            say(f"qualiclip: {record.file} is not here; get it with: qualiclip weights get {record.name}")
             status = 1
         else:
             print(found.path)
@@ -171,7 +168,7 @@ def _compare_scores(arguments: argparse.Namespace) -> bool:
             f"name a metric with a published score on {dataset}: "
             f"{', '.join(row['metric'] for row in reported[dataset])}"
         )
-    ratings = read_ratings(arguments.ratings, arguments.images)
+    ratings = read_ratings(arguments.ratings, arguments.images).averaged()
     far = False
     for row in rows:
         spec = METRICS[row["metric"]]
@@ -194,15 +191,16 @@ def _compare_scores(arguments: argparse.Namespace) -> bool:
 def _scores(metric: str, ratings: Ratings) -> list[float]:
     """Score every rated image; the first one that cannot be scored is an error.
 
-    As `qualiclip score --ignore-orientation` does: published figures were made of pixels as they are stored.
+    As `qualiclip score --ignore-orientation --ignore-profile` does: published figures were made of pixels as they are
+    stored.
     """
     from tqdm import tqdm
 
     from ..scoring.scorer import Scorer
 
     scores = []
-    records = Scorer(metric, ignore_orientation=True).score(ratings.paths)
-    for record in tqdm(records, desc=metric, total=len(ratings.paths), unit="image", file=sys.stderr):
+    records = Scorer(metric, ignore_orientation=True, ignore_profile=True).score(ratings.paths)
+    for record in tqdm(records, desc=metric, total=len(ratings.paths), unit="image", file=Screen()):
         if record.error is not None:
             raise ImageError(record.error)
         scores += record.scores.values()

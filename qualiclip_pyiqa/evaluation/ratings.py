@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -64,6 +64,11 @@ class Ratings:
             image: opinions[0] if len(opinions) == 1 else math.fsum(opinions) / len(opinions)
             for image, opinions in rows.items()
         }
+
+    def averaged(self) -> Ratings:
+        """Return one row per image with its mean opinion score, in the order of the rows and without groups."""
+        means = self.mean_opinions()
+        return replace(self, paths=list(means), opinions=list(means.values()), groups=[])
 
     def __str__(self) -> str:
         direction = "lower" if self.lower_better else "higher"

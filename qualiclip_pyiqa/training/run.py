@@ -116,6 +116,7 @@ def train(
     if ratings is not None:
         if not quiet:
             log.info("opinion scores: %s", ratings)
+        ratings = ratings.averaged()
         _check_rated(ratings)
     accelerator.wait_for_everyone()  # before the first process leaves traces that another takes for an earlier run's
     try:

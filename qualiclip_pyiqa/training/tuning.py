@@ -56,7 +56,7 @@ def tune(
 
     Args:
         net: a metric with a learned context. It is trained in place on its own device, and left in eval mode.
-        ratings: at least two images; opinion scores of any range and direction.
+        ratings: at least two images; opinion scores of any range and direction, averaged where an image has several.
         out: folder, created if it does not exist.
         recipe: see `Recipe`.
         validation: share of the images that is held out. They are only watched and decide nothing.
@@ -74,6 +74,7 @@ def tune(
     target = out / CONTEXT
     if target.exists():
         raise SettingsError(f"{target} exists; choose another folder")
+    ratings = ratings.averaged()
     training, watched = _split(ratings, validation, recipe.seed)
     low, high = mos_range or (min(training.opinions), max(training.opinions))
     _check_range(training, low, high, mos_range is not None)
