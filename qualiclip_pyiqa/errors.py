@@ -1,4 +1,4 @@
-"""The package's own errors: one line each, saying what was wrong, what was expected and what to do."""
+"""The package's exceptions. Each message is one line: what was wrong, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class PromptError(ValueError):
 
 
 class SettingsError(ValueError):
-    """A setting (metric name, backbone, training option) that is unknown or contradicts another."""
+    """An unknown or contradictory setting: metric name, backbone, training option."""
 
 
 class WeightsError(RuntimeError):
-    """A weight file that is missing, damaged, of another layout, or not safe to load."""
+    """A weight file that is missing, damaged, unsafe to load, or of the wrong layout."""
 
 
 def one_line(text: object) -> str:
@@ -31,6 +31,16 @@ def one_line(text: object) -> str:
     """
     line = str(text)
     return line if line.isprintable() else " ".join("".join(c if c.isprintable() else " " for c in line).split())
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """Return an exception's message for use in another: one line of at most `limit` characters; its type if empty.
+
+    Example:
+        >>> reason(OSError("Connection\\nrefused.")), reason(KeyboardInterrupt())
+        ('Connection refused', 'KeyboardInterrupt')
+    """
+    return one_line(error)[:limit].rstrip(". ") or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -180,9 +180,9 @@ def test_files_that_cannot_be_used_are_errors_not_skipped(folder: Path, monkeypa
     refusal(lambda: find.find("QualiCLIP"), "QualiCLIP.pth", "Permission denied")
 
 
-def test_what_is_a_users_file() -> None:
-    assert not manifest.is_user_file("RN50") and not manifest.is_user_file(RECORD)
-    assert manifest.is_user_file("mine.pth") and manifest.is_user_file(Path("RN50"))
+def test_a_path_or_an_unknown_name_is_a_users_file() -> None:
+    assert manifest.find_record("RN50") is manifest.manifest()["RN50"] and manifest.find_record(RECORD) is RECORD
+    assert manifest.find_record("mine.pth") is None and manifest.find_record(Path("RN50")) is None
 
 
 # Hashes
@@ -222,7 +222,7 @@ def test_the_hub_caches_digest_counts_where_the_manifest_knows_none(own_caches: 
     record = replace(RECORD, sha256="", hf_repo="who/what", hf_file=RECORD.file)
     link = write_hub_cache(own_caches, record.hf_repo, record.file, CONTENT)
     assert find.find(record) == link
-    assert str(verdict(record, link)).startswith(f"first use: sha256 {SHA256} (what the hub said")
+    assert str(verdict(record, link)).startswith(f"first use: sha256 {SHA256} (announced by the hub")
     write(link.resolve(), b"damaged later")
     refusal(lambda: find.find(record), str(link), SHA256, "the hub", "Hugging Face cache", "not deleted here")
     assert link.exists()
@@ -441,7 +441,7 @@ def test_next_url_after_a_dead_one(server: Server) -> None:
 def test_wrong_download_is_not_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = hashlib.sha256(b"<html>log in first</html>").hexdigest()
     record = from_url(server, b"<html>log in first</html>")
-    refusal(lambda: find.find(record), record.file, record.urls[0], SHA256, wrong, "nothing was kept")
+    refusal(lambda: find.find(record), record.file, record.urls[0], SHA256, wrong, "the download was discarded")
     assert cached() == []
     refusal(lambda: find.find(from_url(server, b"")), "is empty")
     assert cached() == []
@@ -568,9 +568,9 @@ def test_a_hub_that_sends_something_else_is_refused(server: Server, own_caches: 
     _, err = child.communicate(timeout=60)
     line = err.splitlines()[-1]
     assert child.returncode == 1 and SHA256 in line and hashlib.sha256(b"x" * len(CONTENT)).hexdigest() in line
-    # The cache is not only ours: the file stays, is refused whenever it is found, and the user is told where it lies.
+    # The cache is shared: the file stays, is refused whenever it is found, and the message says where it is.
     (blob,) = (own_caches / "hf" / "hub").rglob("blobs/*")
-    assert str(blob) in line and "other programs use" in line
+    assert str(blob) in line and "shared with other programs" in line
     refusal(lambda: find.find(HUB_RECORD), SHA256, str(blob))
 
 

@@ -1,4 +1,4 @@
-"""Weight files: `manifest` lists them, `find` finds or downloads them, `read` reads them, `model` makes models of them.
+"""Weight files: `manifest` lists, `find` finds or downloads, `read` reads tensors, `model` loads models.
 
-Listing and finding need no torch.
+Listing and finding do not import torch.
 """

@@ -1,6 +1,6 @@
-"""Download the file of a weight record: through huggingface_hub into its cache, or from a URL into this package's.
+"""Download a record's weight file: with huggingface_hub into its cache, or from a URL into this package's cache.
 
-Nothing in a cache that other programs use is ever deleted.
+Files in caches shared with other programs are never deleted.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import time
 import urllib.request
 from pathlib import Path
 
-from ..errors import WeightsError
+from ..errors import WeightsError, reason
 from ..files import replacing
 from . import folders
 from .files import OpenFile
 from .manifest import EMBEDDED_METRIC, SHA256, WeightRecord, data_folder
 from .verify import KnownHash, published_hash, refuse_hash, remember, remembered_hash
 
-# The largest of OpenAI's models is 1.7 GB; a server that sends without end is cut off here.
+# Cuts off a server that never stops sending; OpenAI's largest model is 1.7 GB.
 MAX_BYTES = 8 * 2**30
 
 logger = logging.getLogger(__name__)
 
 
 def download(record: WeightRecord) -> Path:
-    """Download a record's file, check its hash and say where it is now.
+    """Download a record's file, check its hash, and return its path.
 
     Raises:
-        WeightsError: no source can be reached (names the addresses and where to put the file by hand), or what came
-            has the wrong hash.
+        WeightsError: no source can be reached (the message names the addresses and where to put the file by hand), or
+            the download has the wrong hash.
     """
     from huggingface_hub import constants
 
@@ -43,15 +43,15 @@ def download(record: WeightRecord) -> Path:
             return _download_from_hub(record)
         except WeightsError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the HTTP library underneath raises; all of it is reported below
-            failures.append(f"hub: {_one_line(error)}")
+        except Exception as error:  # noqa: BLE001 - any exception of the HTTP library; reported below
+            failures.append(f"hub: {reason(error)}")
     for url in () if offline else record.urls:
         try:
             return _download_from_url(record, url)
         except (OSError, http.client.HTTPException) as error:
-            failures.append(f"{url}: {_one_line(error)}")
+            failures.append(f"{url}: {reason(error)}")
     if not record.origin:
-        raise WeightsError(f"{data_folder() / record.file} is missing, which belongs to this package; reinstall it")
+        raise WeightsError(f"{data_folder() / record.file} is missing; it is part of this package, so reinstall it")
     by_hand = record.urls[0] if record.layout == "openai-clip" and record.urls else record.origin
     cache = folders.cache_folder()
     into = f"a folder named in {folders.FOLDERS_VARIABLE}"
@@ -66,14 +66,14 @@ def _download_from_hub(record: WeightRecord) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     if folders.hugging_face_cache() is None:
-        raise OSError("this user has no home and so no Hugging Face cache; set HF_HOME")
+        raise OSError("the user has no home directory, so no Hugging Face cache; set HF_HOME")
     revision = record.hf_revision or None
     announced = get_hf_file_metadata(hf_hub_url(record.hf_repo, record.hf_file, revision=revision))
     _check_size(announced.size or 0, record.hub_size)
     path = Path(hf_hub_download(record.hf_repo, record.hf_file, revision=revision))
     digest = announced.etag or ""
     source = f"{record.hf_repo} on the hub"
-    remedy = f"it stays in the Hugging Face cache, which other programs use too: delete {path.resolve()} and try again"
+    remedy = f"it is in the Hugging Face cache, shared with other programs: delete {path.resolve()} and try again"
     _accept(record, path, path.name, digest if SHA256.fullmatch(digest) else "", source, remedy)
     return path
 
@@ -83,11 +83,11 @@ def _download_from_url(record: WeightRecord, url: str) -> Path:
 
     cache = folders.cache_folder()
     if cache is None:
-        raise OSError("this user has no home and so no cache folder; set XDG_CACHE_HOME")
+        raise OSError("the user has no home directory, so no cache folder; set XDG_CACHE_HOME")
     target = cache / record.file
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(target)
-    with replacing(target) as part:  # of two processes the later one replaces the same bytes
+    with replacing(target) as part:  # of two concurrent downloads, the later replaces the same bytes
         request = urllib.request.Request(url, headers={"User-Agent": "qualiclip-pyiqa"})
         with urllib.request.urlopen(request, timeout=30) as response, part.open("xb") as file:
             length = int(response.headers.get("Content-Length") or 0)
@@ -97,44 +97,47 @@ def _download_from_url(record: WeightRecord, url: str) -> Path:
                 while block := response.read(1 << 20):
                     received += len(block)
                     if received > (length or record.size or MAX_BYTES):
-                        raise OSError(f"it sends more than {length or record.size or MAX_BYTES} bytes")
+                        raise OSError(f"the server sends more than {length or record.size or MAX_BYTES} bytes")
                     file.write(block)
                     bar.update(len(block))
         if length and received != length:
             raise OSError(f"the connection broke after {received} of {length} bytes")
-        _accept(record, part, target.name, "", url, "nothing was kept, try again")
+        _accept(record, part, target.name, "", url, "the download was discarded, try again")
     return target
 
 
 def _check_size(announced: int, known: int) -> None:
-    """Refuse a download that is announced to be larger than it can be; a smaller one fails its hash."""
+    """Refuse a download whose announced size is too large; one that is too small fails its hash."""
     if announced > (known or MAX_BYTES):
-        raise OSError(f"it announces {announced} bytes; expected {f'{known}' if known else f'at most {MAX_BYTES}'}")
+        raise OSError(f"the server announces {announced} bytes; expected {known or f'at most {MAX_BYTES}'}")
 
 
 def _accept(record: WeightRecord, path: Path, name: str, digest: str, source: str, remedy: str) -> None:
-    """Check what was downloaded to `path` and will be called `name`; remember its hash if the manifest has none.
+    """Check the hash of a download; remember it if the manifest has none.
 
     Args:
-        digest: the sha256 that the hub gave for it, or "".
+        path: the downloaded file.
+        name: its final name.
+        digest: sha256 announced by the hub, or "".
+        source, remedy: where it came from and what to do if it is wrong, for messages.
     """
-    called = f"what {source} sent"
+    called = f"the download from {source}"
     if not path.stat().st_size:
         raise WeightsError(f"{called} for {record.file} is empty; {remedy}")
-    # A download is the file of the record, so no other content is excused from the manifest's hash.
+    # Unlike a file found on disk, a download is never a user's own conversion, so the manifest's hash always holds.
     in_manifest = record.sha256 if name == record.file else record.hub_sha256 if name == record.hf_file else ""
     known = published_hash(record, in_manifest) if in_manifest else remembered_hash(record, name)
     first_use = known is None
     if known is None and digest:
-        known = KnownHash(digest, source, verifies=False)
+        known = KnownHash(digest, source, published=False)
     with OpenFile(path) as opened:
         sha256 = opened.sha256()
         if known is not None and not sha256.startswith(known.sha256):
             refuse_hash(record, opened, known, called, remedy)
     if first_use:
         logger.warning(
-            "first use of %s from %s: no hash of it was known before, so nobody has verified it; its sha256 %s is "
-            "remembered and later files are held against it",
+            "first use of %s from %s: it has no published hash, so nobody has verified it; its sha256 %s is "
+            "remembered, and later copies are compared with it",
             record.file,
             source,
             sha256,
@@ -143,11 +146,7 @@ def _accept(record: WeightRecord, path: Path, name: str, digest: str, source: st
 
 
 def _clear_abandoned(target: Path) -> None:
-    """Remove what killed downloads left more than a day ago; a younger part may still be growing."""
+    """Delete partial files of killed downloads after a day; a younger one may still be growing."""
     for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
         if time.time() - part.stat().st_mtime > 86400:
             part.unlink(missing_ok=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

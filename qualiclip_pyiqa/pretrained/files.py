@@ -1,4 +1,4 @@
-"""Weight files while they are open, and as they were when they were loaded."""
+"""Open weight files, and identify a loaded file later."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from typing import NamedTuple
 
 from ..errors import WeightsError
 
-_REMEMBERED = 256  # hashes kept in this process
+_MAX_HASHES = 256  # cached in this process
 
 
 class Stamp(NamedTuple):
-    """What tells one content of a file from another without reading it."""
+    """Identifies the content of a file without reading it."""
 
     device: int
     inode: int
     size: int
     mtime_ns: int
-    ctime_ns: int  # nobody can set it, but new permissions or a hard link change it too
+    ctime_ns: int  # cannot be set by hand, but also changes with permissions and hard links
 
-    def is_of(self, path: Path) -> bool:
-        """Return whether this is the stamp of what lies at `path` now, new permissions aside."""
+    def same_content(self, other: Stamp) -> bool:
+        """Whether both stamps are of one file with one content; a change of permissions is ignored."""
+        return self[:4] == other[:4]
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` still has this content."""
         try:
-            return _stamp(path.stat())[:4] == self[:4]
+            return self.same_content(_stamp(path.stat()))
         except OSError:
             return False
 
 
 class OpenFile:
-    """A weight file that is opened once, so that what is hashed is what is read, whatever happens to its path.
+    """Context manager that opens a weight file once, so that the bytes hashed are the bytes read.
 
-    A context manager. On Linux `name` leads to the open file itself, for libraries that take a name only; on Windows an
-    open file cannot be replaced; elsewhere `check_unchanged` detects a replacement, as it detects everywhere that
-    somebody wrote to the file.
+    For libraries that only take a name, `name` leads to the open file itself on Linux. On Windows an open file cannot
+    be replaced. Elsewhere `check_unchanged` detects a replacement; on every system it detects writes.
 
     Raises:
-        WeightsError: a folder, an empty file, or one that cannot be read.
+        WeightsError: the path is a folder, an empty file or unreadable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,11 +71,11 @@ class OpenFile:
 
     @property
     def known_sha256(self) -> str:
-        """The sha256, if this process has computed it; "" otherwise."""
+        """The sha256 if this process has computed it, else ""."""
         return _hashes.get(self.stamp) or ""
 
     def sha256(self) -> str:
-        """Hash the whole file; within the process, once for each content."""
+        """Hash the whole file, once per process and content."""
         known = _hashes.get(self.stamp)
         if known is None:
             self.file.seek(0)
@@ -83,20 +86,20 @@ class OpenFile:
         return known
 
     def check_unchanged(self) -> None:
-        """Raise a WeightsError if the file was written to, or its path leads elsewhere, since it was opened."""
-        if not self.stamp.is_of(self.path):
+        """Raise a WeightsError if the file was written to or its path was replaced since it was opened."""
+        if not self.stamp.matches(self.path):
             raise WeightsError(f"{self.path} changed while it was read; try again")
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file as it was when it was loaded.
+    """Record of a weight file at the time it was loaded.
 
     Attributes:
-        path: where it lay.
-        stamp: what tells a later change.
-        known_sha256: its sha256 where it was computed at loading; "" otherwise.
-        format, licence, source: what a file of this package's own format says of itself; "" otherwise.
+        path: where it was.
+        stamp: detects later changes.
+        known_sha256: sha256 if it was computed at loading, else "".
+        format, licence, source: metadata of a file in this package's own format, else "".
     """
 
     path: Path
@@ -109,30 +112,30 @@ class WeightFile:
     @property
     def changed(self) -> bool:
         """Whether the file was changed, replaced or removed since it was loaded."""
-        if self.stamp.is_of(self.path):
+        if self.stamp.matches(self.path):
             return False
-        try:  # a metric may have been pickled and sent to a machine with a copy of the file
+        try:  # an unpickled metric may find a copy of the file on another machine
             return not self.known_sha256 or file_sha256(self.path) != self.known_sha256
         except WeightsError:
             return True
 
     def sha256(self) -> str | None:
-        """The sha256 of the bytes that were loaded; None if it was not computed before the file changed."""
+        """Return the sha256 of the bytes that were loaded; None if the file changed before they were hashed."""
         known = self.known_sha256 or _hashes.get(self.stamp)
         if known is None:
             try:
                 with OpenFile(self.path) as opened:
-                    known = opened.sha256() if opened.stamp[:4] == self.stamp[:4] else None
+                    known = opened.sha256() if self.stamp.same_content(opened.stamp) else None
             except WeightsError:
                 return None
         return known
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file in hex, as it is now; within the process computed once for each content.
+    """Return the sha256 of a file in hex, computed once per process and content.
 
     Raises:
-        WeightsError: a folder, an empty file, or one that cannot be read.
+        WeightsError: the path is a folder, an empty file or unreadable.
     """
     with OpenFile(Path(path)) as opened:
         return opened.sha256()
@@ -143,7 +146,7 @@ def _stamp(stat: os.stat_result) -> Stamp:
 
 
 class _Hashes:
-    """The newest hashes by stamp, for all threads."""
+    """Thread-safe cache of the most recent hashes by stamp."""
 
     def __init__(self) -> None:
         self.known: OrderedDict[Stamp, str] = OrderedDict()
@@ -156,7 +159,7 @@ class _Hashes:
     def put(self, stamp: Stamp, sha256: str) -> None:
         with self.lock:
             self.known[stamp] = sha256
-            while len(self.known) > _REMEMBERED:
+            while len(self.known) > _MAX_HASHES:
                 self.known.popitem(last=False)
 
 

@@ -1,19 +1,19 @@
-"""Find the file of a weight record, or a user's own.
+"""Find the weight file of a record, or a user's own.
 
-A file is looked for in this order. The first that exists is taken; if it cannot be used, that is an error.
+Places are searched in this order. The first file that exists is used; if it is unusable, that is an error.
 
-1. the caller's own path (`weights=FILE`);
-2. the folders in `QUALICLIP_PYIQA_WEIGHTS` (separated as in `PATH`), each by upstream's file name (`RN50.pt` and
-   `ViT-L-14.pt` as OpenAI's archive or as a plain state dict), then as `.safetensors` under the same stem;
-3. embedded in this package;
-4. this package's cache, `$XDG_CACHE_HOME/qualiclip_pyiqa` (by default `~/.cache/qualiclip_pyiqa`);
-5. caches that others filled: pyiqa's (`pyiqa/` and `clip/` in torch.hub's folder), open_clip's (`~/.cache/clip`), the
-   Hugging Face cache;
-6. a download through huggingface_hub into its cache (so HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work);
-7. the record's further URLs, into this package's cache (not with HF_HUB_OFFLINE=1).
+1. the caller's path (`weights=FILE`);
+2. each folder in `QUALICLIP_PYIQA_WEIGHTS` (separated as in `PATH`): upstream's file name (`RN50.pt` and `ViT-L-14.pt`
+   as OpenAI's archive or a plain state dict), then the same stem with `.safetensors`;
+3. the model embedded in this package;
+4. this package's cache, `$XDG_CACHE_HOME/qualiclip_pyiqa` (default `~/.cache/qualiclip_pyiqa`);
+5. other programs' caches: pyiqa's (`pyiqa/` and `clip/` in torch.hub's folder), open_clip's (`~/.cache/clip`), Hugging
+   Face's;
+6. a download with huggingface_hub into its cache (HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE apply);
+7. a download from the record's other URLs into this package's cache (not with HF_HUB_OFFLINE=1).
 
-A cache whose folder cannot be named, since the user has no home, is skipped. `verify` says what hashes are compared
-with; a wrong one is a `WeightsError`, or with `QUALICLIP_PYIQA_VERIFY=0` a logged warning.
+Caches in the home directory are skipped for a user without one. For hashes see `verify`: a wrong one raises a
+`WeightsError`, or logs a warning with `QUALICLIP_PYIQA_VERIFY=0`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from . import folders
 from .download import download
 from .files import OpenFile
 from .folders import FOLDERS_VARIABLE
-from .manifest import WeightRecord, data_folder, manifest
+from .manifest import WeightRecord, data_folder, find_record, manifest
 from .verify import check_hash
 
 logger = logging.getLogger(__name__)
 
 
 class FoundWeights(NamedTuple):
-    """A file of a record on this machine, and in which of the look-up order's places it was found."""
+    """A record's file on this machine, and the name of the place where it was found."""
 
     path: Path
     place: str
 
 
 def find(name_or_path: str | Path | WeightRecord) -> Path:
-    """Find the file of a record or the user's own, download it where it is missing, and check its hash.
+    """Find a weight file, download it if it is missing, and check its hash.
 
     Args:
-        name_or_path: name of a record, a record, or a path; what is no record's name is a path.
+        name_or_path: name of a record, a record, or a path. A string that is not a record's name is a path.
 
     Raises:
-        WeightsError: no such file or record, an unusable file, a wrong hash, or no download possible.
+        WeightsError: no such file or record, an unusable file, a wrong hash, or a failed download.
     """
     path, record = resolve(name_or_path)
     with OpenFile(path) as opened:
@@ -60,18 +60,18 @@ def find(name_or_path: str | Path | WeightRecord) -> Path:
 
 
 def resolve(name_or_path: str | Path | WeightRecord) -> tuple[Path, WeightRecord | None]:
-    """Find or download a file, unchecked, and the record whose hash it must have; None for a user's own file.
+    """Find or download a file without checking it; also return the record whose hash it must have, None if user-made.
 
     Raises:
-        WeightsError: no such file or record, or no download possible.
+        WeightsError: no such file or record, or a failed download.
     """
-    record = _record(name_or_path)
+    record = find_record(name_or_path)
     if record is None:
         path = folders.expanded(str(name_or_path))
         if not path.exists():
             near = did_you_mean(str(name_or_path), manifest())
-            raise WeightsError(f"no weight file {str(path)!r}, nor a weight record of that name{near}")
-        # A model that somebody trained may well be called as the embedded one is.
+            raise WeightsError(f"no weight file {str(path)!r} and no weight record of that name{near}")
+        # The embedded model has no origin: a user may well give their own model its file name.
         return path, next((r for r in manifest().values() if r.file == path.name and r.origin), None)
     found = locate(record)
     if found is None:
@@ -81,16 +81,16 @@ def resolve(name_or_path: str | Path | WeightRecord) -> tuple[Path, WeightRecord
 
 
 def locate(name_or_record: str | WeightRecord) -> FoundWeights | None:
-    """Where a record's file lies on this machine, unchecked; None if nowhere. Never downloads.
+    """Find a record's file on this machine without checking or downloading it; None if there is none.
 
     Raises:
-        WeightsError: no record has this name.
+        WeightsError: unknown record.
 
     Example:
         >>> locate("qualiclip-mini").path.name
         'qualiclip-mini.safetensors'
     """
-    record = _record(name_or_record)
+    record = find_record(name_or_record)
     if record is None:
         near = did_you_mean(str(name_or_record), manifest())
         raise WeightsError(f"unknown weight record {name_or_record!r}; expected one of {', '.join(manifest())}{near}")
@@ -98,12 +98,6 @@ def locate(name_or_record: str | WeightRecord) -> FoundWeights | None:
         if path.exists():
             return FoundWeights(path, place)
     return None
-
-
-def _record(name_or_path: str | Path | WeightRecord) -> WeightRecord | None:
-    if isinstance(name_or_path, WeightRecord):
-        return name_or_path
-    return None if isinstance(name_or_path, Path) else manifest().get(name_or_path)
 
 
 def _places(record: WeightRecord) -> Iterator[FoundWeights]:
@@ -117,7 +111,7 @@ def _places(record: WeightRecord) -> Iterator[FoundWeights]:
     if cache := folders.cache_folder():
         yield FoundWeights(cache / record.file, "own cache")
     if hub := folders.torch_hub():
-        # pyiqa names a download after its URL, in which the hub's library writes `+` as `%2B`.
+        # pyiqa names a download after its URL, where `+` is escaped as `%2B`.
         for name in dict.fromkeys((record.file, quote(record.file))):
             yield FoundWeights(hub / "pyiqa" / name, "pyiqa's cache")
         yield FoundWeights(hub / "clip" / record.file, "pyiqa's cache")
@@ -126,7 +120,7 @@ def _places(record: WeightRecord) -> Iterator[FoundWeights]:
     if record.hf_repo and folders.hugging_face_cache():
         from huggingface_hub import try_to_load_from_cache
 
-        # Others download from `main`; the bytes are the same unless the repository changed, which the hash tells.
+        # Other programs download from `main`; the hash tells if the repository has changed since `hf_revision`.
         for revision in dict.fromkeys((record.hf_revision or None, None)):
             cached = try_to_load_from_cache(record.hf_repo, record.hf_file, revision=revision)
             if isinstance(cached, str):

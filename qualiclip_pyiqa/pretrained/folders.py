@@ -1,4 +1,4 @@
-"""Folders that may hold weight files, also for a user without a home."""
+"""Folders that may hold weight files; also for users without a home directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FOLDERS_VARIABLE = "QUALICLIP_PYIQA_WEIGHTS"
 
 
 def home() -> Path | None:
-    """The user's home; None for a user who has none, as in containers with an arbitrary user id."""
+    """The user's home directory; None if there is none, as in containers with an arbitrary user id."""
     try:
         return Path.home()
     except RuntimeError:
@@ -18,7 +18,7 @@ def home() -> Path | None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with `~` replaced, or as it is where nobody's home is known."""
+    """Expand `~` in a path; leave it if the home directory is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -26,7 +26,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def user_cache() -> Path | None:
-    """`$XDG_CACHE_HOME` or `~/.cache`; None where neither is known."""
+    """`$XDG_CACHE_HOME` or `~/.cache`; None if neither is known."""
     if own := os.environ.get("XDG_CACHE_HOME"):
         return expanded(own)
     base = home()
@@ -34,14 +34,14 @@ def user_cache() -> Path | None:
 
 
 def cache_folder() -> Path | None:
-    """This package's own cache, made when something is downloaded into it; None for a user without a home."""
+    """This package's cache, created by the first download; None if `user_cache` is."""
     base = user_cache()
     return None if base is None else base / "qualiclip_pyiqa"
 
 
 def torch_hub() -> Path | None:
-    """torch.hub's folder, where pyiqa keeps its downloads; None where it has none."""
-    # torch takes seconds to import and only an imported torch can have been told another folder.
+    """torch.hub's folder, where pyiqa stores its downloads; None if unknown."""
+    # Importing torch takes seconds, and only an imported torch can have been given another folder.
     if "torch" in sys.modules:
         folder = Path(sys.modules["torch"].hub.get_dir())
     elif own := os.environ.get("TORCH_HOME"):
@@ -51,12 +51,12 @@ def torch_hub() -> Path | None:
         if base is None:
             return None
         folder = base / "torch" / "hub"
-    # Without a home, torch's is a folder called "~" in the working directory.
+    # Without a home directory, torch would use a folder called "~" in the working directory.
     return None if folder.parts[:1] == ("~",) else folder
 
 
 def hugging_face_cache() -> Path | None:
-    """The Hugging Face cache; None where it has none."""
+    """The Hugging Face cache; None if unknown."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)

@@ -1,4 +1,4 @@
-"""What each layout of a weight file must hold, and what the metadata of this package's own files may say."""
+"""Check the layout of a weight file, and the metadata of this package's own format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OWN_FORMAT = "qualiclip-pyiqa/1"
 OWN_METADATA = ("backbone", "tower", "prompts")
-# Keys of tensors, or prefixes of keys with a final dot.
+# Tensor keys that a layout requires; a final dot marks a prefix.
 REQUIRED = {
     "openai-clip": ("visual.", "logit_scale"),
     "qualiclip": ("clip_model.visual.", "clip_model.logit_scale", "prompts_features"),
@@ -25,19 +25,19 @@ REQUIRED = {
 }
 CONTEXT_LAYOUTS = ("context", "context-tensor", "params")
 
-# Far more than any real model has, and few enough that a hostile file cannot ask for a network that fills the memory.
+# Well above any real model, but small enough that a hostile file cannot define a network that exhausts memory.
 _MAX_STAGES, _MAX_DEPTH, _MAX_WIDTH, _MAX_BLOCKS, _MAX_PAIRS, _MAX_TEXT = 8, 32, 2048, 64, 1000, 1000
 
 
 @dataclass(frozen=True)
 class OwnMetadata:
-    """Checked metadata of a file that was trained with this package.
+    """Validated metadata of a file in this package's own format.
 
     Attributes:
-        backbone: image tower: a name of open_clip's or OpenAI's, or `mini`.
+        backbone: name of the image tower: open_clip's, OpenAI's, or `mini`.
         tower: keywords of `MiniTower`, or `mean`, `std` and `quick_gelu` of a CLIP tower.
         texts: texts of the stored prompt features, positive and negative alternating.
-        temperature: the one that the logit scale was chosen for; None where the file says none.
+        temperature: divides the logits; None if the file has none.
     """
 
     backbone: str
@@ -47,10 +47,10 @@ class OwnMetadata:
 
 
 def own_metadata(path: Path, metadata: Mapping[str, str]) -> OwnMetadata:
-    """Check the metadata of an own-format file. Nothing else in it has an effect on the network.
+    """Validate the metadata of a file in this package's own format; no other metadata affects the network.
 
     Raises:
-        WeightsError: a value is missing, not JSON, of the wrong type, out of range, or an unknown keyword.
+        WeightsError: a value is missing, not JSON, of the wrong type, out of range, or has an unknown keyword.
     """
     missing = [key for key in OWN_METADATA if key not in metadata]
     if missing:
@@ -70,18 +70,18 @@ def own_metadata(path: Path, metadata: Mapping[str, str]) -> OwnMetadata:
         if not check(value):
             raise _wrong(path, f"tower.{key}", value, expected)
     if backbone == "mini":
-        _check_mini_together(path, tower)
+        _check_mini(path, tower)
     return OwnMetadata(backbone, tower, _texts(path, metadata["prompts"]), _temperature(path, metadata))
 
 
 def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], layout: str | None) -> None:
-    """Check that a file holds what its layout needs.
+    """Check that a file holds what its layout requires.
 
     Args:
-        layout: one of the manifest's, or `context` for either kind of context file; None: the one it looks like.
+        layout: a layout of the manifest, or `context` for any kind of context file; None: detected from the content.
 
     Raises:
-        WeightsError: another layout (names what is missing) or another version of this package's format.
+        WeightsError: required tensors or metadata are missing, or the file has another version of our own format.
     """
     if layout is None:
         layout = "openai-clip"
@@ -181,8 +181,8 @@ _MINI = {
 }
 
 
-def _check_mini_together(path: Path, tower: Mapping[str, Any]) -> None:
-    """Check what the keywords of a mini tower say of each other; all five must be there."""
+def _check_mini(path: Path, tower: Mapping[str, Any]) -> None:
+    """Check that all keywords of a mini tower are there and agree with each other."""
     missing = [key for key in _MINI if key not in tower]
     if missing:
         raise WeightsError(f"{path}: metadata 'tower' lacks {', '.join(missing)}; expected {', '.join(_MINI)}")

@@ -1,4 +1,4 @@
-"""The weight files that this package knows, as `weights/manifest.toml` describes them."""
+"""Records of all known weight files, read from `weights/manifest.toml`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class WeightRecord:
         layout: key of `layouts.REQUIRED`, or `context-tensor` or `params`.
         licence, licence_url, commercial_use: terms of the weights.
         source, citation: who made them, and the paper to cite.
-        hf_repo, hf_file: repository and file on the Hugging Face hub, which may be another format than `file`.
-        hf_revision: full commit that the file is taken from; empty for the newest of branch `main`.
-        hf_sha256, hf_size: of `hf_file` where it is not the same bytes as `file`.
+        hf_repo, hf_file: repository and file on the Hugging Face hub; its format may differ from that of `file`.
+        hf_revision: full commit hash to download from; empty for the head of `main`.
+        hf_sha256, hf_size: of `hf_file`, if its bytes differ from those of `file`.
         urls: other addresses of `file`.
-        sha256: of `file`: whole, its first digits, or empty where unknown.
-        size: of `file` in bytes; 0 where unknown.
+        sha256: of `file`: whole, its first digits, or empty if unknown.
+        size: of `file` in bytes; 0 if unknown.
     """
 
     name: str
@@ -52,29 +52,29 @@ class WeightRecord:
 
     @property
     def origin(self) -> str:
-        """The address to fetch the file from by hand; empty for an embedded file."""
+        """Address for fetching the file by hand; empty for the embedded model."""
         if self.hf_repo:
             return f"https://huggingface.co/{self.hf_repo}/resolve/{self.hf_revision or 'main'}/{self.hf_file}"
         return self.urls[0] if self.urls else ""
 
     @property
     def hub_sha256(self) -> str:
-        """The known sha256 of the file on the hub; empty where there is none."""
+        """Known sha256 of the file on the hub; empty if unknown."""
         return self.hf_sha256 or (self.sha256 if self.hf_file == self.file else "")
 
     @property
     def hub_size(self) -> int:
-        """The known size of the file on the hub in bytes; 0 where unknown."""
+        """Known size of the file on the hub in bytes; 0 if unknown."""
         return self.hf_size or (self.size if self.hf_file == self.file else 0)
 
     @property
     def known_hashes(self) -> tuple[str, ...]:
-        """The whole or abbreviated sha256 of every form of this file that is known."""
+        """Known sha256, whole or abbreviated, of the file and of its conversion on the hub."""
         return tuple(filter(None, (self.sha256, self.hf_sha256)))
 
 
 def data_folder() -> Path:
-    """The folder of the manifest and the embedded model: inside an installed package, else beside it in a checkout."""
+    """Folder of the manifest and the embedded model: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "_weights"
     return inside if inside.is_dir() else package.parent / "weights"
@@ -97,22 +97,22 @@ def manifest() -> dict[str, WeightRecord]:
 
 
 def published() -> list[dict[str, Any]]:
-    """Scores reported by others: metric, dataset, srcc, source, verified (read at its source) and, in most, plcc."""
+    """Published agreements: metric, dataset, srcc, source, verified (read at the source) and mostly plcc."""
     return list(_manifest_file()["published"])
 
 
-def is_user_file(name_or_path: str | Path | WeightRecord) -> bool:
-    """Return whether this is somebody's own file rather than a record of the manifest."""
-    return not isinstance(name_or_path, WeightRecord) and (
-        isinstance(name_or_path, Path) or name_or_path not in manifest()
-    )
+def find_record(name_or_path: str | Path | WeightRecord) -> WeightRecord | None:
+    """Return the record that an argument stands for; None for a user's own file."""
+    if isinstance(name_or_path, WeightRecord):
+        return name_or_path
+    return None if isinstance(name_or_path, Path) else manifest().get(name_or_path)
 
 
 def openai_record(backbone: str) -> WeightRecord:
-    """The record of OpenAI's weights for an open_clip model name, from the manifest or open_clip's own table.
+    """Return the record of OpenAI's weights for an open_clip model, from the manifest or open_clip's table.
 
     Raises:
-        WeightsError: OpenAI released none for this model.
+        WeightsError: OpenAI released no weights for this model.
     """
     import open_clip
 
@@ -150,11 +150,11 @@ def _open_clips_hashes() -> frozenset[str]:
 
 
 def openai_hashes() -> frozenset[str]:
-    """sha256 of every archive that OpenAI released, from the manifest and from the URLs in open_clip's table."""
+    """Return the sha256 of every archive released by OpenAI, from the manifest and the URLs in open_clip's table."""
     own = {record.sha256 for record in manifest().values() if record.layout == "openai-clip"}
     return _open_clips_hashes() | own
 
 
 def record_of(sha256: str) -> WeightRecord | None:
-    """The manifest's record of a file with this sha256, whatever its name; None where no record has it."""
+    """Return the manifest's record of a file with this sha256, whatever the file's name; None if there is none."""
     return next((r for r in manifest().values() if any(map(sha256.startswith, r.known_hashes))), None)

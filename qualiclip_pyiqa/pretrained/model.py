@@ -1,4 +1,4 @@
-"""Load a model: the tensors of one weight file, and which towers they belong to."""
+"""Load a model from a weight file: its tensors, and the towers and prompts that they belong to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SettingsError, WeightsError
 from .files import WeightFile
 from .layouts import OWN_FORMAT, OwnMetadata, own_metadata
-from .manifest import WeightRecord, is_user_file
+from .manifest import WeightRecord, find_record
 from .read import read
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ _MAX_LOGIT_SCALE = 20.0  # CLIP's own is at most ln 100
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """What a weight file said of its model: plain values, which a metric keeps when the tensors are gone.
+    """Description of a loaded model without its tensors; a metric stores it.
 
     Attributes:
-        file: the file, as it was loaded.
-        backbone: image tower: an OpenAI name, any name of open_clip's, or `mini`.
-        openai: whether the weights are OpenAI's or fine-tuned from them, which need QuickGELU.
-        activation: of the image tower's blocks; "none" for the mini tower, whose file says nothing of it.
-        temperature: the one that the logit scale was chosen for; None where the file says none.
-        tower_options: keywords of the mini tower, or what replaces fields of `towers.backbones.Backbone`.
+        file: the weight file.
+        backbone: name of the image tower: OpenAI's, open_clip's, or `mini`.
+        openai: whether the weights are OpenAI's or fine-tuned from them, and so need QuickGELU.
+        activation: activation of the image tower's blocks; "none" for the mini tower.
+        temperature: divides the logits; None if the file has none.
+        tower_options: keywords of the mini tower, or replacements for fields of `towers.backbones.Backbone`.
         upstream_texts: texts of the stored prompt features of a file in upstream's QualiCLIP layout.
     """
 
@@ -47,14 +47,14 @@ class ModelOrigin:
 
     @property
     def path(self) -> Path:
-        """Where the file lay."""
+        """Path of the weight file."""
         return self.file.path
 
     def reload(self) -> LoadedModel:
         """Read the same file again.
 
         Raises:
-            WeightsError: it was changed, replaced or removed since; no other model is taken in its place.
+            WeightsError: the file was changed, replaced or removed since it was loaded.
         """
         model = None if self.file.changed else _load(self.path, self.backbone, self.openai, self.upstream_texts)
         if model is None or self.file.changed:
@@ -64,12 +64,12 @@ class ModelOrigin:
 
 @dataclass(frozen=True)
 class LoadedModel(ModelOrigin):
-    """A model read from one weight file.
+    """A model with the tensors of its weight file.
 
     Attributes:
-        logit_scale: natural logarithm, as in the file.
-        state: tensors under CLIP's own names, memory-mapped where the format allows it.
-        stored_features: (D,) feature of each text that the file holds one for; of any length.
+        logit_scale: natural logarithm of the factor on the cosines.
+        state: tensors under CLIP's names, memory-mapped if the format allows it.
+        stored_features: prompt features in the file by text, (D,) each, not normalised.
     """
 
     logit_scale: float
@@ -82,18 +82,18 @@ class LoadedModel(ModelOrigin):
         return ModelOrigin(**{each.name: getattr(self, each.name) for each in fields(ModelOrigin)})
 
     def tower_definition(self) -> backbones.Backbone:
-        """The backbone as these weights need it.
+        """Return the backbone's definition with the activation and pixel statistics that these weights need.
 
         Raises:
-            SettingsError: an unknown backbone, or the mini tower, which is none of open_clip's.
+            SettingsError: an unknown backbone, or `mini`, which is not open_clip's.
         """
         return _definition(self.backbone, self.openai, self.tower_options)
 
     def image_tower(self, pos_embedding: bool) -> nn.Module:
-        """The image tower (N, 3, H, W) in 0..1 -> (N, D), trainable, with the tensors of `state`.
+        """Build the trainable image tower (N, 3, H, W) in 0..1 -> (N, D) on the tensors of `state`.
 
         Raises:
-            SettingsError: a positional table was asked of a tower that has none.
+            SettingsError: `pos_embedding` for a tower without a positional table.
             WeightsError: the file holds another tower.
         """
         import torch
@@ -107,7 +107,7 @@ class LoadedModel(ModelOrigin):
 
             if pos_embedding:
                 raise SettingsError("the mini tower has no positional table; expected pos_embedding=False")
-            with torch.device("meta"):  # so that a file cannot ask for more memory than it has bytes
+            with torch.device("meta"):  # a hostile file cannot make it allocate more than its own size
                 tower = MiniTower(**self.tower_options)
             load_into(tower, visual, str(self.path))
             return tower
@@ -115,38 +115,39 @@ class LoadedModel(ModelOrigin):
 
     @property
     def has_text_tower(self) -> bool:
-        """Whether the file holds a text encoder, so that any text can be encoded."""
+        """Whether the file holds a text encoder, needed to encode new texts."""
         from ..towers import backbones
 
         return backbones.has_text_tower(self.state)
 
     def text_tower(self) -> TextTower:
-        """The text tower.
+        """Build the text tower on the tensors of `state`.
 
         Raises:
-            SettingsError: the backbone's text side is not CLIP's. WeightsError: the file holds another one or none.
+            SettingsError: the backbone's text encoder is not CLIP's.
+            WeightsError: the file holds no text encoder or another one.
         """
         from ..towers import backbones
 
         return backbones.text_tower(self.tower_definition(), self.state, str(self.path))
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encode P texts with the file's text tower -> features (P, D), not of unit length."""
+        """Encode P texts with the file's text encoder -> features (P, D), not normalised."""
         from ..towers import backbones
 
         return backbones.encode_texts(self.tower_definition(), self.state, texts, str(self.path))
 
 
 def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts: Sequence[str] = ()) -> LoadedModel:
-    """Find a weight file and read the model in it.
+    """Find a weight file and load its model.
 
     Args:
-        weights: name of a manifest record, a record, or a file; looked up as `pretrained.find` says.
-        backbone: image tower of a file that does not say it itself (files trained with this package do).
-        upstream_texts: texts of the stored prompt features, in order, of a file in upstream's QualiCLIP layout.
+        weights: name of a manifest record, a record, or a file; for the look-up order see `pretrained.find`.
+        backbone: name of the image tower; ignored for files trained with this package, which name their own.
+        upstream_texts: texts, in order, of the stored prompt features of a file in upstream's QualiCLIP layout.
 
     Raises:
-        WeightsError: no such file, a wrong hash, or a file that is damaged, not safe or not a whole model.
+        WeightsError: no such file, a wrong hash, or a file that is damaged, unsafe or not a whole model.
         SettingsError: an unknown backbone.
 
     Example:
@@ -155,7 +156,7 @@ def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts
         ('mini', 1.0, 14)
         >>> tower = model.image_tower(pos_embedding=False)
     """
-    return _load(weights, backbone, not is_user_file(weights), tuple(upstream_texts))
+    return _load(weights, backbone, find_record(weights) is not None, tuple(upstream_texts))
 
 
 def _load(
@@ -167,7 +168,7 @@ def _load(
     own = OwnMetadata(backbone, {}, (), None)
     if found.metadata.get("format") == OWN_FORMAT:
         own = own_metadata(path, found.metadata)
-        openai = False  # its metadata says which activation it needs
+        openai = False  # its metadata names the activation
         _check_backbone(path, own.backbone)
     elif rows is not None:
         state = {key.removeprefix("clip_model."): value for key, value in state.items()}
@@ -227,6 +228,6 @@ def _activation(own: OwnMetadata, openai: bool) -> str:
 def _definition(backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:
     from ..towers import backbones
 
-    # Of these options `own_metadata` lets only mean, std and quick_gelu through.
+    # `own_metadata` admits only mean, std and quick_gelu.
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     return replace(backbones.find_backbone(backbone, openai), **values)

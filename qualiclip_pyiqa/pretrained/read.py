@@ -1,8 +1,8 @@
 """Read the tensors of a weight file.
 
-Reading executes nothing of the file: safetensors, `torch.load(weights_only=True)`, and for OpenAI's TorchScript
-archives a reader of their data alone. Those archives are read only with a known sha256, whatever
-`QUALICLIP_PYIQA_VERIFY` says. A file is opened once, and what is hashed is what is read.
+No code in a file is executed: safetensors, `torch.load(weights_only=True)`, and a data-only reader for OpenAI's
+TorchScript archives. Archives must have the sha256 of one of OpenAI's, even with `QUALICLIP_PYIQA_VERIFY=0`. A file is
+opened once, so the bytes hashed are the bytes read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WeightsError
+from ..errors import WeightsError, one_line, reason
 from .files import OpenFile, WeightFile
 from .find import resolve
 from .layouts import check_layout
@@ -28,22 +28,22 @@ from .verify import VERIFY_VARIABLE, check_hash, is_torchscript
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Numbers that OpenAI's archives keep beside the tensors of the model.
+# Settings stored beside the tensors in OpenAI's archives.
 _ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
-_MAX_ARCHIVE = 4 * 2**30  # bytes; the largest of OpenAI's is 1.3 GB
-_SMALL = 2**26  # bytes that the tensors of any file may have, however small it is
+_MAX_ARCHIVE = 4 * 2**30  # bytes; OpenAI's largest archive has 1.3 GB
+_SMALL = 2**26  # bytes of tensors allowed in any file, however small
 
 
 @dataclass(frozen=True)
 class ReadWeights:
-    """What a weight file holds.
+    """Content of a weight file.
 
     Attributes:
-        file: the file, as it was read.
-        tensors: by the file's own names, on the CPU, in the file's dtype, memory-mapped where the format allows it. A
-            context file gives `prompt_learner.ctx` and what else its `params` hold.
+        file: the file that was read.
+        tensors: under the file's names, on the CPU, in the file's dtype, memory-mapped if the format allows it. A bare
+            context is named `prompt_learner.ctx`.
         metadata: of safetensors; empty for other formats.
-        from_openai: whether the file's hash proves that these are OpenAI's weights.
+        from_openai: whether the file's hash proves that the weights are OpenAI's.
     """
 
     file: WeightFile
@@ -56,12 +56,12 @@ def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) 
     """Find a weight file, check its hash and read it.
 
     Args:
-        name_or_path: name of a record, a record, or a path to safetensors, a `torch.save` file or OpenAI's archive,
-            which are told apart by content.
-        layout: one of the manifest's, or `context` for either kind of context file; None to go by the content.
+        name_or_path: name of a record, a record, or a path to safetensors, a `torch.save` file or OpenAI's archive; the
+            format is detected from the content.
+        layout: a layout of the manifest, or `context` for any kind of context file; None: detected from the content.
 
     Raises:
-        WeightsError: not found, a wrong hash, damaged, not safe to open, or of another layout (names what it lacks).
+        WeightsError: not found, wrong hash, damaged, unsafe, or of another layout.
     """
     path, record = resolve(name_or_path)
     with OpenFile(path) as opened:
@@ -90,12 +90,12 @@ def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) 
 
 
 def _openai_conversions() -> dict[int, str]:
-    """sha256 by size of OpenAI's weights as the hub has them."""
+    """Map size to sha256 for the conversions of OpenAI's weights on the hub."""
     return {r.hf_size: r.hf_sha256 for r in manifest().values() if r.layout == "openai-clip" and r.hf_size}
 
 
 def _openai_conversion(opened: OpenFile) -> str:
-    """The sha256 of a file with the size of one of OpenAI's on the hub; "" for others, which need not be hashed."""
+    """Return the sha256 of a file that has the size of a conversion on the hub; "" for others, to save the hashing."""
     return opened.sha256() if opened.stamp.size in _openai_conversions() else ""
 
 
@@ -105,7 +105,7 @@ def _tensors(opened: OpenFile, loaded: Any) -> dict[str, Tensor]:
     path = opened.path
     if isinstance(loaded, torch.Tensor):
         loaded = {"prompt_learner.ctx": loaded}
-    for name in ("params", "state_dict"):  # of pyiqa's trainer, of open_clip's
+    for name in ("params", "state_dict"):  # as saved by the trainers of pyiqa and open_clip
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
     if not isinstance(loaded, Mapping):
@@ -116,9 +116,9 @@ def _tensors(opened: OpenFile, loaded: Any) -> dict[str, Tensor]:
             kind = type(value).__name__
             raise WeightsError(f"{path} holds {str(key)[:80]!r} of type {kind}; expected tensors by name")
         total += value.numel() * value.element_size()
-    if total > 4 * opened.stamp.size + _SMALL:  # one stored number can be said to be a tensor of any shape
+    if total > 4 * opened.stamp.size + _SMALL:  # with stride 0, one stored number becomes a tensor of any shape
         raise WeightsError(f"{path} has {opened.stamp.size} bytes but tensors of {total}; it is damaged or hostile")
-    # DistributedDataParallel, under which a model may have been saved, puts `module.` before every name.
+    # DistributedDataParallel prefixes every name with `module.`.
     return {str(key).removeprefix("module."): value for key, value in loaded.items() if key not in _ARCHIVE_NUMBERS}
 
 
@@ -137,10 +137,12 @@ def _read_safetensors(opened: OpenFile) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _read_torchscript(opened: OpenFile) -> tuple[dict[str, Tensor], str]:
-    """State dict and sha256 of an archive, both of the same bytes in memory."""
+    """Read an archive into memory once; return its state dict and sha256."""
     path = opened.path
     if opened.stamp.size > _MAX_ARCHIVE:
-        raise WeightsError(f"{path} is a TorchScript archive of {opened.stamp.size} bytes, which none of OpenAI's has")
+        raise WeightsError(
+            f"{path} is a TorchScript archive of {opened.stamp.size} bytes; OpenAI's have at most {_MAX_ARCHIVE}"
+        )
     opened.file.seek(0)
     content = bytearray(opened.stamp.size)
     if opened.file.readinto(content) != len(content):
@@ -149,8 +151,8 @@ def _read_torchscript(opened: OpenFile) -> tuple[dict[str, Tensor], str]:
     if sha256 not in openai_hashes():
         expected = next((r.sha256 for r in manifest().values() if r.file == path.name), "that of one of OpenAI's files")
         raise WeightsError(
-            f"{path} is a TorchScript archive, and only OpenAI's are read, whatever {VERIFY_VARIABLE} says: expected "
-            f"sha256 {expected}, found {sha256}; save its state dict instead"
+            f"{path} is a TorchScript archive, of which only OpenAI's are read, even with {VERIFY_VARIABLE}=0: "
+            f"expected sha256 {expected}, found {sha256}; save its state dict instead"
         )
     with _refuse_damaged(opened):
         return read_archive(content), sha256
@@ -163,36 +165,29 @@ def _read_torch(opened: OpenFile) -> Any:
         opened.file.seek(0)
         zipped = zipfile.is_zipfile(opened.file)
         opened.file.seek(0)
-        if not zipped:  # only the newer, zipped format can be memory-mapped
+        if not zipped:  # the legacy format cannot be memory-mapped
             return torch.load(opened.file, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(opened.file) as archive:
             entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("compressed entries, which torch does not write")
+            raise ValueError("it has compressed entries, which torch.save never writes")
         return torch.load(opened.name, map_location="cpu", weights_only=True, mmap=True)
 
 
 @contextmanager
 def _refuse_damaged(opened: OpenFile) -> Iterator[None]:
-    """Turn every way in which a damaged or hostile file fails to open into one line."""
+    """Turn any exception from a damaged or hostile file into a one-line WeightsError."""
     try:
         yield
     except (WeightsError, MemoryError):
         raise
     except Exception as error:
-        reason = _one_line(error).replace(opened.name, opened.path.name)
-        if isinstance(error, pickle.UnpicklingError) and re.search(r"(?i)unsupported (global|class)", str(error)):
+        # torch's message first explains at length how to disable the protection; only this line names the cause.
+        unsafe = re.search(r"(?i)unsupported (global|class)[^\n]*", str(error))
+        if unsafe and isinstance(error, pickle.UnpicklingError):
             raise WeightsError(
-                f"{opened.path} is refused, and nothing of it was executed: it is a pickle of other things than "
-                f"tensors ({reason})"
+                f"{opened.path} is refused without executing any of it: the pickle holds more than tensors "
+                f"({one_line(unsafe[0])[:300]})"
             ) from error
-        raise WeightsError(
-            f"{opened.path} is damaged or not a weight file ({type(error).__name__}: {reason}); fetch it again"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error)
-    # torch explains at length how to switch its protection off, before it comes to what it met.
-    met = re.search(r"(?i)unsupported (global|class)[^\n]*", text)
-    return " ".join((met[0] if met else text).split())[:300].rstrip(". ") or type(error).__name__
+        cause = f"{type(error).__name__}: {reason(error)}".replace(opened.name, opened.path.name)
+        raise WeightsError(f"{opened.path} is damaged or not a weight file ({cause}); fetch it again") from error

@@ -1,7 +1,7 @@
-"""Read the tensors of OpenAI's TorchScript archives without running anything of them, and without torch.jit.
+"""Read the tensors of OpenAI's TorchScript archives without executing any code in them, and without torch.jit.
 
-Such an archive is a zip of `code/` (the program, which stays unused but for the names of each class's parameters and
-buffers), `data.pkl` (the module tree as a pickle) and `data/KEY` (the bytes of each storage, not compressed).
+An archive is a zip of `code/` (the program, searched only for the names of each class's parameters and buffers),
+`data.pkl` (the pickled module tree) and `data/KEY` (the bytes of each storage, uncompressed).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DTYPES = {
 
 
 class _Module:
-    """Stands for an object of one of the archive's classes: attributes, and no code."""
+    """Stand-in for an instance of any class in the archive: attributes, no code."""
 
     qualified_name: ClassVar[str] = ""
 
@@ -44,7 +44,7 @@ class _Module:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes modules, tensors and plain values; whatever else a pickle names is refused."""
+    """Unpickles modules, tensors and plain values only; any other global is refused."""
 
     def __init__(self, file: io.BytesIO, storage: Callable[[str, str, int], Tensor]) -> None:
         super().__init__(file)
@@ -80,34 +80,34 @@ def _untagged(value: Any, _tag: str) -> Any:
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset)  # which refuses what lies outside of the storage
+    return storage.as_strided(size, stride, offset)  # raises outside the storage
 
 
 def read_archive(content: bytearray) -> dict[str, Tensor]:
     """Read the state dict of a TorchScript archive.
 
     Args:
-        content: the whole file. The tensors are views of it.
+        content: the whole file; the tensors are views of it.
 
     Returns:
-        parameters and buffers by name, on the CPU, in the dtype of the file.
+        Parameters and buffers by name, on the CPU, in the file's dtype.
 
     Raises:
-        pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, ...: a damaged archive, or one that holds
-            other things than modules and tensors.
+        pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, ...: a damaged archive, or one with objects
+            other than modules and tensors.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         code = {name: entry for name, entry in entries.items() if name.endswith(".py")}
         if sum(entry.file_size for entry in (*code.values(), entries["data.pkl"])) > _MAX_UNPACKED:
-            raise ValueError("more code than any model has")
+            raise ValueError(f"more than {_MAX_UNPACKED} bytes of code and module tree")
         names = _tensor_names((name, archive.read(entry).decode()) for name, entry in code.items())
         root = _Unpickler(
             io.BytesIO(archive.read(entries["data.pkl"])),
             lambda dtype, key, numel: _storage(content, entries[f"data/{key}"], dtype, numel),
         ).load()
     if not isinstance(root, _Module):
-        raise ValueError(f"a {type(root).__name__} instead of a module")
+        raise ValueError(f"it holds a {type(root).__name__}, not a module")
     return dict(_walk(root, "", names, 0))
 
 
@@ -118,14 +118,14 @@ def _storage(content: bytearray, entry: zipfile.ZipInfo, dtype: str, numel: int)
     start = entry.header_offset + 30 + name_length + extra_length
     kind = getattr(torch, dtype)
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"storage {entry.filename} is compressed, which torch does not do")
+        raise ValueError(f"storage {entry.filename} is compressed, which torch never does")
     if not 0 <= numel * kind.itemsize <= entry.file_size or start + entry.file_size > len(content):
         raise ValueError(f"storage {entry.filename} is shorter than its tensor")
     return torch.frombuffer(content, dtype=kind, count=numel, offset=start) if numel else torch.empty(0, dtype=kind)
 
 
 def _tensor_names(sources: Iterator[tuple[str, str]]) -> dict[str, set[str]]:
-    """Parameters and buffers of each class, which the code lists: a module may hold other tensors too."""
+    """Collect the names of each class's parameters and buffers from the code: attributes may be other tensors too."""
     names = {}
     for file, source in sources:
         module = file.removeprefix("code/").removesuffix(".py").replace("/", ".")

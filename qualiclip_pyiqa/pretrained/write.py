@@ -1,4 +1,4 @@
-"""Write safetensors files whose bytes depend on nothing but their content."""
+"""Write safetensors files reproducibly."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to one safetensors file, whole or not at all.
+    """Write tensors and metadata to a safetensors file, whole or not at all.
 
-    The same tensors and metadata give the same bytes, and so the same hash, in whatever order they come and on every
-    machine: safetensors' own writer puts the metadata in a random order. Tensors are written one after another, so
-    that a model needs no second copy in memory; two names may share one tensor, which is then written twice.
+    Equal content gives equal bytes, in any order and on any machine, while safetensors' own writer orders metadata at
+    random. Tensors are written one by one, without a second copy of the model in memory. A tensor under two names is
+    written twice.
 
     Args:
-        path: an existing file is replaced.
+        path: replaced if it exists.
         tensors: by name, on any device.
         metadata: text by name.
 
     Raises:
-        WeightsError: a dtype that safetensors does not have.
-        OSError: the file cannot be written; an existing one stays as it was.
+        WeightsError: unsupported dtype.
+        OSError: the file cannot be written; an existing one is unchanged.
 
     Example:
         >>> import tempfile, torch
@@ -39,7 +39,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         ...     print(file.metadata(), file.get_tensor("b"))
         {'licence': 'CC0'} tensor([1., 1.])
     """
-    # The widest types first, so that every tensor starts at a multiple of its item's size.
+    # Widest dtype first, so that every tensor is aligned to its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
