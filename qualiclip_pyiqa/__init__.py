@@ -1,8 +1,8 @@
 """QualiCLIP and CLIP-IQA for pyiqa.
 
-Importing the package adds its metrics to pyiqa (`qualiclip_pyiqa_start` says how, and what the environment variable
-QUALICLIP_PYIQA_AUTOLOAD=0 changes). What the package offers is listed in `__init__.pyi` and imported on first use, so
-that neither pyiqa's start nor an image worker waits for torch and open_clip.
+Importing the package adds its metrics to pyiqa; see `qualiclip_pyiqa_start`, also for QUALICLIP_PYIQA_AUTOLOAD=0.
+Public names are listed in `__init__.pyi` and imported on first use, so that neither pyiqa's start-up nor an image
+worker waits for torch and open_clip.
 
 Example:
     >>> import pyiqa

@@ -1,4 +1,4 @@
-# The one list of what the package offers: read by type checkers, and at run time by lazy_loader.
+# The public names, read by type checkers and, at run time, by lazy_loader.
 from .archs import OpenCLIPIQA as OpenCLIPIQA
 from .archs import OpenQualiCLIP as OpenQualiCLIP
 from .errors import ImageError as ImageError

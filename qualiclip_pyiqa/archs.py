@@ -1,4 +1,4 @@
-"""The architectures under the path that pyiqa's registry and pickles know them by."""
+"""Re-exports the architectures at the path used by pyiqa's registry and by pickles."""
 
 from __future__ import annotations
 

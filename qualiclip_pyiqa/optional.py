@@ -1,4 +1,4 @@
-"""Packages that only some commands need: the extras of pyproject.toml."""
+"""Import packages that only some commands need: the extras in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def require(module: str, extra: str, what: str) -> ModuleType:
     """Import an optional package.
 
     Args:
-        module: name of the module, such as `pyarrow.parquet`.
+        module: module to import, such as `pyarrow.parquet`.
         extra: extra of this package that installs it, such as `parquet`.
-        what: what needs it, as the subject of the error message: `"a Parquet table"`.
+        what: subject of the error message, such as `"a Parquet table"`.
 
     Raises:
-        SettingsError: it is not installed; says how to install it.
+        SettingsError: the package is not installed; the message says how to install it.
     """
     try:
         return import_module(module)
