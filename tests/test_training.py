@@ -616,6 +616,14 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "damaged").exists()
 
 
+def test_the_result_does_not_depend_on_the_screen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert trainer.train(short(), folder, tmp_path / "run").is_file()
+
+
 def test_without_a_correlation_the_log_is_still_json(folder: Path, tmp_path: Path) -> None:
     paths = paths_of(folder)
     for name, ratings in (

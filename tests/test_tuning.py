@@ -403,6 +403,15 @@ def test_wrong_command_lines(
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_the_result_does_not_depend_on_the_screen(
+    tiny_folder: Path, ratings: Ratings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(QUICK["official"], epochs=1)
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe, validation=0.4).is_file()
+
+
 def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path, tmp_path: Path) -> None:
     options = ["-m", "clipiqa+", "--recipe", "pyiqa", "--crop", "0", "--validation", "0", "--device", "cpu"]
     run = subprocess.Popen(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SettingsError
+from ..screen import Screen
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
@@ -22,43 +21,11 @@ RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
 READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout")
 
 
-class Screen:
-    """Standard error for messages and progress bars; what it does not take is dropped, and no result depends on it."""
-
-    def write(self, text: str) -> int:
-        if sys.stderr is not None:
-            try:
-                return sys.stderr.write(text)
-            except OSError:
-                drop_output(sys.stderr)
-        return len(text)
-
-    def flush(self) -> None:
-        if sys.stderr is not None:
-            try:
-                sys.stderr.flush()
-            except OSError:
-                drop_output(sys.stderr)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
 def say(line: str) -> None:
     """Print a message on standard error."""
     screen = Screen()
     screen.write(f"{line}\n")
     screen.flush()
-
-
-def drop_output(stream: TextIO) -> None:
-    """Send what a stream does not take nowhere; Python would try, and complain, once more when it exits."""
-    try:
-        stream.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def add_metric_option(parser: argparse.ArgumentParser) -> None:

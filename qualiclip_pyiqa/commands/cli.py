@@ -26,7 +26,8 @@ from typing import Any
 from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..scoring.allocator import keep_freed_memory
 from ..scoring.tables import writing
-from . import drop_output, evaluate, filter, say, score, train, tune, weights
+from ..screen import drop_output
+from . import evaluate, filter, say, score, train, tune, weights
 
 # Those whose time goes into the passes of networks.
 _KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune")

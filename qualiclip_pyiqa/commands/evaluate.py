@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SettingsError
 from ..files import replacing
 from ..images.convert import source_name
+from ..screen import Screen
 from . import (
     DEFAULT_METRIC,
     RATING_OPTIONS,
     READ_OPTIONS,
     Commands,
-    Screen,
     add_metric_option,
     add_rating_options,
     add_read_options,

@@ -18,7 +18,8 @@ from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_images, matches
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
-from . import DEFAULT_METRIC, Commands, Screen, add_metric_option, add_read_options, read_options, say
+from ..screen import Screen
+from . import DEFAULT_METRIC, Commands, add_metric_option, add_read_options, read_options, say
 from .summary import Summary
 
 if TYPE_CHECKING:

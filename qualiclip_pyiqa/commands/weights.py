@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError, WeightsError, did_you_mean
-from . import Commands, Screen, say
+from ..screen import Screen
+from . import Commands, say
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings

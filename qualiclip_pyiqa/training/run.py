@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from ..errors import ImageError, SettingsError, WeightsError
 from ..evaluation.ratings import Ratings
 from ..images.convert import MIN_SIDE
 from ..pretrained.read import read
+from ..screen import Screen
 from ..towers.mini import RelativeSharpness
 from ..towers.statistics import detail_and_top
 from .alignment import Aligned, build, save
@@ -283,7 +283,7 @@ class _Run:
     def _train(self) -> None:
         config, progress = self.config, self.progress
         bar = tqdm(
-            total=config.steps, initial=progress.step, desc="steps", file=sys.stderr, disable=not self.main, unit="step"
+            total=config.steps, initial=progress.step, desc="steps", file=Screen(), disable=not self.main, unit="step"
         )
         batches = self._batches(progress.step)
         began = time.monotonic() - progress.seconds

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +30,7 @@ from ..files import replacing
 from ..images.convert import read_size, source_name
 from ..images.tensors import load_image
 from ..metrics.prompt_iqa import PromptIQA
+from ..screen import Screen
 from .recipes import Recipe
 from .validation import correlations
 
@@ -120,7 +120,7 @@ def _learn(
     per_epoch = len(targets) // min(recipe.batch, len(targets))
     sums: dict[str, float] = {}
     step = 0
-    with tqdm(total=recipe.epochs * per_epoch, desc="tune", unit="step", file=sys.stderr) as bar:
+    with tqdm(total=recipe.epochs * per_epoch, desc="tune", unit="step", file=Screen()) as bar:
         for draw, features in zip(_plan(len(targets), recipe), batches, strict=True):
             epoch, step = step // per_epoch, step + 1
             for group in optimiser.param_groups:
@@ -268,7 +268,7 @@ def _whole_features(net: PromptIQA, paths: Sequence[Path], what: str, mirror: bo
     device = net.prompt_features.device
     rows = [
         net.features((rgb.flip(-1) if mirror else rgb)[None].to(device))
-        for rgb in tqdm(_ahead(load_image, paths), what, len(paths), unit="image", file=sys.stderr, leave=False)
+        for rgb in tqdm(_ahead(load_image, paths), what, len(paths), unit="image", file=Screen(), leave=False)
     ]
     return torch.cat(rows) if rows else torch.empty(0, device=device)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from ..evaluation.ladders import behaviour
 from ..evaluation.ratings import Ratings
 from ..images.tensors import load_image
 from ..metrics.prompt_iqa import positive_probabilities
+from ..screen import Screen
 from ..towers.base import freeze
 from .alignment import Aligned, similarities
 from .config import Config
@@ -62,7 +62,7 @@ class Validation:
                 .mul(255)
                 .round()
                 .to(torch.uint8)
-                for name in tqdm(self.names, desc="validation set", file=sys.stderr, leave=False)
+                for name in tqdm(self.names, desc="validation set", file=Screen(), leave=False)
             ]
         )
 
@@ -87,7 +87,7 @@ def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float | 
     device = aligned.anchors.device
     scale = math.exp(aligned.logit_scale) / float(aligned.metadata["temperature"])
     scores = []
-    for path in tqdm(ratings.paths, desc="rated images", file=sys.stderr, leave=False):
+    for path in tqdm(ratings.paths, desc="rated images", file=Screen(), leave=False):
         features = tower(load_image(path)[None].to(device))
         scores.append(float(positive_probabilities(features, aligned.anchors, scale).mean()))
     return correlations(scores, ratings)[0]
