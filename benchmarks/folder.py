@@ -23,9 +23,10 @@ from typing import Any
 
 import common
 import pyiqa
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from qualiclip_pyiqa import load_image
+from qualiclip_pyiqa.images.formats import open_image
 from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.allocator import keep_freed_memory
 from qualiclip_pyiqa.scoring.scorer import Scorer
@@ -67,8 +68,8 @@ def resample(paths: list[str], sizes: list[tuple[int, int]], folder: Path) -> li
     """Copies, the k-th of the k-th size, beginning anew after the last."""
     made = []
     for number, path in enumerate(paths):
-        with Image.open(path) as picture:
-            fitted = ImageOps.fit(picture.convert("RGB"), sizes[number % len(sizes)])
+        with Path(path).open("rb") as file:
+            fitted = ImageOps.fit(open_image(file).convert("RGB"), sizes[number % len(sizes)])
         made.append(str(folder / f"{number:05d}.jpg"))
         fitted.save(made[-1], quality=92)
     return made

@@ -616,6 +616,15 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "damaged").exists()
 
 
+def test_another_default_dtype_is_refused(folder: Path, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(SettingsError, match=r"default dtype is torch\.float64; expected torch\.float32 to train"):
+            trainer.train(short(), folder, tmp_path / "run")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_result_does_not_depend_on_the_screen(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

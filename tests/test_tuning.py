@@ -403,6 +403,19 @@ def test_wrong_command_lines(
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", QUICK)
+def test_another_default_dtype_changes_nothing(name: str, tiny_folder: Path, ratings: Ratings, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(QUICK[name], epochs=1)
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            tune(tiny(tiny_folder, recipe), ratings, tmp_path / str(dtype), recipe, validation=0.4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    first, second = ((tmp_path / str(dtype) / "params.pth").read_bytes() for dtype in (torch.float32, torch.float64))
+    assert first == second
+
+
 def test_the_result_does_not_depend_on_the_screen(
     tiny_folder: Path, ratings: Ratings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,8 @@ def train(
         WeightsError: weights or a checkpoint that cannot be found or read.
         DivergedError: the loss became NaN or infinite; says at which step and in which part.
     """
+    if torch.get_default_dtype() != torch.float32:
+        raise SettingsError(f"torch's default dtype is {torch.get_default_dtype()}; expected torch.float32 to train")
     accelerator = create_accelerator(config, out, device)
     earlier = [path.name for name in (MODEL, LOG, PATTERN) for path in out.glob(name)]
     if earlier and not resume:

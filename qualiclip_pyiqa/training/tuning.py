@@ -186,8 +186,8 @@ def _plan(count: int, recipe: Recipe) -> Iterator[_Draw]:
     batch = min(recipe.batch, count)
     for _ in range(recipe.epochs):
         order = torch.randperm(count, generator=generator)
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        places = torch.rand(count, 2, generator=generator)
+        mirrored = torch.rand(count, generator=generator, dtype=torch.float32) < 0.5
+        places = torch.rand(count, 2, generator=generator, dtype=torch.float32)
         for start in range(0, count - batch + 1, batch):
             part = slice(start, start + batch)
             yield _Draw(order[part], mirrored[part], places[part])
