@@ -1,7 +1,7 @@
-"""Read an image: a path, encoded bytes, a PIL image or a NumPy array becomes checked pixels, or one clear error.
+"""Read a path, encoded bytes, a PIL image or a NumPy array as checked pixels, or raise one clear error.
 
-Without torch, so that a process that only decodes starts at once and stays small. The conversion itself is described in
-`qualiclip_pyiqa.images`.
+Imports no torch, so that decoding processes start fast and stay small. `qualiclip_pyiqa.images` describes the
+conversion.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class ReadRules:
     """How image files and PIL images become pixels.
 
     Attributes:
-        ignore_orientation: take the pixels as they are stored, not turned as EXIF says that they are shown.
-        allow_truncated: accept image data that end early, and score what can be decoded.
-        max_pixels: refuse images of more pixels before they are decoded. None: `PIL.Image.MAX_IMAGE_PIXELS` at the time
-            of reading, which is 89,478,485 unless somebody changed it; if that is None, any size is accepted.
-        ignore_profile: take the numbers as they are stored, whatever ICC profile is embedded.
+        ignore_orientation: keep the stored orientation instead of applying EXIF orientation.
+        allow_truncated: accept truncated data, and score what can be decoded.
+        max_pixels: refuse larger images before decoding. None: `PIL.Image.MAX_IMAGE_PIXELS` at the time of reading,
+            by default 89,478,485; if that is None, any size is accepted.
+        ignore_profile: keep the stored colours instead of applying an embedded ICC profile.
     """
 
     ignore_orientation: bool = False
@@ -53,7 +53,7 @@ class ReadRules:
             raise SettingsError(f"max_pixels is {self.max_pixels}; expected at least 1")
 
     def limit(self) -> int | None:
-        """The largest number of pixels that is accepted now; None if there is no limit."""
+        """Return the largest number of pixels accepted now; None if there is no limit."""
         return Image.MAX_IMAGE_PIXELS if self.max_pixels is None else self.max_pixels
 
 
@@ -68,8 +68,8 @@ def read_pixels(source: PixelSource, rules: ReadRules | None = None) -> np.ndarr
         rules: how files and PIL images are read. Default: `ReadRules()`.
 
     Returns:
-        (H, W) or (H, W, C): uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1, in the machine's byte
-        order; H and W at least 32. Never memory of the source's.
+        (H, W) or (H, W, C): uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1, in native byte order; H and
+        W at least 32. Never shares memory with the source.
 
     Raises:
         ImageError: no such file, not a regular file, not an image, damaged, too large or small, wrong shape or dtype,
@@ -108,10 +108,10 @@ def read_or_error(source: PixelSource, rules: ReadRules | None = None) -> Pixels
 
 
 def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[int, int]:
-    """Read width and height of an image as it would be scored, from the header of its file.
+    """Read the width and height at which an image would be scored, from its header.
 
     Raises:
-        ImageError: as `read_pixels`, except for images that are too small and for what is only found while decoding.
+        ImageError: as `read_pixels`, except for images that are too small and for faults found only by decoding.
 
     Example:
         >>> read_size("examples/photos/hats.jpg")
@@ -128,7 +128,7 @@ def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[in
 
 
 def source_name(source: object) -> str:
-    """What an error calls a source: a file by its path, in quotes and escaped if that is not one printable line."""
+    """Return the name of a source for error messages: a path, quoted and escaped if it is not one printable line."""
     if isinstance(source, str | os.PathLike):
         text = os.fsdecode(source)
         return text if text.isprintable() else repr(text)
@@ -138,7 +138,7 @@ def source_name(source: object) -> str:
 
 
 def check_size(height: int, width: int, name: str) -> None:
-    """Raise `ImageError` if an image is too small to be scored."""
+    """Raise `ImageError` if an image is too small."""
     if min(height, width) < MIN_SIDE:
         raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
 
@@ -149,7 +149,7 @@ def check_range(low: float, high: float, name: str) -> None:
     Args:
         low: smallest value; NaN if any value is.
         high: largest value; NaN if any value is.
-        name: what the error calls the image.
+        name: of the image, for the error.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
@@ -173,7 +173,7 @@ def _opened(source: EncodedSource, name: str) -> Iterator[BinaryIO]:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(f"{name} is a folder; expected an image file")
-        if not stat.S_ISREG(mode):  # to open a pipe may wait for ever, and a device may never end
+        if not stat.S_ISREG(mode):  # opening a pipe may block, and a device may never end
             raise ImageError(f"{name} is a pipe, socket or device; expected an image file")
         file = path.open("rb")
     except FileNotFoundError:
@@ -188,10 +188,10 @@ def _opened(source: EncodedSource, name: str) -> Iterator[BinaryIO]:
 
 
 def _read(file: BinaryIO, name: str, rules: ReadRules, use: Callable[[Image.Image], _Result]) -> _Result:
-    """Open the image in a file and use it. A PNG whose metadata Pillow refuses is used without them."""
+    """Open the image in a file and apply `use` to it, without the metadata of a PNG if Pillow refuses them."""
     start = file.read(64)
     if plugin_format(start) == "JXL" and (size := jxl.read_size(file)) is not None:
-        _check_limit(size, name, rules)  # its plug-in decodes when it opens
+        _check_limit(size, name, rules)  # opening decodes it
     try:
         return use(open_image(file))
     except ImageError:
@@ -208,7 +208,7 @@ def _read(file: BinaryIO, name: str, rules: ReadRules, use: Callable[[Image.Imag
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn whatever reading raises into an `ImageError` that names the image."""
+    """Turn any exception of the block into an `ImageError` that names the image."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -217,18 +217,17 @@ def _one_line(name: str) -> Iterator[None]:
         raise ImageError(f"{name} {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{name} is too large for Pillow itself ({error}); if it is to be read, "
-            "raise PIL.Image.MAX_IMAGE_PIXELS too"
+            f"{name} is too large for Pillow itself ({error}); to read it anyway, raise PIL.Image.MAX_IMAGE_PIXELS too"
         ) from error
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged files
-        if isinstance(error, OSError) and error.strerror:  # the file system's; Pillow's own have none
+        if isinstance(error, OSError) and error.strerror:  # from the file system, not Pillow
             raise ImageError(f"{name} cannot be read ({error.strerror}); expected an image file") from error
         reason = one_line(f"{type(error).__name__}: {error}")
         raise ImageError(f"{name} is damaged ({reason}); expected a whole image") from error
 
 
 def _check_pixels(size: tuple[int, int], name: str, rules: ReadRules) -> None:
-    """Refuse what is too large or too small before the work of decoding."""
+    """Refuse an image that is too large or too small, before decoding."""
     _check_limit(size, name, rules)
     check_size(size[1], size[0], name)
 
@@ -238,12 +237,13 @@ def _check_limit(size: tuple[int, int], name: str, rules: ReadRules) -> None:
     limit = rules.limit()
     if limit is not None and width * height > limit:
         raise ImageError(
-            f"{name} is too large, which may be a decompression bomb ({width}x{height}, limit {limit} pixels); if it "
-            "is to be read, raise max_pixels (on the command line --max-pixels) or PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name} is too large and may be a decompression bomb ({width}x{height}, limit {limit} pixels); to read "
+            "it anyway, raise max_pixels (on the command line --max-pixels) or PIL.Image.MAX_IMAGE_PIXELS"
         )
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
+    """Return a checked copy of an array."""
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ImageError(f"{name} has shape {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
     if array.dtype.name not in ("uint8", "uint16") and array.dtype.kind != "f":
@@ -251,6 +251,6 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     check_size(array.shape[0], array.shape[1], name)
     if array.dtype.kind == "f":
         check_range(float(array.min()), float(array.max()), name)
-    # A copy in the machine's byte order, which torch needs; shared memory could be read-only, or change later.
+    # torch needs native byte order; shared memory could be read-only, or change later.
     dtype = np.float64 if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
     return np.array(array, dtype=dtype, order="C")

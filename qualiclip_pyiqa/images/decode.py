@@ -1,4 +1,4 @@
-"""A PIL image becomes an array: decoding, orientation, transparency and colour."""
+"""Decode a PIL image to an array: truncation, orientation, transparency and colour."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _INVERSES = {**_TRANSPOSES, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROT
 _END_OF_JPEG = b"\xff\xd9"
 
 _lock = threading.Lock()
-_readers = 0  # images that are being read now
-_was_lenient = False  # whether LOAD_TRUNCATED_IMAGES was on before that
+_readers = 0  # images being read now
+_was_lenient = False  # whether to turn LOAD_TRUNCATED_IMAGES on again afterwards
 
 
 @contextmanager
 def strictly() -> Iterator[None]:
-    """Turn `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` off until the last of the threads that are in here has left.
+    """Turn `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` off until the last thread leaves this context.
 
-    pyiqa's AVA data set turns it on; Pillow then fills what is missing with grey and accepts broken checksums.
+    pyiqa's AVA data set turns it on; Pillow then fills missing pixels with grey and accepts wrong checksums.
     """
     global _readers, _was_lenient
     with _lock:
@@ -53,7 +53,7 @@ def strictly() -> Iterator[None]:
 
 
 def _after_fork() -> None:
-    """In the child, where the threads that were reading are not."""
+    """Reset the state in a forked child, which has none of the reading threads."""
     global _lock, _readers, _was_lenient
     _lock, _readers = threading.Lock(), 0
     if _was_lenient:
@@ -65,7 +65,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def shown_size(image: Image.Image, ignore_orientation: bool) -> tuple[int, int]:
-    """Width and height as scored, without decoding the pixels if that can be avoided."""
+    """Return width and height as scored, without decoding the pixels if possible."""
     width, height = stored_size(image)
     if not ignore_orientation and _header_orientation(image) in (5, 6, 7, 8):
         return height, width
@@ -73,7 +73,7 @@ def shown_size(image: Image.Image, ignore_orientation: bool) -> tuple[int, int]:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height before orientation."""
+    """Return width and height before orientation."""
     if image.format == "TIFF" and getattr(image, "tile", None):
         return tiff.stored_size(image)  # type: ignore[arg-type]
     return image.size
@@ -86,11 +86,11 @@ def to_array(image: Image.Image, ignore_orientation: bool, allow_truncated: bool
         (H, W, 3) uint8 RGB; (H, W, 4) uint8 RGB and alpha; (H, W) uint16, float32 or int32 grey.
 
     Raises:
-        RefusedError: the pixels would be wrong.
+        RefusedError: Pillow would decode wrong pixels.
         Exception: whatever Pillow's decoder raises.
     """
     samples, key, of_file = tiff.samples(image), _transparent_colour(image), image.format is not None
-    # Pillow turns a TIFF while it decodes it, and forgets its orientation.
+    # Pillow applies a TIFF's orientation while decoding, and then drops the tag.
     turned = _orientation(image) if image.format == "TIFF" and getattr(image, "tile", None) else 1
     _load(image, allow_truncated)
     method = _INVERSES.get(turned) if ignore_orientation else None
@@ -106,6 +106,7 @@ def to_array(image: Image.Image, ignore_orientation: bool, allow_truncated: bool
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:
+    """Decode the pixels. With `allow_truncated`, keep what was decoded before an error or the end of the data."""
     if not allow_truncated or not isinstance(image, ImageFile.ImageFile) or not image.tile:
         image.load()
         return
@@ -125,7 +126,7 @@ def _load(image: Image.Image, allow_truncated: bool) -> None:
     try:
         image.load()
     except (OSError, SyntaxError) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's
+        if getattr(error, "errno", None) is not None:  # a read error, not a decoding error
             raise
         ended = True
         image.tile = []
@@ -140,45 +141,45 @@ def _extrema(image: Image.Image) -> list[tuple[float, float]]:
 
 
 def _header_orientation(image: Image.Image) -> int:
-    """`_orientation` from what the header holds, as long as a PNG has nothing of the kind after its pixels."""
+    """Return `_orientation` from the header alone, unless a PNG has metadata after its pixels."""
     waiting = isinstance(image, PngImagePlugin.PngImageFile) and image.tile and image.fp is not None
     if waiting and not png.has_late_metadata(image.fp):  # type: ignore[attr-defined]
         return _orientation(image, Image.Image.getexif)
-    if waiting:  # what is wrong with it is not to be taken for damaged EXIF
+    if waiting:  # so that damaged pixels are not mistaken for damaged EXIF
         image.load()
     return _orientation(image)
 
 
 def _orientation(image: Image.Image, getexif: Callable[[Any], Image.Exif] | None = None) -> int:
-    """EXIF orientation, 1 to 8; 1 if there is none or EXIF is damaged."""
-    if image.format == "JXL" and not getattr(image, "jpeg", False):  # the decoder has applied it
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or EXIF is damaged."""
+    if image.format == "JXL" and not getattr(image, "jpeg", False):  # already applied by the decoder
         return 1
     try:
         value = (getexif or type(image).getexif)(image).get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - whatever is wrong with EXIF, the pixels may be good
+    except Exception:  # noqa: BLE001 - the pixels may be intact
         return 1
     return value if isinstance(value, int) and value in _TRANSPOSES else 1
 
 
 def _transparent_colour(image: Image.Image) -> int | tuple[int, int, int] | None:
-    """The grey level or colour that a PNG or GIF declares transparent, in units of the decoded pixels."""
+    """Return the grey level or colour that a PNG or GIF declares transparent, in units of the decoded pixels."""
     key: Any = image.info.get("transparency")
     if isinstance(image, PngImagePlugin.PngImageFile) and image.tile and key is not None:
         rawmode = image.tile[0][3]
-        if image.mode == "L" and isinstance(key, int):  # Pillow scales the pixels to 8 bits, but not this
+        if image.mode == "L" and isinstance(key, int):  # Pillow scales the pixels to 8 bits, not the key
             return key * {"L;2": 85, "L;4": 17}.get(str(rawmode), 1)
         if image.mode == "RGB" and rawmode == "RGB;16B":
             raise RefusedError(
-                "is a PNG of 16-bit colour with a transparent colour, which Pillow would mix up; use RGBA"
+                "is a PNG of 16-bit colour with a transparent colour, which Pillow decodes wrongly; store it as RGBA"
             )
     return key if isinstance(key, int | tuple) else None
 
 
 def _check_integers(image: Image.Image, of_file: bool) -> None:
-    """Mode I is Pillow's for 16 bits in some formats, and for 32 bits."""
+    """Refuse 32-bit values in mode I, which Pillow uses for 16 bits in some formats."""
     low, high = (int(value) for value in _extrema(image)[0])
     if low < 0 or high > 65535 or (high < 256 and not of_file):
-        raise RefusedError(f"has 32-bit integers from {low} to {high}; expected 16 bits, 0..65535, or an 8-bit image")
+        raise RefusedError(f"has 32-bit integers from {low} to {high}; expected 16 bits (0..65535) or an 8-bit image")
 
 
 def _deep_grey(
@@ -206,7 +207,7 @@ def _colour(image: Image.Image, key: int | tuple[int, int, int] | None, ignore_p
     transparent: Any = None
     if mode == "RGB" and ignore_profile and key is None:
         return np.asarray(image)
-    if mode in ("P", "PA"):  # the palette knows what is transparent
+    if mode in ("P", "PA"):  # the palette includes transparency
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif key is not None and mode in ("1", "L", "RGB"):
         transparent = np.atleast_3d(np.asarray(image.convert("L") if mode == "1" else image) == key).all(axis=-1)

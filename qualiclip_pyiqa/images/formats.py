@@ -1,7 +1,7 @@
-"""The image formats that are opened: one list for the whole package.
+"""The supported image formats: one list for the whole package.
 
-A file is identified by its content, never by its name. Formats of Pillow that are not listed are not tried: Pillow
-would start Ghostscript for an EPS, hands WMF, BUFR, GRIB and HDF5 to handlers of others, and IPTC opens any format.
+Files are identified by their content, never by their name. Pillow's other formats are not tried: Pillow starts
+Ghostscript for EPS, calls other packages' handlers for WMF, BUFR, GRIB and HDF5, and opens any format inside IPTC.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile, features
 
-# Format as Pillow names it -> suffixes of its files. Most frequent first; TGA, which has no signature, last.
+# Pillow's name of a format -> suffixes. Most frequent first; TGA, which has no signature, last.
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -53,10 +53,10 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-#: Suffixes, in lower case, of the files that are looked for in folders.
+#: Suffixes, in lower case, of the image files that a search of a folder finds.
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-#: Formats that Pillow reads with the help of another package: what to call them, what to install.
+#: Formats that need a plug-in: what to call such an image, and what to install.
 PLUGINS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "HEIF": ("a HEIC image", 'pillow-heif: pip install "qualiclip-pyiqa[formats]"'),
@@ -65,28 +65,28 @@ PLUGINS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
-# Brands of an ISO media file (ISO/IEC 23008-12, AVIF 1.1) that name the codec. `mif1` and `msf1` leave it open.
+# Brands of an ISO media file (ISO/IEC 23008-12, AVIF 1.1) that identify the codec, unlike `mif1` and `msf1`.
 _HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 _JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 _LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 
-# What Pillow's parsers raise for "not of this format".
-_NOT_THIS = (SyntaxError, IndexError, TypeError, struct.error)
+# Raised by Pillow's parsers for a file of another format.
+_OTHER_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
 
 
 class RefusedError(Exception):
-    """An image that is not read: of no known format, or to wrong pixels. The message continues the file's name."""
+    """An image of an unknown format, or one that would be decoded wrongly. The message continues the file's name."""
 
 
 def open_image(file: BinaryIO) -> ImageFile.ImageFile:
     """Identify an image by its content and read its header.
 
-    Unlike `PIL.Image.open` it tries `FORMATS` alone, and leaves the size to the caller: Pillow's limit is one for the
-    whole process. Plug-ins for HEIC, AVIF and JPEG XL are imported when such a file is there.
+    Unlike `PIL.Image.open`, try `opened_formats` only, and leave the limit on the size to the caller, since Pillow's is
+    global. Plug-ins for HEIC, AVIF and JPEG XL are imported when such a file is opened.
 
     Args:
-        file: opened for reading in binary mode, seekable. The image reads its pixels from it later.
+        file: binary and seekable. The image reads its pixels from it later.
 
     Raises:
         RefusedError: not an image, or a plug-in is missing.
@@ -108,11 +108,11 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
         raise RefusedError("is empty (0 bytes); expected an image")
     if prefix.startswith(_LFS_SIGNATURE):
         raise RefusedError("is a Git LFS pointer; fetch the image itself with: git lfs pull")
-    raise RefusedError("is not an image, or of a format that is not opened")
+    raise RefusedError("is not an image of a supported format")
 
 
 def plugin_format(prefix: bytes) -> str | None:
-    """Return which of `PLUGINS` a file is, by its first 64 bytes.
+    """Return which of `PLUGINS` a file is, judging by its first 64 bytes; None if it is none of them.
 
     Example:
         >>> plugin_format(b"\\x00\\x00\\x00\\x18ftypheic\\x00\\x00\\x00\\x00mif1heic")
@@ -128,6 +128,7 @@ def plugin_format(prefix: bytes) -> str | None:
 
 
 def _try_all(file: BinaryIO, prefix: bytes) -> ImageFile.ImageFile | None:
+    """Open a file by the first format that accepts it. Raise the error of a format whose signature it has."""
     Image.preinit()
     refusal: Exception | None = None
     for name in _in_order():
@@ -136,10 +137,10 @@ def _try_all(file: BinaryIO, prefix: bytes) -> ImageFile.ImageFile | None:
             if opener is not None and (accept is None or accept(prefix[:16]) is True):
                 file.seek(0)
                 return opener(file, "")
-        except _NOT_THIS as error:
+        except _OTHER_FORMAT as error:
             if name == "TIFF" and "pixel mode" in str(error):
-                refusal = RefusedError("is a TIFF of samples that Pillow cannot read; use unsigned 8 or 16 bits")
-            elif name in ("JPEG", "PNG", "WEBP", "TIFF"):  # whose signatures are sure
+                refusal = RefusedError("is a TIFF whose samples Pillow cannot read; use unsigned 8 or 16 bits")
+            elif name in ("JPEG", "PNG", "WEBP", "TIFF"):  # formats with unambiguous signatures
                 refusal = refusal or SyntaxError(f"{name}: {error}")
     if refusal is not None:
         raise refusal
@@ -147,7 +148,7 @@ def _try_all(file: BinaryIO, prefix: bytes) -> ImageFile.ImageFile | None:
 
 
 def _in_order() -> Iterator[str]:
-    """`opened_formats`, but Pillow's rarer plug-ins are imported only when none of the frequent ones fits."""
+    """Yield `opened_formats`, importing Pillow's rarer plug-ins only if none of the frequent formats fits."""
     for name in FORMATS:
         if name not in Image.OPEN and name not in PLUGINS:
             Image.init()
@@ -156,7 +157,7 @@ def _in_order() -> Iterator[str]:
 
 
 def opened_formats() -> tuple[str, ...]:
-    """Names of the formats that are opened now: `FORMATS`, and what other packages registered in Pillow besides."""
+    """Return the names of all formats that are opened: `FORMATS`, and those of Pillow plug-ins."""
     Image.init()
     return (*FORMATS, *(name for name in Image.OPEN if name not in FORMATS and not is_pillows(Image.OPEN[name][0])))
 
@@ -176,18 +177,18 @@ def has_image_suffix(path: str) -> bool:
 
 
 def is_pillows(opener: Any) -> bool:
-    """Whether an opener or decoder is Pillow's own, and not another package's."""
+    """Return whether an opener or decoder belongs to Pillow itself rather than to another package."""
     return (getattr(opener, "__module__", None) or "").partition(".")[0] == "PIL"
 
 
 def _plugin_opener(name: str) -> Any:
-    """What opens a format of `PLUGINS`: what is registered in Pillow, else what is installed, else None."""
+    """Return the opener of a format of `PLUGINS`: one registered in Pillow, else one installed, else None."""
     Image.init()
     if name in Image.OPEN:
         opener = Image.OPEN[name][0]
         if not is_pillows(opener) or features.check(name.lower()):
             return opener
-    # pillow_heif leaves Pillow as it is when it is imported; the other two register themselves.
+    # Unlike the other two, pillow_heif does not register itself in Pillow when imported.
     for package in {"HEIF": ("pillow_heif", "pi_heif"), "AVIF": ("pillow_avif",), "JXL": ("pillow_jxl",)}[name]:
         try:
             module = import_module(package)

@@ -1,4 +1,4 @@
-"""When two paths name the same image."""
+"""Whether two paths name the same image."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import lru_cache
 
 
 def image_key(path: str) -> str:
-    """What an image is known by, however its path was spelled: its folder with links resolved, and its name.
+    """Return a key that is equal for all spellings of an image's path: its folder with links resolved, and its name.
 
-    `in/a.png`, `./in/a.png` and `/home/me/in/../in/a.png` are one image. Two links to one file are two. A relative path
-    starts from the working directory; a URL stays as it is.
+    `in/a.png`, `./in/a.png` and `/home/me/in/../in/a.png` are one image; two links to one file are two images. Relative
+    paths start at the working directory; URLs are unchanged.
 
     Example:
         >>> image_key("in/a.png") == image_key("./in//a.png") == image_key("in/new/../a.png")

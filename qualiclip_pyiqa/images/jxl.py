@@ -1,4 +1,4 @@
-"""The size of a JPEG XL image: the plug-in for Pillow decodes all of it before it can be asked."""
+"""Read the size of a JPEG XL image from its header; Pillow's plug-in would decode the whole image first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 
 
 
 def read_size(file: BinaryIO) -> tuple[int, int] | None:
-    """Read width and height as stored in a codestream, which may stand in a container; None if there is none."""
+    """Read the stored width and height from a codestream, bare or in a container; None if there is none."""
     start = _codestream(file)
     if not start.startswith(_CODESTREAM):
         return None
@@ -25,7 +25,7 @@ def read_size(file: BinaryIO) -> tuple[int, int] | None:
 
 
 def _codestream(file: BinaryIO) -> bytes:
-    """The first bytes of the codestream."""
+    """Return the first 16 bytes of the codestream."""
     file.seek(0)
     start = file.read(16)
     position = 0
@@ -36,7 +36,7 @@ def _codestream(file: BinaryIO) -> bytes:
         if kind in (b"jxlc", b"jxlp"):
             file.seek(position + header + (4 if kind == b"jxlp" else 0))
             return file.read(16)
-        if length < header:  # 0: it is the last box
+        if length < header:  # damaged, or 0 for the last box
             return b""
         position += length
         file.seek(position)
@@ -45,7 +45,7 @@ def _codestream(file: BinaryIO) -> bytes:
 
 
 class _Bits:
-    """Bits of a number, lowest first."""
+    """Reads bit fields from a number, lowest bit first."""
 
     def __init__(self, value: int) -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Encoded images inside Parquet files, as Hugging Face's `datasets` and Ray Data store them."""
+"""Read encoded images from Parquet files, as Hugging Face's `datasets` and Ray Data store them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, one_line
 from ..optional import require
 
-_BATCH = 16  # images held at a time
-_NAMES = ("image", "bytes")  # the column that is meant where several would do
+_BATCH = 16  # images in memory at a time
+_NAMES = ("image", "bytes")  # preferred columns if several hold images
 
 
 class ParquetImages:
-    """The images of one Parquet file: a column of `{bytes, path}`, or of bytes and called `image` or `bytes`.
+    """The images of one Parquet file: a column of `{bytes, path}`, or a column of bytes named `image` or `bytes`.
 
     Args:
         path: the file.
 
     Attributes:
-        names: one per row, `FILE#ROW` with rows counted from 0.
+        names: one per row, `FILE#ROW`, counted from 0.
 
     Raises:
-        SettingsError: not a Parquet file, or no such column, or several that are not called `image`.
+        SettingsError: not a Parquet file, no column of images, or several of which none is named `image` or `bytes`.
     """
 
     def __init__(self, path: str) -> None:
@@ -35,21 +35,23 @@ class ParquetImages:
             with self._parquet.ParquetFile(path) as file:
                 schema, self._groups = file.schema_arrow, self._row_groups(file)
         except self._errors as error:
-            raise SettingsError(f"{path} cannot be read ({_line(error)}); expected a Parquet file of images") from error
+            raise SettingsError(
+                f"{path} cannot be read ({one_line(error)}); expected a Parquet file of images"
+            ) from error
         found = [field.name for field in schema if _holds_images(pyarrow, field)]
         column = next((name for name in _NAMES if name in found), None)
         if column is None and len(found) != 1:
             raise SettingsError(
                 f"{path} has {'several columns' if found else 'no column'} of images among "
-                f"{', '.join(schema.names)}; expected one of {{bytes, path}}, or of bytes and called 'image'"
+                f"{', '.join(schema.names)}; expected one of {{bytes, path}}, or one of bytes named 'image'"
             )
         self._column: str = column or found[0]
         self.names = [f"{path}#{row}" for row in range(sum(self._groups))]
 
     def read(self, rows: Iterable[int]) -> Iterator[bytes | str | ImageError]:
-        """Yield the encoded images of these rows, in the file's order; a path where the row has no more than that.
+        """Yield the encoded image of each row, in file order, or its path if the row has no bytes.
 
-        Row groups without any of them are not read. Where the file cannot be read on, the rest are errors.
+        Only the row groups that are needed are read. If the file becomes unreadable, the remaining rows are errors.
         """
         wanted = sorted(set(rows))
         done = 0
@@ -65,7 +67,7 @@ class ParquetImages:
                     start += count
         except self._errors as error:
             for _ in wanted[done:]:
-                yield ImageError(f"{self.path} cannot be read ({_line(error)})")
+                yield ImageError(f"{self.path} cannot be read ({one_line(error)})")
 
     def _row_groups(self, file) -> list[int]:  # type: ignore[no-untyped-def]  # pyarrow has no types
         return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -82,6 +84,7 @@ class ParquetImages:
 
 
 def is_parquet(path: str) -> bool:
+    """Return whether a path is an existing Parquet file, judging by its suffix."""
     return path.endswith(".parquet") and Path(path).is_file()
 
 
@@ -95,7 +98,3 @@ def _holds_images(pyarrow: ModuleType, field) -> bool:  # type: ignore[no-untype
         inner = {each.name: each.type for each in kind}
         return {"bytes", "path"} <= inner.keys() and binary(inner["bytes"])
     return field.name in _NAMES and bool(binary(kind))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""Find images: patterns become names; files, folders and lists become one list of paths, each named once.
+"""Find images: expand patterns, and turn files and folders into one list of paths without duplicates.
 
-Links to folders are followed, but no folder is entered twice, so a loop of links ends. Hidden entries (`.name`, and
-what systems leave in folders, such as `__MACOSX`) are found only if they are named.
+Links to folders are followed, but no folder is entered twice, so loops of links end. Hidden entries (`.name`, and
+folders of the system such as `__MACOSX`) are found only if named explicitly.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .formats import has_image_suffix
 
 _Seen: TypeAlias = set[tuple[int, int]]  # device and inode of folders
 
-# Folders that macOS's archives, Synology, QNAP and Windows keep beside a user's files: thumbnails, deleted files.
+# Folders of thumbnails and deleted files from macOS archives, Synology, QNAP and Windows.
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
 _WILDCARDS = ("*", "?", "[")
 
 
 @dataclass
 class FoundPaths:
-    """What `find_images` found.
+    """The result of `find_images`.
 
     Attributes:
-        paths: images, in the order of the arguments, and in folders in the order of names. A path that was named
-            itself is included whatever it is, so that its fault is reported when it is opened.
-        unreadable: folders that cannot be listed -> why.
-        others: number of files in folders that were left out because their suffix is not an image's.
-        hidden: number of hidden files and folders in folders that were left out. A folder counts once.
+        paths: images, in the order of the arguments, and sorted by name within folders. Explicitly named files are
+            always included; their faults are reported when they are opened.
+        unreadable: folder that cannot be listed -> reason.
+        others: number of files skipped in folders because their suffix is not an image's.
+        hidden: number of hidden files and folders skipped in folders; a folder counts once.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -42,13 +42,13 @@ class FoundPaths:
 
 
 def find_images(arguments: Iterable[str]) -> FoundPaths:
-    """Find images among files, which are kept as they are, and below folders.
+    """Find the images below folders, and keep files.
 
     Args:
-        arguments: paths of files and folders, not patterns. Names may hold line breaks and undecodable bytes.
+        arguments: paths of files and folders, not patterns. Names may contain line breaks and undecodable bytes.
 
     Returns:
-        The paths, each once however often it was named.
+        The paths, without duplicates.
     """
     found = FoundPaths()
     seen: _Seen = set()
@@ -63,10 +63,10 @@ def find_images(arguments: Iterable[str]) -> FoundPaths:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the images below a folder, in the order of names, for work that needs all of them.
+    """List all images below a folder, sorted by name.
 
     Raises:
-        SettingsError: not a folder, or it or a folder below it cannot be listed.
+        SettingsError: not a folder, or it or a subfolder cannot be listed.
     """
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder; expected one with images")
@@ -79,8 +79,8 @@ def list_images(folder: Path) -> list[Path]:
 def matches(pattern: str) -> list[str]:
     """Expand a pattern of `*`, `?`, `[...]` and `**` to the names it matches.
 
-    A name that exists is itself, whatever it looks like; a pattern that matches nothing is returned as it is, so that
-    an error can name it. As with `glob`, a wildcard at the beginning of a name matches no hidden one.
+    An existing name is not expanded, whatever it looks like. A pattern without matches is returned unchanged, for the
+    error message. As with `glob`, a wildcard at the beginning of a name does not match hidden names.
     """
     if os.path.lexists(pattern) or not glob.has_magic(pattern):
         return [pattern]
@@ -88,12 +88,12 @@ def matches(pattern: str) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is left out of folders unless it is named."""
+    """Return whether a search of a folder skips files and folders of this name."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Like `glob.glob(pattern, recursive=True)`, which does not end in reasonable time on a loop of links."""
+    """Expand a pattern like `glob.glob(pattern, recursive=True)`, which takes too long on a loop of links."""
     if f"/{pattern}".endswith("/**"):
         pattern += "/*"
     end = f"/{pattern}".find("/**/")
@@ -108,7 +108,7 @@ def _expand(pattern: str) -> Iterator[str]:
             folder = folders.pop()
             try:
                 entries = _list(folder, seen)
-            except OSError:  # a pattern matches what can be listed
+            except OSError:  # nothing to match there
                 continue
             below = [f"{folder}{each.name}/" for each in entries if not is_hidden(each.name) and _is_folder(each)]
             folders += reversed(below)
@@ -117,14 +117,14 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _hidden_match(pattern: str, name: str) -> bool:
-    """Return whether a wildcard at the beginning of a part of the pattern matched a hidden name."""
+    """Return whether a leading wildcard in a part of the pattern matched a hidden name."""
     parts, names = (path.replace(os.sep, "/").replace("//", "/").split("/") for path in (pattern, name))
     return any(part[:1] in _WILDCARDS and is_hidden(match) for part, match in zip(parts, names, strict=False))
 
 
 def _walk(folder: str, found: FoundPaths, seen: _Seen) -> Iterator[str]:
-    """Yield the images below a folder; record in `found` what is left out."""
-    todo = [(folder, True)]  # path and whether it is a folder; the next one last
+    """Yield the images below a folder; record in `found` what is skipped."""
+    todo = [(folder, True)]  # a stack of paths and whether each is a folder
     while todo:
         path, is_folder = todo.pop()
         if is_folder:
@@ -145,12 +145,12 @@ def _walk(folder: str, found: FoundPaths, seen: _Seen) -> Iterator[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # such as a link to itself
+    except OSError:  # for example a link to itself
         return False
 
 
 def _list(folder: str, seen: _Seen) -> list[os.DirEntry[str]]:
-    """List a folder by name, or nothing if it was seen before."""
+    """List a folder sorted by name, or return nothing if it was seen before."""
     status = os.stat(folder or ".")
     if (status.st_dev, status.st_ino) in seen:
         return []

@@ -1,7 +1,7 @@
-"""What the caller set up in Pillow, for decoding workers, so that a file has the same pixels in either process.
+"""Repeat this process's Pillow setup in decoding workers, so that a file has the same pixels in both.
 
-That is what plug-ins registered (openers and decoders of HEIF, say), which a worker imports by name, and settings. What
-was changed in other ways, such as a replaced function of Pillow, is not found.
+The setup is what plug-ins registered (for example openers and decoders of HEIF), which a worker imports by name, and
+settings. Other changes, such as a patched function of Pillow, are not detected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .formats import is_pillows, opened_formats
 
 Setting: TypeAlias = bool | int | float | str | None
 
-# Pillow's settings that change how files are read. `ReadRules` replaces LOAD_TRUNCATED_IMAGES.
+# Pillow's settings that affect how files are read. `ReadRules` replaces LOAD_TRUNCATED_IMAGES.
 SETTINGS = {
     "PIL.Image": ("MAX_IMAGE_PIXELS",),
     "PIL.ImageFile": ("MAXBLOCK", "SAFEBLOCK"),
@@ -31,10 +31,10 @@ SETTINGS = {
 
 
 class PillowSetup(TypedDict):
-    """What a worker repeats, ready for JSON. Classes and functions are named as `module:qualified.name`.
+    """Plug-ins and settings of Pillow, JSON-ready. Classes and functions are named as `module:qualified.name`.
 
     Attributes:
-        openers: format -> opener, and the function that recognises its files or None.
+        openers: format -> opener, and the function that recognises its files, or None.
         decoders: name -> class.
         settings: module -> name -> value.
     """
@@ -45,10 +45,10 @@ class PillowSetup(TypedDict):
 
 
 def read_setup() -> PillowSetup:
-    """Read what is set up in this process.
+    """Read the setup of this process.
 
     Raises:
-        LookupError: a plug-in that another process cannot import, such as a class of a notebook.
+        LookupError: a plug-in that another process cannot import, such as a class defined in a notebook.
     """
     openers = {
         name: (_name(Image.OPEN[name][0]), _name(accept) if (accept := Image.OPEN[name][1]) else None)
@@ -60,7 +60,7 @@ def read_setup() -> PillowSetup:
     plugins = [*(opener for opener, _ in openers.values()), *decoders.values()]
     packages = {name.partition(":")[0].partition(".")[0] for name in plugins}
     for module in list(sys.modules):
-        if module.partition(".")[0] in packages:  # a plug-in's settings are in capitals too
+        if module.partition(".")[0] in packages:  # plug-ins name their settings in capitals, as Pillow does
             settings[module] = _values(module, [name for name in vars(sys.modules[module]) if name.isupper()])
     return {
         "openers": openers,
@@ -70,10 +70,10 @@ def read_setup() -> PillowSetup:
 
 
 def apply_setup(setup: PillowSetup) -> None:
-    """Repeat in this process what `read_setup` found in another one.
+    """Apply the setup of another process to this one.
 
     Raises:
-        Exception: whatever the import of a plug-in raises.
+        Exception: whatever importing a plug-in raises.
     """
     if setup["openers"] or setup["decoders"]:
         Image.init()  # else Pillow's own plug-ins would register over these when they are imported later
@@ -84,7 +84,7 @@ def apply_setup(setup: PillowSetup) -> None:
     for module, values in setup["settings"].items():
         if module in SETTINGS:
             import_module(module)
-        if module in sys.modules:  # of a plug-in's package: what the plug-in needs, and not the program around it
+        if module in sys.modules:  # of a plug-in's package, only the modules that the plug-in imported
             vars(sys.modules[module]).update(values)
 
 

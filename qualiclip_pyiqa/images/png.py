@@ -1,4 +1,4 @@
-"""PNG files whose metadata Pillow refuses."""
+"""Read PNG files whose metadata Pillow refuses."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import IO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
-# Texts that may hold the orientation, and how large one may be to be kept.
+# Keywords of texts that may contain the orientation, and the size up to which they are kept.
 _KEPT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _KEPT_BYTES = 2**20
 _PROFILE_BYTES = 2**25
 
 
 def without_metadata(file: IO[bytes]) -> tuple[io.BytesIO, bytes | None]:
-    """Copy a PNG without its texts and its ICC profile; return the profile beside it.
+    """Copy a PNG without its texts and its ICC profile; return the copy and the profile.
 
-    Pillow refuses texts and profiles of more than a mebibyte, which may be a decompression bomb. A profile of more than
-    32 MiB is left out here too.
+    Pillow refuses texts and profiles of more than a mebibyte, as possible decompression bombs. Here the limit for
+    profiles is 32 MiB; a larger one is dropped.
     """
     copy, profile = io.BytesIO(), None
     copy.write(SIGNATURE)
@@ -34,7 +34,7 @@ def without_metadata(file: IO[bytes]) -> tuple[io.BytesIO, bytes | None]:
 
 
 def has_late_metadata(file: IO[bytes]) -> bool:
-    """Whether EXIF or texts, which may hold the orientation, stand after the pixels. The position is kept."""
+    """Return whether EXIF or texts, which may contain the orientation, follow the pixels. Keeps the file position."""
     position = file.tell()
     try:
         seen_pixels = False
@@ -49,7 +49,7 @@ def has_late_metadata(file: IO[bytes]) -> bool:
 
 
 def _chunks(file: IO[bytes], skip: bool = False) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Length and kind, data, and checksum of each chunk; data and checksum are b"" where they are to be skipped."""
+    """Yield header (length and kind), data and checksum of each chunk; with `skip`, data and checksum are b""."""
     file.seek(len(SIGNATURE))
     while len(header := file.read(8)) == 8:
         length = int.from_bytes(header[:4], "big")

@@ -1,15 +1,15 @@
-"""ICC profiles: convert an image to sRGB through the profile that is embedded in it."""
+"""Convert an image from its embedded ICC profile to sRGB."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
 
-# A profile that moves no colour by more levels than this is sRGB in the rounding of whoever wrote it.
+# A profile that changes no colour by more levels than this is sRGB, rounded differently.
 _SAME = 2
 _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
@@ -17,12 +17,12 @@ _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a profile's colours become sRGB.
+    """Conversion from a profile to sRGB.
 
     Attributes:
-        mode: mode of the images that the profile is made for: RGB, L, CMYK or LAB.
+        mode: PIL mode that the profile describes: RGB, L, CMYK or LAB.
         transform: from `mode` to 8-bit RGB; None if it would change nothing.
-        grey: sRGB level for each of 256 grey levels; None for CMYK and LAB.
+        grey: (256,) sRGB level for each grey level; None for CMYK and LAB.
     """
 
     mode: str
@@ -31,7 +31,7 @@ class Conversion:
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an 8-bit image to sRGB. An image without a profile, or with one that does not fit, is returned as it is.
+    """Convert an 8-bit image to sRGB; return it unchanged if it has no profile, or one for other channels.
 
     Args:
         image: mode RGB, RGBA, L, LA, CMYK or LAB; alpha is kept.
@@ -54,20 +54,20 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def grey_curve(image: Image.Image) -> np.ndarray | None:
-    """sRGB level, in 0..255, for each of 256 grey levels of an image, or None if its profile changes nothing."""
+    """Return the sRGB level, 0..255, of each of an image's 256 grey levels, or None if its profile changes nothing."""
     conversion = embedded(image)
     return None if conversion is None or conversion.transform is None else conversion.grey
 
 
 def embedded(image: Image.Image) -> Conversion | None:
-    """The conversion of an image's profile; None if it has none, or one that is damaged."""
+    """Return the conversion of an image's profile; None if it has none, or a damaged one."""
     profile = image.info.get("icc_profile")
     return _conversion(profile) if isinstance(profile, bytes) and profile else None
 
 
-@lru_cache(maxsize=16)
+@cache
 def lab() -> Conversion:
-    """The conversion of Lab as a TIFF or PSD holds it."""
+    """Return the conversion of Lab as stored in TIFF and PSD."""
     return _build(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
 
 
@@ -94,7 +94,7 @@ def _build(profile: ImageCms.ImageCmsProfile, mode: str) -> Conversion:
 
 
 def _largest_change(transform: ImageCms.ImageCmsTransform) -> int:
-    """In levels, over 17 x 17 x 17 colours and 256 greys."""
+    """Return the largest change in levels over 17 x 17 x 17 colours and 256 greys."""
     steps = np.arange(0, 256, 15.9375).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
     colours = np.concatenate([colours, np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)])[None]

@@ -1,6 +1,6 @@
-"""Images as tensors: a path, bytes, a PIL image, a NumPy array or a tensor becomes an RGB tensor in 0..1, or one error.
+"""Load a path, bytes, a PIL image, a NumPy array or a tensor as an RGB tensor in 0..1.
 
-The conversion is described in `qualiclip_pyiqa.images`.
+`qualiclip_pyiqa.images` describes the conversion.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def load_image(
 ) -> Tensor:
     """Load one image as an RGB tensor.
 
-    8-bit RGB becomes exactly the pixels that pyiqa reads. EXIF orientation and ICC profiles are applied, so that an
-    image is scored as a viewer shows it; alpha is laid over white. `qualiclip_pyiqa.images` describes the conversion.
+    8-bit RGB gives exactly the pixels that pyiqa reads. EXIF orientation and ICC profiles are applied, so that an image
+    is scored as viewers show it; alpha is composited over white. `qualiclip_pyiqa.images` describes the conversion.
 
     Args:
         source: path; encoded bytes; PIL image; array (H, W) or (H, W, C); tensor (H, W) or (C, H, W). C is 1 (grey),
             3 (RGB) or 4 (RGB and alpha); values are uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1.
-        ignore_orientation: take the pixels of a file or PIL image as they are stored, as for published figures.
-        allow_truncated: accept image data that end early; the rest is what the decoder makes of it.
-        max_pixels: refuse larger images before they are decoded. Default: `PIL.Image.MAX_IMAGE_PIXELS`, 89,478,485.
-        ignore_profile: do not convert to sRGB through the embedded ICC profile, as for published figures.
+        ignore_orientation: keep the stored orientation, as published figures did.
+        allow_truncated: accept truncated data; the decoder fills the rest.
+        max_pixels: refuse larger images before decoding. Default: `PIL.Image.MAX_IMAGE_PIXELS`, 89,478,485.
+        ignore_profile: do not convert from an embedded ICC profile to sRGB, as published figures did not.
 
     Returns:
         (3, H, W) float32 in 0..1, H and W at least 32. A tensor keeps its device and its gradient.
@@ -62,9 +62,9 @@ def load_image(
 
 
 def from_pixels(arrays: Sequence[np.ndarray], device: torch.device | str | None = None) -> Tensor:
-    """Make a batch of arrays of one shape and dtype, as `read_pixels` returns them.
+    """Stack arrays of one shape and dtype, as from `read_pixels`, into a batch.
 
-    The memory stays in the arrays' order (channels last), which the towers are fastest with.
+    The memory stays channels last, which is fastest for the towers.
 
     Returns:
         (N, 3, H, W) float32 in 0..1 on `device`.
@@ -85,8 +85,8 @@ def as_batch(
     """Load one image, or a tensor of several, as a batch.
 
     Args:
-        source: what `load_image` takes; tensor (N, C, H, W), N at least 1.
-        ignore_orientation: see `load_image`, as for all others.
+        source: as for `load_image`, or a tensor (N, C, H, W), N at least 1.
+        ignore_orientation, allow_truncated, max_pixels, ignore_profile: see `load_image`.
 
     Returns:
         (N, 3, H, W) float32 in 0..1; N is 1 for a single image.
@@ -113,7 +113,7 @@ def as_batch(
 
 
 def _rgb(pixels: Tensor, name: str) -> Tensor:
-    """(..., C, H, W) of any accepted dtype -> (..., 3, H, W) float32."""
+    """Convert (..., C, H, W) of any accepted dtype to (..., 3, H, W) float32."""
     channels, height, width = pixels.shape[-3:]
     if channels not in (1, 3, 4):
         order = "; this looks like (..., H, W, C), use movedim(-1, -3)" if width in (1, 3, 4) else ""

@@ -1,4 +1,4 @@
-"""What the samples of a TIFF mean, where Pillow's mode does not tell."""
+"""Interpret a TIFF's samples where Pillow's mode is ambiguous."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SIGNED = 2
 
 @dataclass(frozen=True)
 class Samples:
-    """How numbers become grey.
+    """How sample values become grey.
 
     Attributes:
-        white: the value of white in images of 16-bit mode; None: as usual.
-        inverted: whether white is 0 and has not been inverted by Pillow.
+        white: the value of white in a 16-bit mode; None: 65535.
+        inverted: whether white is stored as 0 and Pillow does not invert it.
     """
 
     white: int | None = None
@@ -27,15 +27,15 @@ class Samples:
 
 
 def stored_size(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
-    """Width and height before orientation, which Pillow applies to a TIFF by itself."""
+    """Return width and height before orientation, which Pillow applies to the size of a TIFF."""
     return image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
 
 
 def samples(image: Image.Image) -> Samples:
-    """Tell how to read an image; one that is not a TIFF, or that has been decoded, is read as its mode says.
+    """Return how to interpret an image's samples; the defaults if it is not a TIFF file.
 
     Raises:
-        RefusedError: Pillow would decode it to wrong pixels.
+        RefusedError: Pillow would decode wrong pixels.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return Samples()
@@ -43,20 +43,20 @@ def samples(image: Image.Image) -> Samples:
     bits, formats = _tuple(tags.get(_BITS, 1)), _tuple(tags.get(_SAMPLE_FORMAT, 1))
     raw, separate = tags.get(_COMPRESSION, 1) == 1, tags.get(_PLANAR, 1) == 2
     if _DNG_VERSION in tags or (tags.get(_SUBFILE, 0) & 1 and _SUB_IFDS in tags):
-        raise RefusedError("is a camera's raw file, of which only a preview would be read; develop it first")
+        raise RefusedError("is a camera raw file, of which only a preview would be read; develop it first")
     if _SIGNED in formats:
-        raise RefusedError(f"is a TIFF of signed {bits[0]}-bit integers, whose white is not defined; store it unsigned")
+        raise RefusedError(f"is a TIFF of signed {bits[0]}-bit integers, whose white is undefined; store unsigned ones")
     if image.mode == "I":
-        raise RefusedError(f"is a TIFF of {bits[0]}-bit integers, whose white is not defined; use 8 or 16 bits")
+        raise RefusedError(f"is a TIFF of {bits[0]}-bit integers, whose white is undefined; store 8 or 16 bits")
     if raw and separate and len(bits) > 1 and set(bits) != {8}:
         raise RefusedError(f"is a TIFF of {bits[0]}-bit channels in separate planes; interleave or compress it")
     photometric = tags.get(_PHOTOMETRIC)
     if photometric == 6 and raw and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
-        raise RefusedError("is a TIFF of subsampled YCbCr without compression; store it as RGB")
+        raise RefusedError("is an uncompressed TIFF of subsampled YCbCr; store it as RGB")
     if photometric is None and len(bits) == 1:
-        raise RefusedError("is a TIFF that does not say whether 0 is black or white (no PhotometricInterpretation)")
+        raise RefusedError("is a TIFF without PhotometricInterpretation, so 0 may be black or white; add the tag")
     if image.mode == "F" and not raw and tags.prefix == b"MM":
-        raise RefusedError("is a compressed big-endian TIFF of floats, which Pillow swaps; store it little-endian")
+        raise RefusedError("is a compressed big-endian TIFF of floats, which Pillow misreads; store it little-endian")
     deep = image.mode == "F" or image.mode.startswith("I;16")
     return Samples(4095 if bits == (12,) else None, deep and photometric == 0)
 

@@ -1,9 +1,9 @@
-"""Messages between a process and its decoding workers: fixed headers and raw bytes, nothing that is executed.
+"""Messages between a process and its decoding workers: fixed headers and raw bytes, nothing executable.
 
-A worker parses files that may be hostile, so its parent treats what it sends as data: a header of fixed size is checked
-before anything is allocated, and then as many bytes are read as the header says. A worker that was taken over can send
-wrong pixels or a wrong error, for its images from then on. It cannot run code in its parent, or make its parent keep
-more than one image of the permitted size.
+A worker parses files that may be hostile, so the parent treats its messages as untrusted data: it checks a header of
+fixed size before allocating anything, then reads as many bytes as the header announces. A compromised worker can send
+wrong pixels or errors for its own images; it cannot run code in the parent, or make it hold more than one image of the
+permitted size.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ import numpy as np
 
 from ..errors import ImageError
 
-# To a worker: number of the image, kind of source, length of what follows.
+# To a worker: number of the image, kind of source, length of the payload.
 _REQUEST = struct.Struct("=QcQ")
-# From a worker: number of the image, kind of answer, index of the dtype, height, width, channels (0: two-dimensional
-# array), length of what follows.
+# From a worker: number of the image, kind of answer, index of the dtype, height, width, channels (0: an array (H, W)),
+# length of the payload.
 _REPLY = struct.Struct("=QcBIIBQ")
 _PATH, _BYTES, _PIXELS, _ERROR = b"p", b"b", b"a", b"e"
 
 REPLY_SIZE = _REPLY.size
-#: The number in the first message of a worker, which is ready or says why it is not.
+#: The image number in a worker's first message, which reports that it is ready, or a problem.
 READY = 2**64 - 1
-#: What `read_pixels` returns.
+#: The dtypes that `read_pixels` returns.
 DTYPES = tuple(map(np.dtype, ("uint8", "uint16", "float16", "float32", "float64")))
-#: Bytes of an error message, of which one line is enough.
+#: Bytes of an error message, at most.
 MAX_TEXT = 2**16
 
 
 class BadReplyError(Exception):
-    """A message that no worker in its right mind sends."""
+    """A malformed message from a worker."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Header of a worker's message, checked.
+    """The checked header of a worker's message.
 
     Attributes:
-        shape: of the array that follows, (H, W) or (H, W, C); None: text follows, of an error unless it is empty.
+        shape: (H, W) or (H, W, C) of the array in the payload; None: the payload is an error message, or empty.
         dtype: of the array.
-        length: number of bytes that follow.
+        length: bytes of the payload.
     """
 
     shape: tuple[int, ...] | None
@@ -54,13 +54,13 @@ class Reply:
 
 
 def pack_request(number: int, source: str | bytes) -> list[bytes]:
-    """What asks a worker for the pixels of a path or of encoded bytes, in pieces to be written one after another."""
+    """Encode a request for the pixels of a path or of encoded bytes, as pieces to write in order."""
     kind, data = (_PATH, os.fsencode(source)) if isinstance(source, str) else (_BYTES, source)
     return [_REQUEST.pack(number, kind, len(data)), data]
 
 
 def read_request(stream: BinaryIO) -> tuple[int, str | bytes] | None:
-    """Read what `pack_request` made: number and source; None at the end of the stream."""
+    """Read the number and source of a request; None at the end of the stream."""
     header = stream.read(_REQUEST.size)
     if len(header) < _REQUEST.size:
         return None
@@ -72,7 +72,7 @@ def read_request(stream: BinaryIO) -> tuple[int, str | bytes] | None:
 
 
 def pack_reply(number: int, result: np.ndarray | ImageError | None) -> list[bytes | memoryview]:
-    """A worker's answer, in pieces; None: it is ready."""
+    """Encode a worker's answer, as pieces to write in order. `result` is None in the ready message."""
     if isinstance(result, np.ndarray):
         height, width, channels = (*result.shape, 0)[:3]
         data = np.ascontiguousarray(result).data.cast("B")
@@ -86,11 +86,11 @@ def parse_reply(header: bytes | bytearray, number: int, limit: int | None) -> Re
 
     Args:
         header: `REPLY_SIZE` bytes.
-        number: of the image that it must be about.
-        limit: pixels of the largest image that is accepted; None: any.
+        number: the expected image number.
+        limit: the largest accepted number of pixels; None: any.
 
     Raises:
-        BadReplyError: it is about another image, or announces what cannot be an image or is too large.
+        BadReplyError: the message is for another image, or announces an impossible or too large payload.
     """
     told, kind, index, height, width, channels, length = _REPLY.unpack(header)
     if told != number:
