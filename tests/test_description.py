@@ -87,7 +87,7 @@ def test_a_table_of_the_command_has_the_scorer_s_description(
             (("--ignore-orientation",), "images ignore orientation was False, is now True"),
         ):
             assert score(*again, *options) == 2
-            assert f"was begun with other settings: {what}" in capsys.readouterr().err
+            assert f"was started with other settings: {what}" in capsys.readouterr().err
         assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
         assert score(*again, "--decode-timeout", 30) == 0
         assert len(rows(out)) == 2

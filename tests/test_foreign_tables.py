@@ -110,7 +110,7 @@ def test_a_resumed_table_keeps_columns_of_yours_and_their_order(ours: Path, tmp_
         store(frame[["error", "label", "clipiqa", "path", "width", "look.sharpness", "height"]], path)
         if suffix == ".parquet":
             before = path.read_bytes()
-            with pytest.raises(SettingsError, match=r"columns of yours \(label\), which a resumed Parquet table"):
+            with pytest.raises(SettingsError, match=r"additional columns \(label\), which a resumed Parquet table"):
                 ScoreTable(path, COLUMNS, resume=True)
             assert path.read_bytes() == before and not path.with_name("k.parquet.part").exists()
             continue
@@ -177,7 +177,7 @@ HEADER = "path,width,height,clipiqa,error"
         ("t.csv", f"{HEADER}\n{'x' * 140_000},1,1,0.5,\n", r"line 2: field larger than field limit \(131072\)"),
         ("t.csv", "x" * 140_000, "field larger than field limit"),
         ("t.jsonl", '{"path": "a", "clipiqa": 1}\n[1]\n', "line 2 is .*, not an object"),
-        ("t.jsonl", '{"path": "a", "clipiqa": 1}\n{"clipiqa": 1}\n', "line 2 has no 'path', but clipiqa"),
+        ("t.jsonl", '{"path": "a", "clipiqa": 1}\n{"clipiqa": 1}\n', "line 2 has no 'path'; its keys: clipiqa"),
         ("t.jsonl", '{"path": "a", "clipiqa": 1}\n{"path', "line 2: "),
         ("t.jsonl", '{"path": 7, "clipiqa": 1}\n', "column 'path': 7 is not text"),
         ("t.jsonl", '{"path": "a", "width": true, "clipiqa": 1}\n', "column 'width': True is not a number"),

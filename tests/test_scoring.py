@@ -300,7 +300,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
         records = list(scorer.score(pictures))
     assert close(records[:-1], [*expected[0::4], *expected[1::4]])
     assert records[-1].error == "47x33 pixels do not fit into the memory of cpu" and not records[-1].scores
-    assert "out of memory; continuing with 2 images a batch" in caplog.text
+    assert "out of memory; continuing with 2 images per batch" in caplog.text
     assert max(sizes) > 2 and sizes.count(max(sizes)) == 1  # not tried again
 
 
@@ -390,7 +390,7 @@ def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
         ("qualiclip-mini", {"decode_timeout": float("nan")}, "decode_timeout is nan"),
         ("qualiclip-mini", {"precision": "int8"}, "expected one of fp32, tf32, bf16, fp16"),
         ("qualiclip-mini", {"device": "tpu"}, "device 'tpu' cannot be used"),
-        ("qualiclip-mini", {"device": "cpu,meta"}, "several of one kind"),
+        ("qualiclip-mini", {"device": "cpu,meta"}, "several of the same type"),
         ("qualiclip-mini", {"device": []}, "expected one"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_table_says_what_scored_it(suffix: str, tmp_path: Path) -> None:
         (("precision",), "bf16", "precision was fp32, is now bf16"),
         (("device",), "cuda", "device was cpu, is now cuda"),
         (("rules", "ignore_orientation"), True, "rules ignore orientation was False, is now True"),
-        (("new setting",), 7, "new setting was not there, is now 7"),
+        (("new setting",), 7, "new setting was absent, is now 7"),
     ],
 )
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -100,7 +100,7 @@ def test_what_changes_scores_is_refused(
     with pytest.raises(SettingsError, match=message) as caught:
         ScoreTable(path, COLUMNS, resume=True, meta=changed(*keys, to=to))
     assert sorted(tmp_path.iterdir()) == [path, meta_path(path)]
-    assert "\n" not in str(caught.value) and "go on with the same, or choose another name" in str(caught.value)
+    assert "\n" not in str(caught.value) and "resume with the same settings, or" in str(caught.value)
     assert (path.read_bytes(), meta_path(path).read_bytes()) == before
     # After the rows that were written before the run was stopped, too.
     path.unlink()
@@ -124,7 +124,7 @@ def test_what_changes_no_score_is_said_and_kept(tmp_path: Path, caplog: pytest.L
     for _ in range(2):
         with ScoreTable(path, COLUMNS, resume=True, meta=newer) as table:
             table.write([Record("more.png", 1, 1, {"mine": 1.0, "piqe": 1.0})])
-    assert "version was 0.1.0, is now 0.2.0; rules max pixels was not there, is now 10" in caplog.text
+    assert "version was 0.1.0, is now 0.2.0; rules max pixels was absent, is now 10" in caplog.text
     assert read_meta(path) == {**META, "continued": [newer]}
     with pytest.raises(SettingsError, match="precision"):
         ScoreTable(path, COLUMNS, resume=True, meta=changed("precision", to="tf32"))
@@ -135,7 +135,7 @@ def test_rows_of_unknown_settings_are_said_to_be(tmp_path: Path, caplog: pytest.
     write_table(path, COLUMNS, ROWS)
     with ScoreTable(path, COLUMNS, resume=True, meta=META) as table:
         table.write(ROWS)
-    assert "has 4 rows and no t.csv.meta.json" in caplog.text
+    assert "has 4 rows but no t.csv.meta.json" in caplog.text
     assert read_meta(path) == {**META, "rows_of_unknown_settings": 4}
     caplog.clear()
     with ScoreTable(path, COLUMNS, resume=True, meta=META):
@@ -154,9 +154,9 @@ def test_the_description_of_another_table_is_not_taken(tmp_path: Path) -> None:
         write_table(path, COLUMNS, ROWS)
         assert not meta_path(path).exists() and read_meta(path) is None
         meta_path(path).write_text('["no table"]')
-        with pytest.raises(SettingsError, match=r"meta\.json does not describe a table of scores"):
+        with pytest.raises(SettingsError, match=r"meta\.json is not the description of a table of scores"):
             read_table(path)
-        with pytest.raises(SettingsError, match=r"meta\.json does not describe a table of scores"):
+        with pytest.raises(SettingsError, match=r"meta\.json is not the description of a table of scores"):
             ScoreTable(path, COLUMNS, resume=True, meta=META)
     meta_path(tmp_path / "new.csv").write_text(json.dumps(META))
     with ScoreTable(tmp_path / "new.csv", COLUMNS):

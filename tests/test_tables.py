@@ -152,7 +152,7 @@ def test_nothing_is_overwritten_or_mixed(suffix: str, tmp_path: Path) -> None:
     with ScoreTable(path, COLUMNS) as table:
         table.write(ROWS)
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match="is there already; pass --resume"):
+    with pytest.raises(SettingsError, match="exists already; pass --resume"):
         ScoreTable(path, COLUMNS)
     with pytest.raises(SettingsError, match=r"has the scores clipiqa, look\.sharpness, not other"):
         ScoreTable(path, ["other"], resume=True)
@@ -188,7 +188,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"expected one in \.csv, \.jsonl, \.parquet"):
+    with pytest.raises(SettingsError, match=r"expected a table with one of \.csv, \.jsonl, \.parquet"):
         ScoreTable(tmp_path / "t.xlsx", COLUMNS)
     with pytest.raises(SettingsError, match="cannot be read"):
         read_table(tmp_path / "none.csv")

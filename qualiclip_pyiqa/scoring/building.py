@@ -1,11 +1,11 @@
-"""The metrics of a scorer: from names, files, pyiqa's metrics and networks to modules of its own, by column."""
+"""Build a scorer's metrics from names, files, pyiqa's metrics and networks."""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,20 @@ from ..errors import SettingsError, did_you_mean
 from ..metrics.base import BlindMetric
 from ..metrics.prompt_iqa import OpenQualiCLIP
 
-#: A name that `pyiqa.create_metric` knows, the file of a model trained with this package, a metric or a network.
+#: A name known to `pyiqa.create_metric`, the file of a model trained with this package, a metric or a network.
 MetricLike: TypeAlias = str | os.PathLike[str] | nn.Module
 #: One metric, several, or a mapping from column to metric.
 Metrics: TypeAlias = MetricLike | Iterable[MetricLike] | Mapping[str, MetricLike]
 
 
 def named_metrics(metrics: Metrics) -> dict[str, str | nn.Module]:
-    """Give every metric its column.
+    """Return metrics by column.
 
     Raises:
-        SettingsError: no metric, or two of the same name.
+        SettingsError: no metric, or two with the same name.
     """
     if isinstance(metrics, Mapping):
-        named: list[tuple[str, Any]] = list(metrics.items())
+        named: list[tuple[str, MetricLike]] = list(metrics.items())
     else:
         several = [metrics] if isinstance(metrics, str | os.PathLike | nn.Module) else list(metrics)
         named = [(_name(metric), metric) for metric in several]
@@ -40,10 +40,10 @@ def named_metrics(metrics: Metrics) -> dict[str, str | nn.Module]:
 
 
 def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) -> dict[str, nn.Module]:
-    """Make every metric for `device`, or copy it, so that nothing of the caller's is moved or changed.
+    """Create metrics for `device` from names and files, and copy modules, so that the caller's stay unchanged.
 
     Raises:
-        SettingsError: an unknown metric, one that needs a reference, or something that is not a metric.
+        SettingsError: an unknown metric, one that needs a reference, or an object that is not a metric.
         WeightsError: a weight file is missing.
     """
     import pyiqa
@@ -51,7 +51,7 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
         if isinstance(metric, str) and metric.endswith(".safetensors"):
-            # Not by pyiqa's name, which may be pyiqa's own (QUALICLIP_PYIQA_AUTOLOAD=0).
+            # Not by name, which is pyiqa's own metric if QUALICLIP_PYIQA_AUTOLOAD=0.
             own: nn.Module = OpenQualiCLIP("qualiclip", weights=metric)
         elif isinstance(metric, str):
             known = pyiqa.list_models()
@@ -71,13 +71,13 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
 
 
 def blind_metric(metric: nn.Module) -> BlindMetric | None:
-    """This package's network in a metric, or None for other packages' metrics."""
+    """Return the network of this package in a metric, or None for other packages' metrics."""
     net = getattr(metric, "net", metric)
     return net if isinstance(net, BlindMetric) else None
 
 
 def columns_of(name: str, metric: nn.Module) -> list[str]:
-    """Names of a metric's scores: its own, or with a dot and the attribute for a metric with several."""
+    """Return the names of a metric's scores: `name`, or `name.attribute` if it has several attributes."""
     net = blind_metric(metric)
     if net is None or len(net.attributes) == 1:
         return [name]
@@ -94,8 +94,8 @@ def _name(metric: MetricLike) -> str:
 def _copied(metric: nn.Module) -> nn.Module:
     """Copy a metric so that the copy follows `.to()`.
 
-    pyiqa's metrics know their device by a `dummy_param`. Off the CPU that is not a parameter but what `.to()` made of
-    one: it would stay where it is, and PyTorch refuses to copy a tensor that has a history.
+    pyiqa's metrics derive their device from `dummy_param`. Off the CPU it is not a parameter but the result of `.to()`:
+    it would not move, and PyTorch refuses to copy tensors that are not leaves of the graph.
     """
     marker = metric.__dict__.get("dummy_param")
     if not isinstance(marker, Tensor):

@@ -1,4 +1,4 @@
-"""What decides a score, as plain values: `Scorer.describe`, which tables of scores are stored with."""
+"""Describe metrics in JSON-ready values, for `Scorer.describe` and the descriptions of tables."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ from torch import nn
 
 
 def lower_is_better(metric: nn.Module) -> bool:
-    """Return the direction of a metric of this package or of pyiqa; of a network that states none, higher is better."""
+    """Return the direction of a metric; if it states none, higher is better."""
     return bool(getattr(getattr(metric, "net", metric), "lower_better", getattr(metric, "lower_better", False)))
 
 
 def describe_metric(metric: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Describe a metric: its own `describe()`, or name and version of what another package brings.
+    """Describe a metric by its own `describe()`, or another package's metric by its name and pyiqa's version.
 
-    Another package's metrics run in float32 whatever the scorer's precision, and as pyiqa runs them: on an NVIDIA GPU
-    it allows TF32 for convolutions.
+    Other packages' metrics run in float32 whatever the scorer's precision; on NVIDIA GPUs, pyiqa allows TF32 for
+    convolutions.
     """
     net: Any = getattr(metric, "net", metric)
     if callable(getattr(net, "describe", None)):
         own: dict[str, Any] = {**net.describe(), "lower_better": lower_is_better(metric)}
-        for each in (
-            "version",
-            "reading",
-        ):  # the whole has them, and perhaps other rules
-            own.pop(each, None)
+        for key in ("version", "reading"):  # `Scorer.describe` states them for all metrics
+            own.pop(key, None)
         return own
     return {
         "metric": getattr(metric, "metric_name", None),

@@ -1,4 +1,4 @@
-"""All metrics of a scorer on one device: batches of equal size, one pass for metrics on equal towers."""
+"""Run a scorer's metrics on one device: batches of equal size, one pass for metrics on equal towers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError
+from ..errors import SettingsError, one_line
 from ..images.tensors import from_pixels
 from ..metrics.base import BlindMetric
 from ..towers.onednn import use_onednn
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 Features: TypeAlias = Callable[[Tensor], Tensor]
 
-# Pixels of a batch on a GPU: 85 images of 512x384, 8 of 1080p, 2 of 4K; a larger image goes alone. On a CPU larger
-# batches are slower than single images, since their features leave the caches.
+# Pixels per batch. On a GPU: 85 images of 512x384, 8 of 1080p, 2 of 4K; a larger image is a batch of its own. On a CPU,
+# larger batches are slower than single images, since their features exceed the caches.
 BATCH_PIXELS = {"cuda": 2**24, "cpu": 2**18}
 
-# How PyTorch says so on a CPU, and where CUDA or its libraries allocate the memory themselves.
+# Messages of RuntimeErrors from the CPU allocator, and from CUDA and its libraries.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -40,7 +40,7 @@ OUT_OF_MEMORY = (
 
 @dataclass
 class Scored:
-    """One image's scores by column, and why those that are missing are missing."""
+    """One image's scores by column, and errors for missing ones."""
 
     scores: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -51,19 +51,19 @@ class Scored:
 
     def add(self, column: str, score: float) -> None:
         if math.isfinite(score):
-            self.scores[column] = float(f"{score:.9g}")  # all that single precision holds
+            self.scores[column] = float(f"{score:.9g}")  # all digits of single precision
         else:
             self.errors.append(f"{column}: the score is {score}")
 
 
 class Network:
-    """Metrics on one device: pixels of one shape and dtype -> scores of each image.
+    """Scores images of one shape and dtype by several metrics on one device.
 
-    This package's metrics take a batch at once, and those whose features are equal share them. Metrics of others take
-    one image at a time, because their scores may depend on what else is in a batch.
+    This package's metrics run on batches, and share features if these are equal. Other packages' metrics run on one
+    image at a time, because their scores may depend on the rest of a batch.
 
     Args:
-        metrics: column -> metric; the network's own, which it moves and changes.
+        metrics: column -> metric; they are moved and changed.
         device, precision, compile: see `Scorer`.
 
     Raises:
@@ -75,7 +75,7 @@ class Network:
         self.precision = precision
         self.batch_pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cuda"])
         self.heads: list[tuple[list[str], BlindMetric, int]] = []  # columns, metric, index of its features
-        self.towers: list[tuple[Features, Features]] = []  # perhaps compiled, never compiled
+        self.towers: list[tuple[Features, Features]] = []  # compiled if `compile`, and never compiled
         self.others: list[tuple[str, nn.Module]] = []
         self.columns = tuple(column for name, metric in metrics.items() for column in columns_of(name, metric))
         self.metrics = {column: metric for name, metric in metrics.items() for column in columns_of(name, metric)}
@@ -91,9 +91,9 @@ class Network:
             net.eval()
             twin = next((first for _, first in own if _same_tower(first.tower, net.tower)), None)
             if twin is not None:
-                net.tower = twin.tower  # which frees its own memory
+                net.tower = twin.tower  # frees the memory of its own
             own.append((name, net))
-        firsts: list[BlindMetric] = []  # those whose features the others share
+        firsts: list[BlindMetric] = []  # one metric per distinct features
         for name, net in own:
             net.to(device=device, dtype=PRECISIONS[precision])
             index = next((k for k, first in enumerate(firsts) if _same_features(first, net)), len(firsts))
@@ -107,7 +107,7 @@ class Network:
 
     @torch.no_grad()
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
-        """Score images of one shape and dtype, in batches that fit into the memory."""
+        """Score images of one shape and dtype, in batches that fit into memory."""
         each = pixels[0].shape[0] * pixels[0].shape[1]
         out: list[Scored] = []
         while len(out) < len(pixels):
@@ -118,7 +118,7 @@ class Network:
                 out += scored
             elif len(part) > 1:
                 self.batch_pixels = each * (len(part) // 2)
-                logger.warning("%s is out of memory; continuing with %d images a batch", self.device, len(part) // 2)
+                logger.warning("%s is out of memory; continuing with %d images per batch", self.device, len(part) // 2)
             else:
                 height, width = part[0].shape[:2]
                 out.append(Scored(errors=[f"{width}x{height} pixels do not fit into the memory of {self.device}"]))
@@ -145,7 +145,7 @@ class Network:
         return images
 
     def _score_own(self, rgb: Tensor, images: Sequence[Scored]) -> None:
-        # Strips, which keep the memory of a large image low, are not compiled.
+        # Large images are streamed in strips to save memory, which cannot be compiled.
         large = rgb.shape[2] * rgb.shape[3] > LARGE_PIXELS
         features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
         for columns, net, index in self.heads:
@@ -155,14 +155,14 @@ class Network:
 
 
 def _score_each(name: str, metric: nn.Module, rgb: Tensor, images: Sequence[Scored]) -> None:
-    """Score one image at a time; what a metric cannot score is that image's error."""
+    """Score one image at a time; an exception of the metric becomes the image's error."""
     for image, pixels in zip(images, rgb, strict=True):
         try:
             score = metric(pixels.unsqueeze(0).contiguous()).item()
         except Exception as error:
             if _is_out_of_memory(error):
                 raise
-            image.errors.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            image.errors.append(f"{name}: {type(error).__name__}: {one_line(error)}")
         else:
             image.add(name, score)
 
@@ -174,10 +174,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def compiled(function: Features) -> Features:
-    """Compile a function with `torch.compile`, with frozen weights packed for a CPU's convolutions.
+    """Compile a function with `torch.compile`; on a CPU, with its weights frozen and packed for convolutions.
 
-    The first size is compiled as such, which is fastest; the second one makes the graph valid for any size. The
-    function must not need gradients, and its weights must not change afterwards.
+    The first image size gets a graph of its own, which is fastest; the second recompiles for any size. The function
+    must not need gradients, and its weights must not change afterwards.
     """
     fast = torch.compile(function)
 
@@ -189,10 +189,10 @@ def compiled(function: Features) -> Features:
 
 
 def freezing(device: torch.device) -> AbstractContextManager[Any]:
-    """Inductor's packing of weights, for a CPU (environment variable TORCHINDUCTOR_FREEZING).
+    """Enable Inductor's packing of weights on a CPU, like the environment variable TORCHINDUCTOR_FREEZING.
 
-    As an option of `torch.compile` it has no effect in torch 2.15. Inductor's configuration is private: without it
-    compiled graphs are slower, and their values are the same.
+    As an option of `torch.compile` it has no effect in torch 2.15. Inductor's configuration is private: where it is
+    missing, compiled graphs are slower, with equal values.
     """
     try:
         from torch._inductor import config
@@ -209,7 +209,7 @@ def _same_features(first: BlindMetric, second: BlindMetric) -> bool:
 
 
 def _same_tower(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two towers give the same features: the same modules with the same settings and values."""
+    """Return whether two towers give equal features: equal modules, settings and values."""
     ours, theirs = dict(first.named_buffers()), dict(second.named_buffers())
     return (
         _structure(first) == _structure(second)
@@ -222,7 +222,7 @@ def _same_tower(first: nn.Module, second: nn.Module) -> bool:
 
 
 def _structure(tower: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
-    """Class and settings of every module, such as strides, heads and whether the positional table is added."""
+    """Return class and settings of every module, for example strides and heads."""
     return {
         path: (type(module), {name: value for name, value in vars(module).items() if not name.startswith("_")})
         for path, module in tower.named_modules()

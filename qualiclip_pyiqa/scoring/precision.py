@@ -1,7 +1,7 @@
-"""Precisions of a pass, and TF32: coarser float32 products of NVIDIA GPUs, used only where they were asked for.
+"""Precisions of a pass, and TF32, the coarser float32 products of NVIDIA GPUs, which are used only on request.
 
-PyTorch allows TF32 for convolutions by default, and its switches belong to the whole process. So a pass sets them, and
-the last of several passes puts back what the first one found. Nothing is read or set for a pass on another device.
+PyTorch allows TF32 for convolutions by default, and its switches are global. So a pass sets them, and the last of
+several concurrent passes restores what the first one found. Passes on other devices leave them alone.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-#: Names of precisions, with the dtype of a network's weights and images.
+#: Precision -> dtype of weights and images.
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_tf32(matmul: bool, convolution: bool) -> Callable[[], None]:
-    """Set both switches, and return a function that sets them to what they were.
+    """Set both switches; return a function that restores them.
 
-    PyTorch has two interfaces for them: `allow_tf32` and, since 2.9, `fp32_precision`. Whoever has used the second one
-    cannot read the first one any more, so it is left alone then. Otherwise `allow_tf32` is set, which keeps both
-    readable for other threads: pyiqa reads it whenever a metric runs.
+    PyTorch has two interfaces: `allow_tf32` and, since 2.9, `fp32_precision`. Once a program has used the second, the
+    first raises when read, so it is not used then. Otherwise `allow_tf32` is set, which keeps both readable for other
+    threads: pyiqa reads it whenever a metric runs.
     """
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     restore_convolution = _set(cudnn, [getattr(cudnn, name, None) for name in ("conv", "rnn")], convolution)
@@ -36,11 +36,11 @@ def set_tf32(matmul: bool, convolution: bool) -> Callable[[], None]:
 
 
 def _set(legacy: Any, operations: list[Any], allowed: bool) -> Callable[[], None]:
-    """Set one switch: `legacy.allow_tf32`, or `fp32_precision` of each operation if that cannot be read."""
+    """Set one switch, by `legacy.allow_tf32`, or by each operation's `fp32_precision` if the former is unreadable."""
     before = [(each, each.fp32_precision) for each in operations if hasattr(each, "fp32_precision")]
     try:
         was_allowed = legacy.allow_tf32
-        # "medium" and "high" are the same to `allow_tf32`.
+        # `allow_tf32` does not distinguish "medium" from "high".
         medium = torch.get_float32_matmul_precision() == "medium"
     except (RuntimeError, AttributeError):
         was_allowed, medium = None, False
@@ -62,10 +62,7 @@ def _set(legacy: Any, operations: list[Any], allowed: bool) -> Callable[[], None
 
 
 class _Passes:
-    """The passes that are running on NVIDIA GPUs in this process.
-
-    Passes that want the same setting share it. One that wants another setting waits until no pass is left.
-    """
+    """Running passes on this process's NVIDIA GPUs: those with the same setting run together, others wait."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -75,13 +72,13 @@ class _Passes:
 
     @contextmanager
     def __call__(self, device: torch.device, allowed: bool, foreign: bool = False) -> Iterator[None]:
-        """Set TF32 for a pass.
+        """Set TF32 during a pass.
 
         Args:
-            device: of the pass; on any but CUDA nothing is done.
-            allowed: whether products may be TF32.
-            foreign: for other packages' metrics: convolutions may be TF32 in any case, because pyiqa allows it while
-                its metrics run, in a way that is not safe for threads unless it is allowed already.
+            device: of the pass; nothing is done unless it is a CUDA device.
+            allowed: whether products may use TF32.
+            foreign: always allow TF32 for convolutions. For other packages' metrics: pyiqa allows it while they run,
+                which is not thread-safe unless it is allowed already.
         """
         if device.type != "cuda":
             yield
@@ -103,5 +100,5 @@ class _Passes:
                     self.changed.notify_all()
 
 
-#: The one lock of the process: `with tf32(device, allowed): ...`
+#: The process's only instance, used as `with tf32(device, allowed): ...`
 tf32 = _Passes()

@@ -6,7 +6,7 @@
     photos = ray.data.read_binary_files("s3://bucket/photos", include_paths=True)
     score_dataset(photos, ["qualiclip", "clipiqa"]).write_parquet("s3://bucket/scores")
 
-When a worker is killed Ray runs its rows again: none is lost and none is there twice. Needs the extra `ray`:
+If a worker is killed, Ray runs its rows again: none is lost or duplicated. Needs the extra `ray`:
 pip install "qualiclip-pyiqa[ray]".
 """
 
@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, one_line
 from ..optional import require
 from .allocator import keep_freed_memory
 from .tables import Record
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from .building import Metrics
     from .scorer import Scorer
 
-# Rows that a worker scores at a time, and that are scored again if it is killed.
+# Rows that a worker scores at a time; if it is killed, they are scored again.
 BLOCK = 64
-# CPU cores of a worker without a GPU: beyond four, small batches gain little from more.
+# CPU cores per worker without a GPU; small batches gain little from more.
 CORES = 4
 
 
@@ -51,41 +51,41 @@ def score_dataset(
     """Score the images of a Ray dataset.
 
     Args:
-        dataset: images in the column `image`, or local paths or URLs in a column `path` (text, or bytes where names are
-            not UTF-8). All other columns are kept.
+        dataset: images in the column `image`, or else local paths or URLs in a column `path` (text, or bytes for names
+            that are not UTF-8). Other columns are kept.
         metrics: as for `Scorer`.
-        image: column of images; it is not in the result. An image is encoded bytes, a path or URL, a structure
-            `{bytes, path}` as Hugging Face's `datasets` writes it into Parquet, of which the bytes are taken if they
-            are there, or an array as `ray.data.read_images` gives it.
-        actors: number of workers: one per GPU of the cluster at most; without GPUs as many as find CPU cores. Default:
-            one per GPU; without GPUs one per four CPU cores.
+        image: column of images, which is dropped from the result. An image is encoded bytes, a path or URL, an array as
+            from `ray.data.read_images`, or a structure `{bytes, path}` as Hugging Face's `datasets` writes to Parquet,
+            whose path is used if it has no bytes.
+        actors: number of workers: at most one per GPU of the cluster, or without GPUs, two per CPU core. Default: one
+            per GPU, or without GPUs, one per four CPU cores.
         batch_size, device, options: as for `Scorer`, with the defaults of the worker's machine.
 
     Returns:
-        A dataset, computed when it is read: the rows and columns of `dataset`, and `width`, `height`, one column per
-        score, and `error` (null, or why there is no score). `Scorer(metrics).lower_better` says which way each score
-        points, `Scorer(metrics).describe()` what else decides it.
+        A lazy dataset: the rows and columns of `dataset`, `width`, `height`, one column per score, and `error` (null,
+        or the reason for a missing score). `Scorer(metrics).lower_better` is the direction of each score,
+        `Scorer(metrics).describe()` everything else that affects it.
 
     Raises:
-        SettingsError: neither column is there, a column of the result is there already, more workers than the cluster
-            has room for, or Ray is missing; and what `Scorer` raises.
+        SettingsError: the dataset lacks both columns or already has a column of the result, the cluster has no room for
+            that many workers, or Ray is missing; and as for `Scorer`.
     """
     _ray()
     names = dataset.columns() or []
     if image not in names and "path" not in names:
         raise SettingsError(
-            f"the dataset has the columns {', '.join(names)}; expected {image!r} or 'path', or name the column of "
-            "images with image="
+            f"the dataset has the columns {', '.join(names)}; expected {image!r} or 'path'; pass image= to name the "
+            "column of images"
         )
     columns = _checked(metrics, batch_size=batch_size, device=device, **options).columns
     for added in ("width", "height", *columns, "error"):
         if added in names:
-            raise SettingsError(f"the dataset has a column {added!r} already; rename it before scoring")
+            raise SettingsError(f"the dataset already has a column {added!r}; rename it before scoring")
     return _scored(dataset, metrics, image, actors, batch_size=batch_size, device=device, **options)
 
 
 class RayScorer:
-    """Scores paths and URLs on a Ray cluster; what `qualiclip score --engine ray` uses in place of `Scorer`.
+    """Scores paths and URLs on a Ray cluster, for `qualiclip score --engine ray`.
 
     Args:
         metrics, options: as for `Scorer`.
@@ -103,7 +103,7 @@ class RayScorer:
         self._description = {**scorer.describe(), "device": device}
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that decides the scores, as `Scorer.describe`."""
+        """Return everything that affects the scores, as `Scorer.describe`."""
         return self._description
 
     def score(self, paths: Iterable[str]) -> Iterator[Record]:
@@ -129,7 +129,7 @@ class RayScorer:
 
 
 class ScoreStage:
-    """What each worker runs: an Arrow table in, the same rows with scores out."""
+    """A worker: takes an Arrow table, and returns its rows with scores."""
 
     def __init__(self, metrics: Metrics, image: str, threads: int, workers: int | None = None, **options: Any) -> None:
         import torch
@@ -165,9 +165,9 @@ class ScoreStage:
 
 
 def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
-    """Replace folders of an object store, given as URLs, by the images below them; everything else stays.
+    """Replace URLs of folders in an object store by the URLs of the images below them; keep all other arguments.
 
-    As on a disk, hidden entries are left out, and files whose suffix is not an image's.
+    As on a disk, hidden entries and files without an image's suffix are skipped.
     """
     fs = require("pyarrow.fs", "ray", "a URL")
 
@@ -184,19 +184,19 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
             below = system.get_file_info(fs.FileSelector(path, recursive=True)) if folder else []
             names = sorted(each.path.removeprefix(path).lstrip("/") for each in below if each.is_file)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"{argument} cannot be listed ({' '.join(str(error).split())})") from error
+            raise SettingsError(f"{argument} cannot be listed ({one_line(error)})") from error
         if not folder:
             yield argument
             continue
         root, mark, query = argument.partition("?")
         for name in names:
             if has_image_suffix(name) and not any(map(is_hidden, name.split("/"))):
-                # A path is not a URL: it may have spaces, # and %.
+                # Unlike a URL, a path may contain spaces, # and %.
                 yield f"{root.rstrip('/')}/{quote(name)}{mark}{query}"
 
 
 def _checked(metrics: Metrics, **options: Any) -> Scorer:
-    """Build a scorer here, so that wrong settings and missing weights are found before workers build theirs."""
+    """Build a scorer in this process, to find wrong settings and missing weights before workers start."""
     from .scorer import Scorer
 
     return Scorer(metrics, **{**options, "device": "cpu", "compile": False})
@@ -204,14 +204,14 @@ def _checked(metrics: Metrics, **options: Any) -> Scorer:
 
 def _scored(
     dataset: Dataset, metrics: Metrics, image: str, actors: int | None, device: str | None, **options: Any
-) -> Any:
+) -> Dataset:
     ray = _ray()
     gpus = _gpus(device)
     cores = [int(node.get("CPU", 0)) for node in _nodes()]
     most = gpus or max(1, 2 * sum(cores) - 1)
     if actors is None:
         actors = gpus or max(1, sum(cores) // CORES)
-    elif not 1 <= actors <= most:  # Ray would wait for ever
+    elif not 1 <= actors <= most:  # Ray would wait forever
         raise SettingsError(f"actors is {actors}; expected 1..{most}, {'one per GPU' if gpus else 'two per CPU core'}")
     threads = max(1, min(max(cores), sum(cores) // actors))
     resources: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": _share(cores, actors)}
@@ -227,38 +227,38 @@ def _scored(
 
 
 def _nodes() -> list[dict[str, float]]:
-    """The resources of each node of the cluster."""
+    """Return the resources of each live node of the cluster."""
     return [node["Resources"] for node in _ray().nodes() if node["Alive"]]
 
 
 def _gpus(device: str | None) -> int:
-    """Number of GPUs that the workers may use."""
+    """Return the number of GPUs that workers may use."""
     return 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in _nodes())
 
 
 def _share(nodes: Sequence[int], actors: int) -> float:
-    """CPU cores of a worker: each worker must fit on a node, and one core is left for what feeds them."""
+    """Return the CPU cores per worker: each worker must fit on a node, and one core is left for reading the data."""
     total = sum(nodes)
     fitting = (k for k in range(max(nodes), 0, -1) if k * actors < total and sum(n // k for n in nodes) >= actors)
     return next(fitting, 0.5)
 
 
-def _image(cell: object) -> Any:
-    """Turn a cell of the column of images into what `Scorer.score` takes, or into the error that its row gets."""
+def _image(cell: object) -> str | bytes | np.ndarray | ImageError:
+    """Convert a cell of the column of images to a source for `Scorer.score`, or to the error of its row."""
     if isinstance(cell, dict):
         cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if isinstance(cell, str):
         return _fetch(cell)
     if isinstance(cell, bytes | np.ndarray):
         return cell
-    found = "nothing" if cell is None else f"{type(cell).__name__} value"
+    found = "null" if cell is None else f"{type(cell).__name__} value"
     return ImageError(f"{found} instead of an image; expected bytes, a path, a URL, {{bytes, path}} or an array")
 
 
-def _fetch(path: str | bytes | None) -> Any:
-    """Return a local path as it is, the bytes behind a URL, or the error that its row gets."""
+def _fetch(path: str | bytes | None) -> str | bytes | ImageError:
+    """Return a local path, the bytes behind a URL, or the error of its row."""
     if path is None:
-        return ImageError("nothing instead of a path; expected a path or URL")
+        return ImageError("null instead of a path; expected a path or URL")
     path = os.fsdecode(path)
     if "://" not in path:
         return path
@@ -269,7 +269,7 @@ def _fetch(path: str | bytes | None) -> Any:
         with system.open_input_file(name) as file:
             return file.read()
     except (OSError, ValueError) as error:
-        return ImageError(f"{path} cannot be read ({' '.join(str(error).split())}); expected an image file")
+        return ImageError(f"{path} cannot be read ({one_line(error)}); expected an image file")
 
 
 def _ray() -> Any:

@@ -1,8 +1,8 @@
-"""Score many images: decoded in worker processes, batched by size, one record each in input order.
+"""Score many images: decode in worker processes, batch by size, yield one record each in input order.
 
-An image goes  source -> `Decoder` -> waiting room by size -> `Network` on a device -> record.  Nothing is padded or
-resized, so a score does not depend on the batch. The number of images between the oldest without a record and the
-newest that was read is bounded, and so is the memory of their pixels, whatever the number of inputs.
+Path of an image: source -> `Decoder` -> queue of its size -> `Network` on a device -> record. Nothing is padded or
+resized, so a score does not depend on the batch. The number of images in flight and the memory of their pixels are
+bounded, whatever the number of inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,44 +33,45 @@ from .network import Network, Scored
 from .precision import PRECISIONS
 from .tables import Record
 
-# Bytes of decoded images that may wait to be scored.
+# Bytes of decoded images waiting to be scored, at most.
 DECODED_BYTES = 2**30
+
+ShapeAndDtype: TypeAlias = tuple[tuple[int, ...], np.dtype]
 
 
 class Scorer:
     """Scores any number of images by one or more no-reference metrics.
 
-    On a CPU in fp32, scores equal `metric(x)` of one image at a time to 2e-6, whatever the batch size, workers, order
-    and devices. On an NVIDIA GPU a scorer uses TF32 only if asked to, while pyiqa's `metric(x)` always allows it for
-    convolutions: there, fp32 scores agree with those of a CPU to float32 rounding, and not with `metric(x)`.
+    On a CPU in fp32, scores equal `metric(x)` of one image at a time to 2e-6, for any batch size, workers, order and
+    devices. On an NVIDIA GPU, a scorer uses TF32 only on request, while pyiqa's `metric(x)` always allows it for
+    convolutions: fp32 scores then agree with a CPU's to float32 rounding, but not with `metric(x)`.
 
     Args:
-        metrics: a name that `pyiqa.create_metric` knows, the file of a model that was trained with this package, a
-            metric or network, a list of those, or a mapping from column to one of those. What is passed in is copied,
-            not changed. Metrics on equal towers share one pass. Metrics of other packages are scored image by image,
-            since their scores may depend on what else is in a batch, in float32 and as pyiqa runs them.
-        device: such as "cpu", "cuda" or "cuda:0"; several, in a list or with commas, share the work. Default: CUDA if
-            there is one.
-        batch_size: images of equal size that go through a network together, at most; fewer if they are large. Default:
-            32, on a CPU 8.
-        workers: processes that decode; 0 decodes in this process, in between. Default: by the number of CPU cores, 0
-            in a process that may not start others.
+        metrics: a name known to `pyiqa.create_metric`, the file of a model trained with this package, a metric or
+            network, a list of those, or a mapping from column to one of those. Modules are copied, not changed.
+            Metrics on equal towers share one pass. Other packages' metrics run as pyiqa runs them, in float32 and
+            image by image, since their scores may depend on the rest of a batch.
+        device: for example "cpu", "cuda" or "cuda:0"; several, in a list or separated by commas, share the work.
+            Default: CUDA if available.
+        batch_size: maximum number of images of equal size per batch; large images make smaller batches. Default: 32,
+            on a CPU 8.
+        workers: number of decoding processes; 0 decodes in this process. Default: by the number of CPU cores, 0 in a
+            process that may not start others.
         precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16".
-        compile: whether the networks go through `torch.compile`, which pays from a few hundred images on.
-        max_pixels: larger images are refused before they are decoded. Default: Pillow's limit, 89 million.
-        ignore_orientation: take pixels as they are stored, not turned as EXIF orientation says that they are shown.
-        ignore_profile: take colours as they are stored, not converted to sRGB through an embedded ICC profile.
-        allow_truncated: score files whose image data ends early.
-        decode_timeout: seconds that a worker may take to decode an image before it is replaced and the image is an
-            error; `math.inf`: no limit.
+        compile: use `torch.compile`, which pays off from a few hundred images.
+        max_pixels: refuse larger images before decoding. Default: Pillow's limit, 89 million.
+        ignore_orientation: keep the stored orientation instead of applying EXIF orientation.
+        ignore_profile: keep the stored colours instead of converting from an embedded ICC profile to sRGB.
+        allow_truncated: score files with truncated image data.
+        decode_timeout: seconds to decode an image, after which the worker is replaced and the image becomes an error;
+            `math.inf`: no limit.
 
     Attributes:
-        columns: names of the scores: the metric's, followed by a dot and the attribute for a metric with several.
-        lower_better: for every column, whether a lower score means a better image.
+        columns: names of the scores: the metric's name, followed by a dot and the attribute if it has several.
+        lower_better: whether a lower score means a better image, by column.
 
     Raises:
-        SettingsError: an unknown metric, one that needs a reference, two with the same column, or a setting that makes
-            no sense.
+        SettingsError: an unknown metric, one that needs a reference, two with the same column, or an invalid setting.
         WeightsError: a weight file is missing.
 
     Example:
@@ -116,16 +117,15 @@ class Scorer:
         }
 
     def score(self, images: Iterable[Source | ImageError] | Source) -> Iterator[Record]:
-        """Yield one record per image, in input order, as they are ready.
-
-        Args:
-            images: an iterable of what `load_image` takes, read as needed and never kept; or one of those alone, which
-                is scored as one image: a path, bytes, a PIL image, an array (H, W) or (H, W, C), a tensor (C, H, W). An
-                `ImageError` in the place of an image becomes its record's error. Paths and bytes are decoded in worker
-                processes.
+        """Yield one record per image, in input order, as soon as it is ready.
 
         An image that cannot be scored has a record with an error. A decoding process that dies or hangs is replaced; a
-        batch for which a device has too little memory is halved. Anything else that goes wrong is raised.
+        batch that exceeds a device's memory is halved. Any other failure is raised.
+
+        Args:
+            images: an iterable of sources as for `load_image`, read as needed and not kept; or a single one: a path,
+                bytes, a PIL image, an array (H, W) or (H, W, C), a tensor (C, H, W). An `ImageError` in place of an
+                image becomes its record's error. Paths and bytes are decoded in worker processes.
 
         Raises:
             SettingsError: `images` is neither an image nor an iterable.
@@ -143,13 +143,13 @@ class Scorer:
                 thread.shutdown(cancel_futures=True)
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that decides the scores, ready for JSON: what a table of scores keeps beside it.
+        """Return everything that affects the scores, JSON-ready, as stored beside a table.
 
-        Weight files are hashed, which takes a second for a large one.
+        Hashes the weight files, which takes about a second for a large one.
 
         Returns:
-            `version` of this package, `torch`, `columns` (for every score, `lower_better` and what else its metric says
-            of itself), `precision`, kind of `device`, and `images`, the rules of reading.
+            `version` (of this package), `torch`, `columns` (by score: `lower_better` and the metric's own description),
+            `precision`, `device` (its type) and `images` (the reading rules).
         """
         network = self.networks[0]
         return {
@@ -164,14 +164,14 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _ScoredBatch:
-    """What a device's thread puts on the queue when a batch is done.
+    """A finished batch, as a device's thread puts it on the queue.
 
     Attributes:
         device: index of the device.
         numbers: of the images.
         height, width: of every image.
         weight: bytes of all pixels.
-        scored: holds the scores, or what was raised.
+        scored: the scores, or the exception.
     """
 
     device: int
@@ -183,7 +183,7 @@ class _ScoredBatch:
 
 
 class _Run:
-    """One pass over the inputs. Everything but decoding and the networks happens in the caller's thread."""
+    """One pass over the inputs. Everything except decoding and networks runs in the caller's thread."""
 
     def __init__(
         self,
@@ -195,13 +195,13 @@ class _Run:
     ) -> None:
         self.scorer, self.images, self.events, self.decoder, self.threads = scorer, images, events, decoder, threads
         self.window = 8 * scorer.batch_size + 2 * scorer.workers
-        self.busy = [0] * len(threads)  # batches that a device works on or that wait for it
+        self.busy = [0] * len(threads)  # batches running or queued, by device
         self.paths: dict[int, str | None] = {}
-        self.waiting: OrderedDict[Any, deque[tuple[int, np.ndarray]]] = OrderedDict()  # by shape and dtype
-        self.decoded_bytes = 0  # of images that are not scored yet
-        self.last_bytes = 0  # of the image that was decoded last, as a guess for the next ones
+        self.waiting: OrderedDict[ShapeAndDtype, deque[tuple[int, np.ndarray]]] = OrderedDict()
+        self.decoded_bytes = 0  # of images not scored yet
+        self.last_bytes = 0  # of the last decoded image, as an estimate for the pending ones
         self.done: dict[int, Record] = {}
-        self.read = 0  # images taken from the input
+        self.read = 0  # number of images read from the input
         self.exhausted = False
 
     def __iter__(self) -> Iterator[Record]:
@@ -234,12 +234,12 @@ class _Run:
             self.exhausted = True
             return
         number, self.read = self.read, self.read + 1
-        if isinstance(source, os.PathLike):  # its class may be unknown to workers
+        if isinstance(source, os.PathLike):  # a worker may lack its class
             source = os.fsdecode(source)
         self.paths[number] = source if isinstance(source, str) else None
         if isinstance(source, str | bytes):
             self.decoder.submit(number, source)
-        elif isinstance(source, ImageError):  # from whoever should have brought the image
+        elif isinstance(source, ImageError):  # the caller could not get the image
             self._add(number, source)
         elif isinstance(source, Tensor):
             try:
@@ -250,7 +250,7 @@ class _Run:
             self._add(number, read_or_error(source, self.scorer.rules))
 
     def _add(self, number: int, result: np.ndarray | ImageError) -> None:
-        """Put decoded pixels into the waiting room of their size, or finish an image that has none."""
+        """Queue decoded pixels by size, or complete the record of an image that failed."""
         if isinstance(result, ImageError):
             self.done[number] = Record(self.paths.pop(number), error=str(result))
             return
@@ -259,18 +259,18 @@ class _Run:
         self.decoded_bytes += result.nbytes
 
     def _dispatch(self) -> None:
-        """Give every device work: a full batch ahead of time, a smaller one only if there is nothing else to do."""
+        """Give work to every device: a full batch in advance, a smaller one only if the device is idle."""
         for device, thread in enumerate(self.threads):
             while self.waiting and self.busy[device] < 2:
                 size = self.scorer.batch_size
-                key = next((key for key, room in self.waiting.items() if len(room) >= size), None)
+                key = next((key for key, images in self.waiting.items() if len(images) >= size), None)
                 if key is None:
                     if self.busy[device]:
                         break
-                    key = min(self.waiting, key=lambda key: self.waiting[key][0][0])  # that of the oldest image
-                room = self.waiting[key]
-                batch = [room.popleft() for _ in range(min(size, len(room)))]
-                if not room:
+                    key = min(self.waiting, key=lambda key: self.waiting[key][0][0])  # with the oldest image
+                images = self.waiting[key]
+                batch = [images.popleft() for _ in range(min(size, len(images)))]
+                if not images:
                     del self.waiting[key]
                 numbers, pixels = [n for n, _ in batch], [p for _, p in batch]
                 self.busy[device] += 1
@@ -297,7 +297,7 @@ class _Run:
 
 
 def _each(images: Iterable[Source | ImageError] | Source) -> Iterator[Source | ImageError]:
-    """The images one by one; a single image is one, though paths, arrays and tensors can be iterated over."""
+    """Iterate over images; a single image is one item, though paths, arrays and tensors are iterable."""
     if isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image):
         return iter([images])
     if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
@@ -318,13 +318,13 @@ def _devices(device: str | torch.device | Sequence[str | torch.device] | None) -
         devices = [torch.device(name) for name in names]
         for each in devices:
             torch.empty(0, device=each)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's first line says what is missing
+    except (RuntimeError, AssertionError, TypeError) as error:  # the first line of torch's message is enough
         reason = str(error).splitlines()[0]
         raise SettingsError(
             f"device {device!r} cannot be used ({reason}); expected for example 'cpu' or 'cuda:0'"
         ) from error
     if not devices or len({each.type for each in devices}) > 1:
-        raise SettingsError(f"device is {device!r}; expected one, or several of one kind")
+        raise SettingsError(f"device is {device!r}; expected one device, or several of the same type")
     return devices
 
 

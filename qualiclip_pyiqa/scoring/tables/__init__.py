@@ -1,11 +1,11 @@
 """Tables of scores: CSV, JSON lines or Parquet with the columns `path,width,height,<score>...,error`.
 
 record.py        one row
-meta.py          `NAME.meta.json` beside a table: what scored it, and which direction is better
-cells.py         what the cells of any format mean
-csv_rows.py, json_rows.py, parquet_rows.py    the cells of one format, read and written
-read.py          a whole table, as this package or pandas wrote it
-write.py         a table that grows row by row and survives a killed process
+meta.py          `NAME.meta.json` beside a table: how it was scored, and the direction of each score
+cells.py         what cells mean in any format
+csv_rows.py, json_rows.py, parquet_rows.py    read and write the cells of one format
+read.py          read a table written by this package, pandas or a spreadsheet
+write.py         write a table row by row, so that it survives a killed process
 """
 
 from .meta import meta_path, read_meta

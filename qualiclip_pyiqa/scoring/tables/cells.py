@@ -1,8 +1,7 @@
-"""What the cells of a table mean, whatever its format: the one rule for CSV, JSON lines and Parquet.
+"""Interpret the cells of a table, by the same rules for CSV, JSON lines and Parquet.
 
-`path`, `width`, `height` and `error` are known by name, in any order; only `path` must be there. Every other column of
-numbers holds scores. Columns of text and the index that pandas writes are passed over. An empty cell, a null and a NaN
-mean that there is no value.
+`path`, `width`, `height` and `error` are recognised by name, in any order; only `path` is required. Every other column
+of numbers holds scores. Columns of text and pandas' index are ignored. Empty cells, nulls and NaN are missing values.
 """
 
 from __future__ import annotations
@@ -21,34 +20,35 @@ from .record import Record
 BEFORE, AFTER = ("path", "width", "height"), ("error",)
 FIXED = (*BEFORE, *AFTER)
 _MISSING = frozenset(("", "nan", "na", "n/a", "<na>", "null", "none"))
-# An index column as pandas names it in CSV (first line), after another `read_csv`, and in Parquet.
+# Names that pandas gives an index column: none or these in CSV, `Unnamed: 0` read again, the last in Parquet.
 _INDEX = re.compile(r"|index|level_0|Unnamed: \d+|__index_level_\d+__")
 # The csv module reads no cell of more than 131,072 characters.
 _LONGEST = 100_000
 
 
 class Rows(Protocol):
-    """A file of one format, opened: its columns and, as often as they are asked for, its rows.
+    """An opened table file of one format, whose rows can be read repeatedly.
 
     Attributes:
-        names: the columns; of JSON lines, those of the first line.
-        unread: columns that `rows` leaves out, and why they cannot hold scores.
+        names: the columns; for JSON lines, those of the first line.
+        unread: columns that `rows` omits, with the reason why they cannot hold scores.
     """
 
     names: tuple[str, ...]
     unread: Mapping[str, str]
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        """Yield for every row where it stands, such as "line 7", and its cells by column."""
+        """Yield the location of every row, such as "line 7", and its cells by column."""
         ...
 
 
 def not_scores(path: Path, why: object) -> SettingsError:
+    """Return the error for a file that is not a valid table of scores."""
     return SettingsError(f"{path} is not a table of scores ({why}); expected one that `qualiclip score` wrote")
 
 
 def check_names(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of a file that has `path` and names none of them twice."""
+    """Return the columns of a file. Raise SettingsError unless they contain `path` and no duplicates."""
     if "path" not in names:
         raise not_scores(path, f"no column 'path'; its columns are {shown(', '.join(names))}")
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -58,11 +58,10 @@ def check_names(path: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def find_scores(rows: Rows) -> tuple[tuple[str, ...], dict[str, str], int]:
-    """Read all rows once.
+    """Read all rows once to find the columns of scores.
 
     Returns:
-        The columns of scores in the file's order, every other column with the reason why it holds none, and the number
-        of rows.
+        The columns of scores in file order; every other column with the reason why it holds none; the number of rows.
     """
     scores: dict[str, None] = {}
     others = dict(rows.unread)
@@ -94,7 +93,7 @@ def find_scores(rows: Rows) -> tuple[tuple[str, ...], dict[str, str], int]:
 
 
 def read_record(path: Path, where: str, cells: Mapping[str, object], columns: Sequence[str]) -> Record:
-    """Make a row's record. Raises SettingsError for a cell that is not what its column holds."""
+    """Parse a row. Raise SettingsError for a cell that is invalid in its column."""
     name = ""
     try:
         scores = {}
@@ -108,15 +107,15 @@ def read_record(path: Path, where: str, cells: Mapping[str, object], columns: Se
         wrong = _text(cells.get(name := "error"))
     except ValueError as error:
         raise not_scores(path, f"{where}, column {name!r}: {error}") from error
-    # An empty cell may have been written as "nan".
+    # Other programs may write an empty cell as "nan".
     return Record(image, width, height, scores, None if wrong and wrong.casefold() in _MISSING else wrong)
 
 
 def write_cells(record: Record, columns: Sequence[str]) -> dict[str, object]:
-    """Cells by column, in the order in which this package writes them; None where there is no value."""
+    """Return a record's cells by column, in the order in which they are written; None for missing values."""
     error = record.error
     if error is not None and len(error) > _LONGEST:
-        kept = _LONGEST - len("... (999999999 more characters)")  # so that it is not cut again
+        kept = _LONGEST - len("... (999999999 more characters)")  # room for any count, so that it is not cut again
         error = f"{error[:kept]}... ({len(error) - kept} more characters)"
     return {
         "path": record.path,
@@ -128,7 +127,7 @@ def write_cells(record: Record, columns: Sequence[str]) -> dict[str, object]:
 
 
 def number(cell: object) -> float | None:
-    """Return the finite number of a cell, or None if it has no value. Raises ValueError for anything else."""
+    """Return the finite number in a cell, or None for a missing value. Raise ValueError for anything else."""
     if cell is None or cell == "":
         return None
     if isinstance(cell, str):
@@ -146,7 +145,7 @@ def number(cell: object) -> float | None:
 
 
 def _parse(text: str) -> float:
-    if text.isascii() and "_" not in text:  # `float` also takes "1_000" and the digits of other scripts
+    if text.isascii() and "_" not in text:  # `float` also accepts "1_000" and digits of other scripts
         try:
             return float(text)
         except ValueError:
@@ -157,12 +156,12 @@ def _parse(text: str) -> float:
 
 
 def shown(text: str, longest: int = 80) -> str:
-    """Text for an error message: cut where it is long."""
+    """Shorten a text for an error message."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _side(cell: object) -> int | None:
-    """A width or height, which pandas writes as `160.0` where others are missing."""
+    """Parse a width or height, which pandas writes as `160.0` if others in the column are missing."""
     value = number(cell)
     if value is None:
         return None

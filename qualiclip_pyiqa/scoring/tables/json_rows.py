@@ -1,4 +1,4 @@
-"""JSON lines. A file name that is not UTF-8 stands in them with Python's surrogate escapes."""
+"""Tables in JSON lines. File names that are not UTF-8 are stored with Python's surrogate escapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class JsonRows:
-    """A file of JSON lines: one object per line, whose keys may differ from line to line."""
+    """A file of JSON lines: one object per line; keys may differ between lines."""
 
     unread: Mapping[str, str] = {}
 
@@ -20,7 +20,6 @@ class JsonRows:
         self.path = path
         with path.open("rb") as file:
             first = file.readline().removeprefix(_BOM)
-        #: A file without a line names no columns.
         self.names = check_names(path, list(self._row(1, first))) if first else ()
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
@@ -39,9 +38,10 @@ class JsonRows:
         if not isinstance(row, dict):
             raise not_scores(self.path, f"line {number} is {shown(repr(row))}, not an object")
         if "path" not in row:
-            raise not_scores(self.path, f"line {number} has no 'path', but {shown(', '.join(row) or 'nothing')}")
+            raise not_scores(self.path, f"line {number} has no 'path'; its keys: {shown(', '.join(row) or 'none')}")
         return row
 
 
 def json_line(cells: Mapping[str, object]) -> bytes:
+    """Encode one row."""
     return json.dumps(cells).encode() + b"\n"

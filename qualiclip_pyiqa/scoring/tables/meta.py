@@ -1,8 +1,8 @@
-"""`NAME.meta.json` beside a table: what scored it, and in which direction every score is better.
+"""The description of a table, in `NAME.meta.json` beside it: how it was scored, and the direction of each score.
 
-It is what `Scorer.describe` returns, with two notes of the table's own: `continued` lists descriptions of later runs
-that added rows with differences that were allowed, and `rows_of_unknown_settings` counts the first rows if nothing
-described them when the table was resumed. A Parquet table holds the same in the metadata of its schema.
+It is what `Scorer.describe` returns, with two additions: `continued` lists the descriptions of later runs that added
+rows under permitted differences, and `rows_of_unknown_settings` counts the rows that had no description when the table
+was resumed. A Parquet table has a copy in the metadata of its schema.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .cells import shown
 
 _CONTINUED = "continued"
 UNKNOWN = "rows_of_unknown_settings"
-# What a description says of a model besides what decides its scores.
+# Fields of a model's description that do not affect its scores.
 _IGNORED = frozenset(
     (
         "check",
@@ -36,12 +36,12 @@ _IGNORED = frozenset(
         "summary",
     )
 )
-# What decides at most which images get a score, or is no more than a reason to look into the changelog.
-_SAID = frozenset(("allow_truncated", "decode_timeout", "max_pixels", "torch", "version"))
+# Fields that may differ with a warning: they affect only which images get a score, or rarely the scores.
+_PERMITTED = frozenset(("allow_truncated", "decode_timeout", "max_pixels", "torch", "version"))
 
 
 def meta_path(table: str | Path) -> Path:
-    """The file that describes a table.
+    """Return the path of a table's description.
 
     Example:
         >>> meta_path("scores.csv").name
@@ -52,17 +52,17 @@ def meta_path(table: str | Path) -> Path:
 
 
 def read_meta(table: str | Path) -> dict[str, Any] | None:
-    """Read what scored a table.
+    """Read the description of a table.
 
     Args:
-        table: the table's own path, not that of the description.
+        table: the path of the table, not of the description.
 
     Returns:
-        The description, whose `columns` maps every score to what is known of it, `lower_better` among that; None if
-        there is none.
+        The description, or None if there is none. Its `columns` maps every score to its metric's description, which
+        contains `lower_better`.
 
     Raises:
-        SettingsError: there is one that cannot be read.
+        SettingsError: the description cannot be read.
     """
     table = Path(table)
     path: Path = meta_path(table)
@@ -81,12 +81,12 @@ def read_meta(table: str | Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, RecursionError):
         pass
     raise SettingsError(
-        f"{path} does not describe a table of scores; expected what `qualiclip score` wrote: restore or remove it"
+        f"{path} is not the description of a table of scores; restore it from `qualiclip score`, or remove it"
     )
 
 
 def write_meta(table: Path, meta: Mapping[str, object] | None) -> None:
-    """Write a table's description, whole or not at all; without one, remove that of an earlier table."""
+    """Write a table's description, whole or not at all; with None, remove that of an earlier table."""
     path = meta_path(table)
     if meta is None:
         path.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def write_meta(table: Path, meta: Mapping[str, object] | None) -> None:
 
 
 def lower_better_of(meta: Mapping[str, object] | None, column: str) -> bool | None:
-    """The direction of a score by its table's description; None if that says nothing about it."""
+    """Return the direction of a score according to its table's description; None if that does not state it."""
     columns = (meta or {}).get("columns")
     described = columns.get(column) if isinstance(columns, dict) else None
     direction = described.get("lower_better") if isinstance(described, dict) else None
@@ -106,30 +106,30 @@ def lower_better_of(meta: Mapping[str, object] | None, column: str) -> bool | No
 def continue_meta(
     table: Path, before: Mapping[str, object], now: Mapping[str, object]
 ) -> tuple[dict[str, object], list[str]]:
-    """Compare the settings that a table was begun with to those it goes on with.
+    """Compare the settings of the rows in a table with those of a run that resumes it.
 
-    A difference that can change a score is refused: another model, precision, kind of device or orientation rule, for
-    a metric of another package its version. Others are allowed and kept in the description.
+    A difference that can change a score is refused: another model, precision, device type or reading rule, or another
+    version of pyiqa for its metrics. Other differences are permitted and added to the description.
 
     Returns:
-        The description from now on, and the allowed differences as text.
+        The new description, and the permitted differences as text.
 
     Raises:
-        SettingsError: a refused difference; says all of them.
+        SettingsError: a refused difference; the message lists the first four.
     """
     refused: list[str] = []
     allowed: list[str] = []
     for keys, old, new in _differences(before, json.loads(json.dumps(now)), ()):
         if keys[0] not in (_CONTINUED, UNKNOWN) and not _IGNORED & set(keys):
             foreign = "pyiqa_version" in keys
-            (allowed if keys[-1] in _SAID and not foreign else refused).append(
+            (allowed if keys[-1] in _PERMITTED and not foreign else refused).append(
                 f"{_spoken(keys)} was {_value(old)}, is now {_value(new)}"
             )
     if refused:
         raise SettingsError(
-            f"{table} was begun with other settings: {'; '.join(refused[:4])}"
+            f"{table} was started with other settings: {'; '.join(refused[:4])}"
             + (f"; and {len(refused) - 4} more" if len(refused) > 4 else "")
-            + "; go on with the same, or choose another name"
+            + "; resume with the same settings, or choose another name"
         )
     meta = dict(before)
     if allowed:
@@ -150,18 +150,18 @@ def _differences(old: object, new: object, keys: tuple[str, ...]) -> Iterator[tu
 
 
 def _spoken(keys: tuple[str, ...]) -> str:
-    """`columns, qualiclip, weights, sha256` as "weights sha256 of qualiclip"."""
+    """Format `columns, qualiclip, weights, sha256` as "weights sha256 of qualiclip"."""
     if keys[0] == "columns" and len(keys) > 2:
         return f"{' '.join(keys[2:])} of {keys[1]}"
     return " ".join(keys).replace("_", " ")
 
 
 def _value(value: object) -> str:
-    return "not there" if value is None else shown(str(value), 40)
+    return "absent" if value is None else shown(str(value), 40)
 
 
 def _inside(table: Path) -> bytes | None:
-    """The description in a Parquet file's own metadata."""
+    """Return the description in a Parquet file's own metadata."""
     if table.suffix != ".parquet" or not table.is_file():
         return None
     from .parquet_rows import ParquetRows

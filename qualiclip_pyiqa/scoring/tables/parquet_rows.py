@@ -1,4 +1,4 @@
-"""Parquet. Its text must be UTF-8: a file name that is not has backslash escapes."""
+"""Parquet tables. Their text must be UTF-8, so other file names are stored with backslash escapes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
+from ...errors import one_line
 from ...optional import require
 from .cells import check_names, not_scores, write_cells
 from .record import Record, utf8
@@ -18,13 +19,13 @@ _META_KEY = b"qualiclip_pyiqa"
 
 
 def require_pyarrow() -> ModuleType:
-    """Return pyarrow with its Parquet part, or raise SettingsError."""
+    """Import pyarrow and pyarrow.parquet, or raise SettingsError."""
     require("pyarrow.parquet", "parquet", "a Parquet table")
     return require("pyarrow", "parquet", "a Parquet table")
 
 
 class ParquetRows:
-    """A Parquet file. Columns of a nested or binary type, such as the images of a data set, are not read."""
+    """A Parquet file. Columns of nested or binary types, such as a data set's images, are not read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +36,7 @@ class ParquetRows:
         except (self._pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise not_scores(path, _line(error)) from error
+            raise not_scores(path, one_line(error)) from error
         self.names = check_names(path, schema.names)
         self.unread: Mapping[str, str] = {
             field.name: f"of type {field.type}"
@@ -53,7 +54,7 @@ class ParquetRows:
                         number += 1
                         yield f"row {number}", cells
         except (self._pyarrow.ArrowException, OSError, UnicodeError) as error:
-            raise not_scores(self.path, f"after row {number}: {_line(error)}") from error
+            raise not_scores(self.path, f"after row {number}: {one_line(error)}") from error
 
     def _open(self):  # type: ignore[no-untyped-def]  # pyarrow has no types
         return self._pyarrow.parquet.ParquetFile(self.path)
@@ -76,7 +77,7 @@ class ParquetRows:
 def write_parquet(
     file: BinaryIO, columns: Sequence[str], records: Iterable[Record], meta: Mapping[str, object] | None
 ) -> None:
-    """Write a whole file; `meta` also goes into the metadata of its schema, and so with the file wherever it goes."""
+    """Write a whole file, with `meta` in the metadata of its schema, so that it stays with a file that is moved."""
     pyarrow = require_pyarrow()
     text, side, score = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
     schema = pyarrow.schema(
@@ -92,7 +93,3 @@ def write_parquet(
                     value = row[name]
                     row[name] = utf8(value) if isinstance(value, str) else None
             writer.write_table(pyarrow.Table.from_pylist(cells, schema=schema))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Reads tables of scores, as this package wrote them and as pandas and spreadsheets write them again."""
+"""Read tables of scores as written by this package, or rewritten by pandas and spreadsheets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .parquet_rows import ParquetRows
 from .record import Record
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
-PART = ".part"  # of a Parquet table's rows, as JSON lines, until it is complete
+PART = ".part"  # suffix of an unfinished Parquet table's rows in JSON lines
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Table:
 
     Attributes:
         path: its file.
-        columns: names of the scores, in the file's order.
-        others: every other column but `path`, `width`, `height` and `error`, with the reason why it is passed over.
-        meta: what scored it, see `read_meta`; None if nobody says.
+        columns: names of the scores, in file order.
+        others: every column but those and `path`, `width`, `height` and `error`, with the reason why it is ignored.
+        meta: its description, see `read_meta`; None if there is none.
     """
 
     path: Path
@@ -41,19 +41,19 @@ class Table:
             yield read_record(self.path, where, cells, self.columns)
 
     def lower_better(self, column: str) -> bool | None:
-        """Whether lower scores are better, as the table itself says; None if it does not."""
+        """Return whether lower scores are better according to the table's description; None if not stated."""
         return lower_better_of(self.meta, column)
 
 
 def read_table(path: str | Path) -> Table:
-    """Open a table and find its scores: every column of numbers, whatever the order of the columns.
+    """Open a table and find its scores: every column of numbers, in any order.
 
     Args:
-        path: `*.csv` (with commas, semicolons or tabs), `*.jsonl` or `*.parquet`; also the `NAME.parquet.part` of a
-            run that has not ended.
+        path: `*.csv` (with commas, semicolons or tabs), `*.jsonl`, `*.parquet`, or the `NAME.parquet.part` of an
+            unfinished run.
 
     Raises:
-        SettingsError: no such table, or not one of scores; from iterating over it too.
+        SettingsError: no such table, or not a table of scores. Iterating over the table raises it too.
     """
     path = Path(path)
     try:
@@ -70,7 +70,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def open_rows(path: Path) -> Rows:
-    """Open a file by its suffix and check that its columns are those of a table of scores."""
+    """Open a table file by its suffix, and check its columns."""
     if path.suffix == ".csv":
         return CsvRows(path)
     if path.suffix == ".parquet":
@@ -81,8 +81,6 @@ def open_rows(path: Path) -> Rows:
 
 
 def check_suffix(path: Path) -> None:
-    """Raise SettingsError for a name that is not a table's."""
+    """Raise SettingsError unless a path has the suffix of a table."""
     if path.suffix not in SUFFIXES:
-        raise SettingsError(
-            f"{path} is not the name of a table that can be written or read; expected one in {', '.join(SUFFIXES)}"
-        )
+        raise SettingsError(f"{path} has suffix {path.suffix!r}; expected a table with one of {', '.join(SUFFIXES)}")

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Record:
-    """The scores of one image, or why it has none.
+    """The scores of one image, or the reason why there are none.
 
     Attributes:
-        path: as it was given; None for an image that was not a path.
-        width, height: in pixels, as the image was scored; None if it could not be decoded.
-        scores: score by column; a column whose metric failed is missing.
-        error: one line, or None if every metric scored the image.
+        path: as passed in; None for an image that was not a path.
+        width, height: pixels, as scored; None if the image could not be decoded.
+        scores: score by column, without the columns of metrics that failed.
+        error: one line; None if every metric scored the image.
 
     Example:
         >>> Record("a.png", 640, 480, {"qualiclip-mini": 0.75}).scores["qualiclip-mini"]
@@ -29,7 +29,7 @@ class Record:
 
 
 def utf8(path: str) -> str:
-    r"""Replace undecodable bytes of a path by backslash escapes, since Parquet holds valid UTF-8 only.
+    r"""Replace undecodable bytes of a path by backslash escapes, since Parquet requires valid UTF-8.
 
     Example:
         >>> utf8("latin\udce9.png")

@@ -1,8 +1,8 @@
-"""Writes tables of scores. Rows are in the file when `ScoreTable.write` returns, so that a killed run can go on.
+"""Write tables of scores. Rows are in the file when `ScoreTable.write` returns, so a killed run can be resumed.
 
-CSV and JSON lines grow under their own name; a torn row at the end is cut off and what stands before it is kept.
-Parquet cannot grow: its rows wait as JSON lines in `NAME.parquet.part` until the table is closed. The description
-(`NAME.meta.json`) is there before the first row.
+CSV and JSON lines grow in place; an incomplete last row is removed when the table is resumed. Parquet files cannot
+grow: rows are stored as JSON lines in `NAME.parquet.part` until the table is closed. The description
+(`NAME.meta.json`) is written before the first row.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ logger = logging.getLogger(__name__)
 
 
 class ScoreTable:
-    """A table that is being written; a context manager that completes it, or leaves it to be resumed after an error.
+    """A table being written; a context manager that completes it, or after an error leaves it to be resumed.
 
     Args:
         path: `*.csv`, `*.jsonl` or `*.parquet`.
         columns: names of the scores.
-        resume: go on with the table that is there, if any; otherwise one that has content is an error. New rows follow
-            the columns of the file, and columns of yours stay empty in them.
-        meta: what scores the rows, as `Scorer.describe` returns it. A resumed table must have been begun with the same,
-            but for what changes no score.
+        resume: continue an existing table; without it, an existing table with content is an error. New rows follow the
+            order of the file's columns, and leave columns added by the user empty.
+        meta: the description of the scorer, from `Scorer.describe`. A resumed table must have been started with the
+            same, except for settings that change no score.
 
     Raises:
-        SettingsError: another suffix, a table that is there already, that has other columns or was begun with other
-            settings, that another process is writing, or that cannot be read. OSError where it cannot be written, from
-            `write` and the end too; what was written before is kept.
+        SettingsError: another suffix; a table that exists already, has other columns, was started with other settings,
+            is being written by another process, or cannot be read.
+        OSError: the table cannot be written; `write` and leaving the context raise it too. Earlier rows are kept.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class ScoreTable:
         check_suffix(self.path)
         self._parquet = self.path.suffix == ".parquet"
         if self._parquet:
-            require_pyarrow()  # not after hours of scoring
+            require_pyarrow()  # fail before hours of scoring
         self._growing = self.path.with_name(self.path.name + PART) if self._parquet else self.path
         left = [file for file in (self.path, self._growing) if _has_content(file)]
         if left and not resume:
-            raise SettingsError(f"{left[0]} is there already; pass --resume to go on with it, or choose another name")
+            raise SettingsError(f"{left[0]} exists already; pass --resume to continue it, or choose another name")
         self._names: tuple[str, ...] = (*FIXED[:3], *self.columns, *FIXED[3:])
         self._delimiter = ","
         with writing(self.path):
@@ -83,15 +83,15 @@ class ScoreTable:
                 raise
 
     def rows(self) -> Iterator[Record]:
-        """The rows that are there now."""
+        """Read the rows written so far."""
         return self._read(self._growing) if _has_content(self._growing) else iter(())
 
     def key(self, path: str | None) -> str | None:
-        """What an image is known by here, however its path was spelled."""
+        """Return the `image_key` of a path as stored in this table."""
         return None if path is None else image_key(utf8(path) if self._parquet else path)
 
     def write(self, records: Iterable[Record]) -> None:
-        """Add rows; they are in the file afterwards."""
+        """Append rows to the file."""
         data = b"".join(map(self._line, records))
         with writing(self.path):
             self._append(data)
@@ -100,16 +100,16 @@ class ScoreTable:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with writing(self.path), self._file:  # and its lock, until the table is complete
+        with writing(self.path), self._file:  # keeps the lock until the table is complete
             if self._parquet and kind is None:
                 with replacing(self.path) as part, part.open("xb") as file:
                     write_parquet(file, self.columns, self.rows(), self.meta)
-                if fcntl is None:  # Windows removes no file that is open
+                if fcntl is None:  # Windows cannot remove an open file
                     self._file.close()
                 self._growing.unlink()
 
     def _begin(self) -> None:
-        """Check what is there before anything is changed, then make it ready for new rows."""
+        """Check an existing table before changing it, then prepare it for new rows."""
         if _has_content(self._growing):
             if not self._first_line_is_torn():
                 self._check_names(self._growing)
@@ -117,7 +117,7 @@ class ScoreTable:
         copied = _has_content(self._growing) and self._check_table(self._growing)
         finished = self._parquet and _has_content(self.path) and self._check_table(self.path)
         self._describe(rows=max(copied, finished))
-        # With fewer rows than the table it is a copy of it that was not finished, since rows are only added to it.
+        # Rows are only added to the copy, so with fewer rows than the table it is an unfinished copy.
         if copied < finished:
             self._file.truncate(0)
             self._append(b"".join(map(self._line, self._read(self.path))))
@@ -132,14 +132,14 @@ class ScoreTable:
             raise self._other_scores(file, found)
         if isinstance(rows, CsvRows):
             if rows.encoding == "utf-16":
-                raise SettingsError(f"{file} is in UTF-16; convert it to UTF-8 to go on with it")
-            lost = next((name for name in FIXED if name not in rows.names), None)
-            if lost is not None:
-                raise SettingsError(f"{file} has no column {lost!r} for new rows; add it, or choose another name")
+                raise SettingsError(f"{file} is in UTF-16; convert it to UTF-8 to resume it")
+            absent = next((name for name in FIXED if name not in rows.names), None)
+            if absent is not None:
+                raise SettingsError(f"{file} has no column {absent!r} for new rows; add it, or choose another name")
             self._names, self._delimiter = rows.names, rows.delimiter
 
     def _check_table(self, file: Path) -> int:
-        """Check the columns of all rows; returns how many there are."""
+        """Check the columns of a table in all rows; return the number of rows."""
         self._check_names(file)
         rows = open_rows(file)
         found, others, count = find_scores(rows)
@@ -153,7 +153,7 @@ class ScoreTable:
         lost = [name for name in {*found, *others} - set(self.columns) if others.get(name) != "an index"]
         if lost and file.suffix == ".parquet":
             raise SettingsError(
-                f"{file} has columns of yours ({', '.join(sorted(lost))}), which a resumed Parquet table would lose; "
+                f"{file} has additional columns ({', '.join(sorted(lost))}), which a resumed Parquet table would lose; "
                 "remove them, or choose another name"
             )
         return count
@@ -165,12 +165,12 @@ class ScoreTable:
         )
 
     def _describe(self, rows: int) -> None:
-        """Write the description, which of a table with rows must be the same as before."""
+        """Write the description; with rows in the table, check that it continues the one before."""
         before = read_meta(self.path) if rows else None
         if rows and self.meta is not None:
             if before is None:
                 logger.warning(
-                    "%s has %d rows and no %s: whether they were scored with the same settings is not known",
+                    "%s has %d rows but no %s, so they may have been scored with other settings",
                     self.path,
                     rows,
                     meta_path(self.path).name,
@@ -179,7 +179,7 @@ class ScoreTable:
             else:
                 self.meta, allowed = continue_meta(self.path, before, self.meta)
                 if allowed:
-                    logger.warning("%s goes on with other settings: %s", self.path, "; ".join(allowed))
+                    logger.warning("%s continues with other settings: %s", self.path, "; ".join(allowed))
         elif rows:
             self.meta = before
         if self.meta != before or not rows:
@@ -192,7 +192,7 @@ class ScoreTable:
         return json_line(cells)
 
     def _first_line_is_torn(self) -> bool:
-        """Whether nothing is there but the beginning of this table's first line."""
+        """Return whether the file contains only the beginning of this table's first line."""
         start = csv_line(self._names) if self.path.suffix == ".csv" else b'{"path": '
         with self._growing.open("rb") as file:
             first = file.readline()
@@ -209,7 +209,7 @@ class ScoreTable:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            with suppress(OSError):  # a torn row is cut off here or when the run is resumed
+            with suppress(OSError):  # else the incomplete row is removed when the run is resumed
                 self._file.truncate(before)
             raise
 
@@ -219,21 +219,21 @@ class ScoreTable:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._file.fileno()), self._growing.stat()):
-                raise FileNotFoundError  # another run has just finished with it, and a third one has begun
+                raise FileNotFoundError  # another run has just removed it, or a third one has recreated it
         except (BlockingIOError, FileNotFoundError):
             raise SettingsError(
                 f"another process is writing {self.path}; wait for it, or choose another name"
             ) from None
         except OSError as error:  # the file system has no locks
             logger.warning(
-                "%s cannot be locked (%s): let no other run write it at the same time",
+                "%s cannot be locked (%s): do not let another run write it at the same time",
                 self.path,
                 error.strerror or error,
             )
 
 
 class CsvStream:
-    """A CSV table for a reader that is there now, on standard output."""
+    """A CSV table on standard output."""
 
     def __init__(self, file: BinaryIO, columns: Sequence[str]) -> None:
         self._file, self.columns = file, tuple(columns)
@@ -266,7 +266,7 @@ def write_table(
     records: Iterable[Record],
     meta: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a whole table and its description (`meta`, see `read_meta`). An old table is replaced, at the end."""
+    """Write a whole table and its description `meta`; an existing table is replaced only at the end."""
     path = Path(path)
     check_suffix(path)
     with writing(path), replacing(path) as part:
@@ -283,7 +283,7 @@ def write_table(
 
 @contextmanager
 def writing(name: object) -> Iterator[None]:
-    """Turn an OSError of the block into one that says what cannot be written; a closed pipe stays as it is."""
+    """Re-raise an OSError of the block as one that names what cannot be written, except for a closed pipe."""
     try:
         yield
     except BrokenPipeError:
@@ -293,7 +293,7 @@ def writing(name: object) -> Iterator[None]:
 
 
 def _open_to_append(path: Path) -> tuple[BinaryIO, bool]:
-    """The file, unbuffered, and whether it was not there before."""
+    """Open a file unbuffered; return it, and whether it is new."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.fdopen(os.open(path, flags | os.O_EXCL, 0o666), "ab", buffering=0), True
@@ -306,7 +306,7 @@ def _has_content(path: Path) -> bool:
 
 
 def _cut_torn_end(path: Path) -> None:
-    """Cut what follows the last whole row: in CSV, a line break inside quotes does not end one."""
+    """Remove what follows the last complete row; in CSV, a quoted line break does not end one."""
     end = position = quotes = 0
     with path.open("rb") as file:
         for line in file:
