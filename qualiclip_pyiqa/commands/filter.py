@@ -15,7 +15,7 @@ from ..errors import ImageError, SettingsError
 from ..files import replacing
 from ..images.convert import source_name
 from ..images.identity import image_key
-from ..metrics.registry import lower_is_better
+from ..metrics.registry import guess_lower_better
 from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
 from . import Commands, refuse, say
 
@@ -115,7 +115,7 @@ def _lower_better(metric: str, arguments: argparse.Namespace, table: Table) -> b
             say(f"{table.path} says that {_direction(known)} scores of {metric} are better; the option says otherwise")
         return wanted
     if known is None:
-        known = lower_is_better(metric)
+        known = guess_lower_better(metric)
         say(
             f"{table.path} does not say in which direction {metric} is better; by its name, {_direction(known)} is "
             "(--lower-better and --no-lower-better decide it)"

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import SettingsError, did_you_mean
 from ..images.convert import source_name
 from ..images.identity import image_key
-from ..metrics.registry import lower_is_better
+from ..metrics.registry import guess_lower_better
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, read_table
 from .agreement import Floats
@@ -119,7 +119,7 @@ def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
     return Scores(
         paths=list(rows),
         values={c: np.array([row.scores.get(c, np.nan) for row in rows.values()], float) for c in chosen},
-        lower_better={c: lower_is_better(c) if lower is None else lower for c, lower in directions.items()},
+        lower_better={c: guess_lower_better(c) if lower is None else lower for c, lower in directions.items()},
         errors={
             path: row.error or f"{source_name(path)} has no score of {next(c for c in chosen if c not in row.scores)}"
             for path, row in rows.items()

@@ -206,14 +206,14 @@ def with_context() -> list[str]:
     return [name for name, spec in METRICS.items() if isinstance(spec, PromptSpec) and spec.context is not None]
 
 
-def lower_is_better(column: str) -> bool:
+def guess_lower_better(column: str) -> bool:
     """Guess the direction of a score from its column's name, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
 
     Only for tables that do not say it themselves: a renamed column, or one that is not a metric's name, counts as
     higher is better. `Scorer.lower_better` knows the direction from the metric.
 
     Example:
-        >>> lower_is_better("qualiclip-mini"), lower_is_better("niqe")
+        >>> guess_lower_better("qualiclip-mini"), guess_lower_better("niqe")
         (False, True)
     """
     for name in (column, column.rpartition(".")[0]):
