@@ -39,7 +39,7 @@ def tower_of(name: str, state: dict[str, torch.Tensor], pos_embedding: bool) -> 
 
 
 def build(name: str, folder: Path, **more: object) -> OpenCLIPIQA:
-    return OpenCLIPIQA(**({"backbone": name, "weights": folder / f"{name}.pt"} | more)).eval()
+    return OpenCLIPIQA("clipiqa", **({"backbone": name, "weights": folder / f"{name}.pt"} | more)).eval()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
