@@ -69,7 +69,7 @@ def test_a_text_tower_can_be_run_block_by_block(families_folder: Path) -> None:
 def test_the_mini_towers_maps_are_what_is_pooled() -> None:
     tower = MiniTower().eval()
     x = upstream.pictures(2, 65, 100)
-    maps, pooled = tower.feature_maps(x), tower.forward_features(x)
+    maps, pooled = list(tower.feature_maps(x)), tower.forward_features(x)
     assert [tuple(each.shape[2:]) for each in maps] == [(33, 50), (17, 25), (9, 13), (5, 7)]
     for number, each in enumerate(maps, 1):
         assert torch.allclose(pooled[f"stage{number}"][:, : each.shape[1]], each.mean(dim=(2, 3)), atol=1e-5)

@@ -1,7 +1,6 @@
-"""Backbones by name: open_clip's configuration of each, and its towers with the values of a state dict.
+"""Build image and text towers from open_clip's configurations and a state dict.
 
-A tower is built without memory of its own and takes over the tensors of a state dict, so a memory-mapped file is not
-copied. Nothing here knows where a file lies or what prompts are.
+Towers are built on the meta device and take over the tensors of the state dict, so a memory-mapped file is not copied.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError, WeightsError, did_you_mean
+from ..errors import SettingsError, WeightsError, did_you_mean, reason
 from .base import load_into
 from .meta_parameters import parameters_on_meta
 from .resnet import ResNetTower
@@ -22,11 +21,11 @@ from .text import TextTower, tokenize
 from .timm_tower import TimmTower, make_buffers_real, take_any_size
 from .vit import ViTTower
 
-# Mean and std of RGB in 0..1 that CLIP was trained with (openai/CLIP, clip.py).
+# CLIP's pixel normalisation, for RGB in 0..1 (openai/CLIP, clip.py).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# OpenAI's names as pyiqa spells them. These models use QuickGELU; open_clip's configurations of these names do not.
+# OpenAI's names (as pyiqa spells them) -> open_clip's, whose configurations lack the QuickGELU of OpenAI's weights.
 OPENAI_BACKBONES = {
     "RN50": "RN50",
     "RN101": "RN101",
@@ -39,23 +38,23 @@ OPENAI_BACKBONES = {
     "ViT-L/14@336px": "ViT-L-14-336",
 }
 _PLAIN_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
-# Options that return more than features, or leave out parts at random in CLIP's training.
-_LEFT_OUT = {"output_tokens", "patch_dropout", "timm_drop", "timm_drop_path"}
-# open_clip always builds both towers; these stand for the one that is not needed.
+# Dropped options: extra outputs, and the dropout of CLIP's own training.
+_DROPPED = {"output_tokens", "patch_dropout", "timm_drop", "timm_drop_path"}
+# open_clip always builds both towers; these are placeholders for the unused one.
 _NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
 _NO_TEXT = {"context_length": 2, "vocab_size": 2, "layers": 1, "width": 64, "heads": 1}
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """An open_clip model as `open_clip.get_model_config` describes it.
+    """Definition of an open_clip model, from `open_clip.get_model_config`.
 
     Attributes:
-        name: in open_clip's spelling.
-        embed_dim: D, the length of the features of both towers.
+        name: open_clip's name.
+        embed_dim: D, the length of both towers' features.
         vision, text: keywords of open_clip's towers.
-        quick_gelu: whether transformer blocks use QuickGELU; as in open_clip, the name says so (`...-quickgelu`).
-        mean, std: of RGB in 0..1, that the weights were trained with.
+        quick_gelu: whether transformer blocks use QuickGELU.
+        mean, std: pixel normalisation of the pretrained weights, for RGB in 0..1.
     """
 
     name: str
@@ -68,24 +67,24 @@ class Backbone:
 
     @property
     def plain_text(self) -> bool:
-        """Whether the text encoder is OpenAI's causal transformer, which can take a learned context."""
+        """Whether the text encoder is CLIP's causal transformer, which can take a learned context."""
         return set(self.text) <= _PLAIN_TEXT_KEYS
 
     @property
     def activation(self) -> str:
-        """Activation of the image tower's blocks; timm's models have their own."""
+        """Name of the activation in the image tower's blocks."""
         if "timm_model_name" in self.vision:
             return f"that of timm's {self.vision['timm_model_name']}"
         return "QuickGELU" if self.quick_gelu else "GELU"
 
-    def open_clip_model(self, **instead: Any) -> open_clip.CLIP:
-        """Build open_clip's model, with another `vision_cfg` or `text_cfg` if given."""
-        towers = {"vision_cfg": self.vision, "text_cfg": self.text} | instead
+    def open_clip_model(self, **replacements: Any) -> open_clip.CLIP:
+        """Build open_clip's model; `replacements` are another `vision_cfg` or `text_cfg`."""
+        towers = {"vision_cfg": self.vision, "text_cfg": self.text} | replacements
         return open_clip.CLIP(embed_dim=self.embed_dim, quick_gelu=self.quick_gelu, **towers)
 
 
 def plain_name(name: str) -> str:
-    """open_clip's spelling of a backbone's name, which may be given in OpenAI's.
+    """Return open_clip's name of a backbone that may be given by OpenAI's.
 
     Example:
         >>> plain_name("ViT-L/14")
@@ -95,14 +94,14 @@ def plain_name(name: str) -> str:
 
 
 def find_backbone(name: str, openai_weights: bool = False) -> Backbone:
-    """Look up a backbone by its name.
+    """Look up a backbone's definition.
 
     Args:
         name: an OpenAI name as pyiqa spells it (`RN50`, `ViT-L/14`) or any of `open_clip.list_models()`.
-        openai_weights: whether the weights are OpenAI's; they need QuickGELU whatever the configuration says.
+        openai_weights: whether the weights are OpenAI's and so need QuickGELU, whatever open_clip's configuration says.
 
     Raises:
-        SettingsError: unknown name; names the nearest one.
+        SettingsError: unknown name; the message suggests the nearest one.
 
     Example:
         >>> find_backbone("RN50").activation
@@ -110,7 +109,7 @@ def find_backbone(name: str, openai_weights: bool = False) -> Backbone:
     """
     plain = plain_name(name)
     known = [*OPENAI_BACKBONES, *open_clip.list_models()]
-    # Only for known names: open_clip would download the configuration of `hf-hub:...`.
+    # Known names only: for `hf-hub:...` open_clip would download a configuration.
     config = open_clip.get_model_config(plain) if plain in known else None
     if config is None:
         raise SettingsError(f"unknown backbone {name!r}{did_you_mean(name, known)} (open_clip.list_models() lists all)")
@@ -118,8 +117,8 @@ def find_backbone(name: str, openai_weights: bool = False) -> Backbone:
     return Backbone(
         name=plain,
         embed_dim=config["embed_dim"],
-        vision={key: value for key, value in config["vision_cfg"].items() if key not in _LEFT_OUT},
-        text={key: value for key, value in config["text_cfg"].items() if key not in _LEFT_OUT},
+        vision={key: value for key, value in config["vision_cfg"].items() if key not in _DROPPED},
+        text={key: value for key, value in config["text_cfg"].items() if key not in _DROPPED},
         quick_gelu=config.get("quick_gelu", False) or openai_weights or name in OPENAI_BACKBONES,
         mean=mean,
         std=std,
@@ -127,9 +126,9 @@ def find_backbone(name: str, openai_weights: bool = False) -> Backbone:
 
 
 def _pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std shared by all pretrained tags of a model, or CLIP's if the tags disagree.
+    """Return the mean and std shared by all pretrained tags of a model, or CLIP's if the tags disagree.
 
-    In open_clip 3.3 they disagree for ViT-L-14 alone, whose tag laion2b_s32b_b82k has statistics of its own.
+    In open_clip 3.3 they disagree for ViT-L-14 only, whose tag laion2b_s32b_b82k has its own.
     """
     listed = (open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name))
     found = {(tuple(one["mean"]), tuple(one["std"])) for one in listed if one.get("mean") and one.get("std")}
@@ -143,41 +142,41 @@ def image_tower(backbone: Backbone, state: Mapping[str, Tensor], pos_embedding: 
     """Build an image tower, (N, 3, H, W) in 0..1 -> (N, D).
 
     Args:
-        backbone: its configuration.
-        state: its tensors, under keys without `visual.`.
+        backbone: its definition.
+        state: its tensors, with keys without `visual.`.
         pos_embedding: whether to add the positional table.
-        what: name of the file in an error.
+        what: name of the weight file, for error messages.
 
     Raises:
-        WeightsError: `state` is another model's.
+        WeightsError: `state` belongs to another model.
         SettingsError: see `empty_image_tower`.
     """
     tower = empty_image_tower(backbone, pos_embedding)
     load_into(tower, state, what)
     known = tower.state_dict()
-    more = [key for key, value in state.items() if key not in known and value.is_floating_point()]
-    if more:
-        raise WeightsError(f"{what} holds another model: this backbone has no {more[0]!r}")
+    surplus = [key for key, value in state.items() if key not in known and value.is_floating_point()]
+    if surplus:
+        raise WeightsError(f"{what} holds another model: this backbone has no {surplus[0]!r}")
     return tower
 
 
 def empty_image_tower(backbone: Backbone, pos_embedding: bool) -> nn.Module:
-    """Build the tower with parameters on the meta device, for `load_into`.
+    """Build an image tower with its parameters on the meta device, for `load_into`.
 
     Raises:
-        SettingsError: the tower takes images of one size only, or pools in a way that no model of open_clip's does.
+        SettingsError: timm cannot build the tower, it takes images of one size only, or its pooling is not supported.
     """
     vision = backbone.vision
     with torch.device("meta"):
         try:
             visual = backbone.open_clip_model(text_cfg=_NO_TEXT).visual
-        except RuntimeError as error:  # for example a model that this version of timm does not know
+        except RuntimeError as error:  # such as a model unknown to this version of timm
             raise SettingsError(f"backbone {backbone.name!r} cannot be built ({error}); update timm") from error
         if "timm_model_name" in vision:
-            if (reason := take_any_size(visual, vision["timm_model_name"])) is not None:
+            if (obstacle := take_any_size(visual, vision["timm_model_name"])) is not None:
                 raise SettingsError(
-                    f"backbone {backbone.name!r} takes images of one size only, and metrics here score images at "
-                    f"their own size ({reason}); choose another"
+                    f"backbone {backbone.name!r} takes images of one size only ({obstacle}), but images are scored at "
+                    "their own size; choose another"
                 )
             kind: type[ResNetTower | TimmTower | ViTTower] = TimmTower
         elif isinstance(vision.get("layers"), list | tuple):
@@ -196,11 +195,11 @@ def empty_image_tower(backbone: Backbone, pos_embedding: bool) -> nn.Module:
 
 
 def text_tower(backbone: Backbone, state: Mapping[str, Tensor], what: str) -> TextTower:
-    """Build the text tower, for prompts and contexts, with the values of a whole model's state dict.
+    """Build the text tower, which takes learned contexts, from a whole model's state dict.
 
     Raises:
         SettingsError: the backbone's text encoder is not CLIP's.
-        WeightsError: `state` is another model's.
+        WeightsError: `state` belongs to another model.
     """
     if not backbone.plain_text:
         raise SettingsError(
@@ -214,22 +213,22 @@ def text_tower(backbone: Backbone, state: Mapping[str, Tensor], what: str) -> Te
 
 
 def has_text_tower(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is a whole model's, not that of an image tower alone."""
+    """Whether a state dict holds a text encoder besides the image tower."""
     return "token_embedding.weight" in state or any(key.startswith("text.") for key in state)
 
 
 @torch.no_grad()
 def encode_texts(backbone: Backbone, state: Mapping[str, Tensor], texts: Sequence[str], what: str) -> Tensor:
-    """Encode P texts by the text encoder of a whole model's state dict -> features (P, D), not of unit length.
+    """Encode P texts with the text encoder of a whole model's state dict -> features (P, D), not normalised.
 
     Raises:
-        WeightsError: `state` is another model's; or the encoder is Hugging Face's, whose tokenizer and configuration
-            are separate files, and these are neither here nor can be downloaded.
+        WeightsError: `state` belongs to another model, or the encoder's tokenizer or configuration, which are separate
+            files for Hugging Face's encoders, are missing and cannot be downloaded.
     """
     if backbone.plain_text:
         tower = text_tower(backbone, state, what).eval()
         return tower.encode(tokenize(list(texts), tower.context_length))
-    # Without this, weights would be downloaded for the encoder, whose values come from `state`.
+    # Prevents a download of pretrained weights: the values come from `state`.
     config = backbone.text | {"hf_model_pretrained": False}
     try:
         with parameters_on_meta():
@@ -237,17 +236,17 @@ def encode_texts(backbone: Backbone, state: Mapping[str, Tensor], texts: Sequenc
                 backbone.embed_dim, _NO_VISION, config, quick_gelu=backbone.quick_gelu
             ).text
         tokens = open_clip.get_tokenizer(backbone.name)(list(texts))
-    except (OSError, ImportError, ValueError) as error:  # what Hugging Face's libraries raise
+    except (OSError, ImportError, ValueError) as error:  # raised by Hugging Face's libraries
         raise WeightsError(
             f"the text encoder of {backbone.name!r} needs files from Hugging Face that are not here: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{reason(error, 200)}"
         ) from error
     load_into(encoder, _text_state(state), what)
-    # Buffers that no file holds were built in the default dtype, whatever that is.
+    # Non-persistent buffers were built in torch's default dtype.
     features: Tensor = encoder.float().eval()(tokens)
     return features
 
 
 def _text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text encoder's part: it is a module of its own in some models, and a part of the model in others."""
+    """Select the text encoder's tensors; some models hold it as a submodule `text`, others not."""
     return {key.removeprefix("text."): value for key, value in state.items() if not key.startswith("visual.")}

@@ -1,4 +1,4 @@
-"""What all towers share: pixel normalisation, loading a state dict, and freezing a tower for scoring."""
+"""Shared parts of all towers: the base class, loading a state dict, and freezing a tower for scoring."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Tower(nn.Module):
-    """Base class of CLIP's image towers: `forward` is `forward_head` of `forward_features`, as in timm.
+    """Base class of CLIP's image towers: `forward` is `forward_head(forward_features(rgb))`, as in timm.
 
     Args:
         visual: open_clip's module, whose children and parameters are taken over under the same names.
-        add_table: whether the positional table is added; if not, it only stays in the state dict.
-        mean, std: of RGB in 0..1, that the weights were trained with.
+        add_table: whether to add the positional table; either way it stays in the state dict.
+        mean, std: pixel normalisation of the weights, for RGB in 0..1.
 
     Shape:
-        rgb: (N, 3, H, W), RGB in 0..1, H and W at least 32 -> (N, D), not of unit length.
+        rgb: (N, 3, H, W), RGB in 0..1, H and W at least 32 -> (N, D), not normalised.
     """
 
     mean: Tensor
@@ -38,7 +38,7 @@ class Tower(nn.Module):
         for name, parameter in visual.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.add_table = add_table
-        # On the CPU and in float32 also where the rest is built on the meta device or in another default dtype.
+        # On the CPU in float32 even if the rest is built on the meta device or in another default dtype.
         for name, values in (("mean", mean), ("std", std)):
             statistic = torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, statistic, persistent=False)
@@ -47,30 +47,33 @@ class Tower(nn.Module):
         return self.forward_head(self.forward_features(rgb))
 
     def forward_features(self, rgb: Tensor) -> Tensor:
-        """Compute the feature map, (N, C, h, w), or the tokens of a transformer, (N, L, C), before they are pooled."""
+        """Compute the unpooled feature map, (N, C, h, w), or tokens of a transformer, (N, L, C)."""
         raise NotImplementedError
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Pool what `forward_features` returns into image features (N, D)."""
+        """Pool the output of `forward_features` into image features (N, D)."""
         raise NotImplementedError
 
     def normalise(self, rgb: Tensor) -> Tensor:
-        """RGB in 0..1 -> what the weights were trained with, in channels-last order."""
+        """Apply the weights' pixel normalisation to RGB in 0..1; the result is channels-last."""
         return channels_last((rgb - self.mean) / self.std)
 
     def prepare_to_freeze(self) -> None:
-        """Simplify a tower in eval mode that will not be trained any more; values stay the same but for rounding."""
+        """Simplify a tower in eval mode that will not be trained again; its output changes only by rounding."""
         fold_batchnorm(self)
 
 
 def load_into(tower: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Make `tower` take over the tensors of `state`, converted to float32; `what` names the file in an error.
+    """Make a tower take over the tensors of a state dict, converted to float32.
+
+    Args:
+        what: name of the weight file, for error messages.
 
     Raises:
-        WeightsError: a key is missing, or a shape differs: the file is another model's.
+        WeightsError: a missing key or another shape; the file belongs to another model.
     """
     expected = tower.state_dict()
-    # Some exports leave out BatchNorm's counter, which no score depends on.
+    # Some exports lack BatchNorm's counter, which no score depends on.
     state = {
         **{key: value.new_zeros((), device="cpu") for key, value in expected.items() if key.endswith(_COUNTER)},
         **state,
@@ -89,10 +92,10 @@ def load_into(tower: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 
 def freeze(tower: nn.Module) -> nn.Module:
-    """Make a tower part of a metric: eval mode, BatchNorm folded, every tensor a buffer that is not persistent.
+    """Freeze a tower for scoring, in place: eval mode, BatchNorm folded, every tensor a non-persistent buffer.
 
-    Such buffers follow `.to()`, `deepcopy`, pickle and DataParallel, but no optimiser sees them and no state dict holds
-    them, so that a metric inside a model does not put CLIP into the model's checkpoints.
+    Such buffers follow `.to()`, `deepcopy`, pickle and DataParallel, but are invisible to optimisers and state dicts,
+    so a metric inside a model does not put CLIP into the model's checkpoints.
     """
     tower.eval()
     if isinstance(tower, Tower):
@@ -106,13 +109,13 @@ def freeze(tower: nn.Module) -> nn.Module:
             delattr(module, name)
             module.register_buffer(name, tensor.detach(), persistent=False)
         if isinstance(module, _BATCH_NORMS):
-            # Otherwise its counter would be expected in a state dict; in eval mode nothing else depends on this.
+            # Otherwise `load_state_dict` would expect the counter; in eval mode this has no other effect.
             module.track_running_stats = False
     return tower.to(memory_format=torch.channels_last)
 
 
 def fold_batchnorm(tower: nn.Module) -> None:
-    """Fold every BatchNorm that follows a convolution: `convI` and `bnI` or `normI`, or neighbours in a Sequential."""
+    """Fold each BatchNorm into its convolution: `convI` and `bnI` or `normI`, or neighbours in a Sequential."""
     for module in list(tower.modules()):
         children = dict(module.named_children())
         names = list(children)
@@ -122,25 +125,25 @@ def fold_batchnorm(tower: nn.Module) -> None:
         for first, second in followers:
             conv, norm = children.get(first), children.get(second)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                # In double precision, so that a weight is rounded once.
+                # In double precision, so that weights are rounded only once.
                 setattr(module, first, fuse_conv_bn_eval(conv.double(), norm.double()).float())
                 setattr(module, second, nn.Identity())
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Put images (N, C, H, W) into channels-last order, which convolutions are fastest in."""
+    """Convert images (N, C, H, W) to channels-last order, in which convolutions are fastest."""
     try:
         return x.contiguous(memory_format=torch.channels_last)
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
-        return x  # torch.func.vmap knows no such order
+        return x  # torch.func.vmap does not support the order
 
 
 def resize_flat(table: Tensor, tokens: int) -> Tensor:
-    """Resize a positional table (T, C) -> (tokens, C) bicubically as one flat image, not on its two-dimensional grid.
+    """Resize a positional table (T, C) -> (tokens, C) bicubically as one flat image, ignoring its two-dimensional grid.
 
-    pyiqa 0.1.16 does so, and the published contexts of clipiqa+_rn50_512 and clipiqa+_vitL14_512 were trained with it.
+    This is pyiqa 0.1.16's rule, with which the contexts of clipiqa+_rn50_512 and clipiqa+_vitL14_512 were trained.
     """
     flat = F.interpolate(table[None, None].float(), size=(tokens, table.shape[1]), mode="bicubic")
     return flat[0, 0].to(table.dtype)

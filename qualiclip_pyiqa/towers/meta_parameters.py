@@ -1,4 +1,4 @@
-"""Modules built without memory for their parameters, but with real buffers."""
+"""Build modules with parameters on the meta device but real buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 class _Building(threading.local):
-    """Whether this thread builds such modules now."""
+    """Whether this thread is inside `parameters_on_meta`."""
 
     active = False
 
@@ -23,9 +23,9 @@ _building = _Building()
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Move parameters of modules that this thread builds to the meta device as they are registered.
+    """Put the parameters of modules built by this thread on the meta device.
 
-    Buffers keep their values, in contrast to `with torch.device("meta")`. Other threads are not affected.
+    Unlike in `with torch.device("meta")`, buffers keep their values. Other threads are not affected.
     """
     _install()
     was_active, _building.active = _building.active, True
@@ -37,7 +37,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    """Add the hook once, and never remove it: another thread may be iterating over the process's hooks."""
+    """Register the hook once; it is never removed, as another thread may be iterating over the global hooks."""
     register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]  # torch's types are too narrow
 
 

@@ -1,13 +1,13 @@
 """MiniTower: a small image tower for blind quality, trained from scratch without opinion scores.
 
-It is trained by QualiCLIP's strategy (Agnolucci et al., arXiv:2403.11176): rank degraded crops by their similarity to
+Trained by QualiCLIP's strategy (Agnolucci et al., arXiv:2403.11176): degraded crops are ranked by their similarity to
 antonym prompt anchors. The network is this package's own. Quality shows in shallow, fine-grained features, so every
-stage of a small residual network is pooled, next to log energies that need no learning. The pooled values are mean,
-spread and percentiles: a photograph is as sharp as its sharpest parts and as noisy as its quiet parts, however much of
-it is background.
+stage of a small residual network is pooled, along with log energies that are not learned. Pooling takes mean, spread
+and percentiles: a photograph is as sharp as its sharpest parts and as noisy as its flat parts, however much of it is
+background.
 
-The feature concatenates blocks of unit length, each computed from other inputs. The anchors of the p-th antonym prompt
-pair are zero outside the p-th block, so the mean over pairs is the mean of P independent opinions.
+The feature concatenates blocks of unit length, each from its own inputs. The anchors of the p-th antonym prompt pair
+are zero outside the p-th block, so the mean over pairs is the mean of P independent opinions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .base import channels_last
 from .statistics import CELL, ENERGIES, PERCENTILES, StreamedPooling, detail_and_top, log_energies, pooled, std
 from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
 
-# Inputs of the block of each of the seven pairs of the prompt set `qualiclip`, in the set's order.
+# Inputs of each block: one block per pair of the prompt set `qualiclip`, in the set's order.
 BLOCKS: tuple[tuple[str, ...], ...] = (
     ("energies", "stage1", "stage2", "stage3", "stage4"),  # Good photo.
     ("energies",),  # Sharp image.
@@ -36,9 +36,9 @@ BLOCKS: tuple[tuple[str, ...], ...] = (
 
 
 class Standardise(nn.Module):
-    """Standardise pooled statistics (N, C) by running mean and variance; no parameters.
+    """Standardise pooled statistics (N, C) by running mean and variance, without parameters.
 
-    Without it the unit-length features of a fresh network are all alike, and training stays on a plateau.
+    Otherwise the unit-length features of a fresh network are nearly equal, and training stays on a plateau.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class Standardise(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions around a shortcut; the first may halve the image and widen it."""
+    """Residual block of two 3x3 convolutions; the first may halve the resolution and change the width."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Residual(nn.Module):
         return F.relu(self.shortcut(x) + y)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """What the convolutions' result is added to."""
+        """Compute the summand of the convolutions' result."""
         if self.widen is None:
             return x
         return self.widen(F.avg_pool2d(x, 2, ceil_mode=True) if self.stride > 1 else x)
@@ -90,7 +90,7 @@ class StreamedResidual:
         self.first = Window(lambda x: F.relu(block.norm1(valid(block.conv1, x))), kernel=3, stride=block.stride)
         self.second = Window(lambda x: block.norm2(valid(block.conv2, x)), kernel=3)
         self.shortcut = Window(block.shortcut, kernel=1, group=block.stride, ceil=True)
-        self.waiting: Tensor | None = None  # rows of the shortcut that nothing was added to yet
+        self.waiting: Tensor | None = None  # shortcut rows whose convolution rows are not complete yet
 
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
         waiting = joined(self.waiting, self.shortcut(rows, last))
@@ -107,7 +107,7 @@ class Head(nn.Module):
 
     Args:
         width_in, hidden, dim: C, the width of the hidden layer, and D.
-        dropout: share of the statistics that is left out at each step of training.
+        dropout: probability of zeroing a statistic in training.
     """
 
     def __init__(self, width_in: int, hidden: int, dim: int, dropout: float = 0.0) -> None:
@@ -127,29 +127,28 @@ class Head(nn.Module):
 class RelativeSharpness(nn.Module):
     """Sharpness relative to detail: residual of the 98th-percentile energy after regressing on the median. Not learned.
 
-    On pristine photographs, the sharpest parts are sharper the more detail there is, though all are equally good: `fit`
-    finds that line by least squares. A photograph lies z standard deviations above the line, and the difference of its
-    similarities to the anchors (the block's first two unit vectors) is (z + 1) / 8, so (z + 1) before the sigmoid at a
-    scale of 8. What it is fitted with is no parameter, so it is a constant in the losses of training.
+    In pristine photographs the sharpest parts are sharper the more detail there is, though all are equally good; `fit`
+    fits that line by least squares. For a photograph z standard deviations above the line, similarities to the anchors
+    (the block's first two unit vectors) differ by (z + 1) / 8, which is (z + 1) before the sigmoid at a scale of 8. The
+    line is a buffer, so the head is a constant in training.
 
     Shape:
-        (N, 2), what `detail_and_top` gives -> (N, dim).
+        (N, 2), from `detail_and_top` -> (N, dim).
     """
 
-    FARTHEST = 1.4  # difference; for unit vectors it is at most sqrt(2), where the gradient is infinite
+    FARTHEST = 1.4  # clamp of the difference; unit vectors reach sqrt(2), where the gradient is infinite
 
     line: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer(
-            "line", torch.tensor([0.0, 0.0, 1.0], dtype=torch.float32)
-        )  # offset, slope, standard deviation
+        line = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float32)  # offset, slope, standard deviation
+        self.register_buffer("line", line)
 
-    def fit(self, seen: Tensor) -> None:
-        """Fit the line to what `detail_and_top` returns for N >= 2 pristine photographs, (N, 2)."""
-        detail, top = seen.double().unbind(1)
+    def fit(self, pristine: Tensor) -> None:
+        """Fit the line to `detail_and_top` of N >= 2 pristine photographs, (N, 2)."""
+        detail, top = pristine.double().unbind(1)
         slope = ((detail - detail.mean()) * (top - top.mean())).mean() / detail.var(correction=0).clamp(min=1e-9)
         offset = top.mean() - slope * detail.mean()
         self.line.copy_(torch.stack([offset, slope, std(top - slope * detail)]))
@@ -163,15 +162,15 @@ class RelativeSharpness(nn.Module):
 
 
 class MiniTower(nn.Module):
-    """The image tower of `qualiclip-mini`. All arguments but `dropout` are JSON values in the weight file.
+    """Image tower of `qualiclip-mini`. All arguments but `dropout` are stored as JSON in the weight file.
 
     Args:
-        widths: channels of the stages; stage k works at 1/2^k of the image's size.
+        widths: channels of each stage; stage k has 1/2^k of the image's resolution.
         depths: residual blocks of each stage.
         hidden: width of each head's hidden layer.
         dim: length of one block of the feature.
-        blocks: names of each block's inputs: `energies`, `stage1`, `stage2`, ...; or `sharpness` alone.
-        dropout: of the heads, in training only.
+        blocks: input names of each block: `energies`, `stage1`, `stage2`, ...; or `sharpness` alone.
+        dropout: dropout of the heads' inputs in training.
 
     Shape:
         rgb: (N, 3, H, W) in 0..1, H and W at least 32 -> (N, feature_dim), float32 (float64 for a double network);
@@ -191,7 +190,7 @@ class MiniTower(nn.Module):
         self.dim, self.depths = dim, tuple(depths)
         self.blocks = tuple(tuple(block) for block in blocks)
         self.feature_dim = dim * len(self.blocks)
-        # Stage 1 begins with the image and its high-pass, at a size where blocking and noise still show.
+        # The input is RGB and its high-pass at a resolution where blocking and noise still show.
         self.stem = nn.Sequential(
             nn.Conv2d(6, widths[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
@@ -216,39 +215,36 @@ class MiniTower(nn.Module):
         return self.forward_head(self.forward_features(rgb))
 
     def forward_features(self, rgb: Tensor) -> dict[str, Tensor]:
-        """Compute the log energies and the pooled values of every stage, by name: (N, C) each."""
+        """Compute the inputs of the blocks by name, (N, C) each: log energies and every stage's pooled values."""
         precise = torch.promote_types(rgb.dtype, torch.float32)
         with torch.autocast(rgb.device.type, enabled=False):
             found = {"energies": log_energies(rgb.to(precise))}
-        # In training, BatchNorm needs the whole batch at once.
+        # In training BatchNorm needs the whole batch.
         rows = None if self.training else rows_at_once(self, rgb)
         if rows is not None:
-            each = [self._pooled_in_strips(image, rows) for image in rgb.split(1)]
+            each = [self._pool_in_strips(image, rows) for image in rgb.split(1)]
             return found | {f"stage{k}": torch.cat(stage) for k, stage in enumerate(zip(*each, strict=True), 1)}
-        for number, x in enumerate(self._maps(rgb), 1):
+        for number, x in enumerate(self.feature_maps(rgb), 1):
             with torch.autocast(rgb.device.type, enabled=False):
                 found[f"stage{number}"] = pooled(x.to(precise), CELL >> number)
         return found
 
     def forward_head(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Map what `forward_features` returns to (N, feature_dim)."""
+        """Map the output of `forward_features` to (N, feature_dim)."""
         with torch.autocast(features["energies"].device.type, enabled=False):
             inputs = {**features, "sharpness": detail_and_top(features["energies"])}
             heads = zip(self.heads, self.blocks, strict=True)
             return torch.cat([head(torch.cat([inputs[name] for name in block], dim=1)) for head, block in heads], dim=1)
 
-    def feature_maps(self, rgb: Tensor) -> list[Tensor]:
-        """Compute the map of every stage: (N, C, h, w); h and w of stage k are H / 2^k and W / 2^k, rounded up."""
-        return list(self._maps(rgb))
-
-    def _maps(self, rgb: Tensor) -> Iterator[Tensor]:
+    def feature_maps(self, rgb: Tensor) -> Iterator[Tensor]:
+        """Yield the map of each stage, (N, C, h, w); h and w of stage k are H / 2^k and W / 2^k, rounded up."""
         x = self.stem(_with_high_pass(F.pad(rgb, (0, 0, 1, 1), mode="replicate")))
         for stage in self.stages:
             x = stage(x)
             yield x
 
-    def _pooled_in_strips(self, image: Tensor, rows: int) -> list[Tensor]:
-        """`pooled` of every stage of one image."""
+    def _pool_in_strips(self, image: Tensor, rows: int) -> list[Tensor]:
+        """Pool every stage of one image, strip by strip."""
         conv, norm, relu = self.stem
         assert isinstance(conv, nn.Conv2d)
         steps: list[Step] = [
@@ -265,7 +261,7 @@ class MiniTower(nn.Module):
 
 
 def _with_high_pass(rgb: Tensor) -> Tensor:
-    """(N, 3, H + 2, W), with one row above and one below -> (N, 6, H, W): RGB, and its difference from a local mean."""
+    """Add a high-pass: (N, 3, H + 2, W) with a padding row above and below -> (N, 6, H, W)."""
     inner = rgb[:, :, 1:-1]
     high = inner - F.avg_pool2d(F.pad(rgb, (1, 1, 0, 0), mode="replicate"), 3, stride=1)
     return channels_last(torch.cat([inner - 0.45, 8 * high], dim=1))

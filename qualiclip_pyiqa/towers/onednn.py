@@ -1,9 +1,8 @@
-"""Frozen convolutions by oneDNN's own operators on a CPU: fewer passes over memory, the same values but for rounding.
+"""Run frozen convolutions with oneDNN's fused operators on a CPU: fewer passes over memory, equal but for rounding.
 
-oneDNN can add to a convolution's result, and clip it at zero, before it leaves the cache, and it reads weights fastest
-in an order of its own. PyTorch has operators for both, which `torch.compile` uses. They know nothing of gradients,
-functional transforms or weights that change. So only a `Scorer` uses them, on copies of metrics that are its own: their
-weights never change, and their inputs are pixels. A metric that is called directly never does.
+oneDNN can fuse a convolution with an addition and a ReLU, and reads weights fastest in its own packed layout. PyTorch
+exposes both as private operators, for `torch.compile`. They do not support gradients, functional transforms or
+changing weights, so only a `Scorer` uses them, on its own copies of metrics; a metric that is called directly does not.
 """
 
 from __future__ import annotations
@@ -18,46 +17,41 @@ from torch import Tensor, nn
 
 from .resnet import FoldedConv
 
-# How far the operators may be from PyTorch's public functions in the trial, whose values are about one.
+# Largest accepted difference from PyTorch's public functions in the trial, on values of about one.
 _TOLERANCE = 1e-5
 
 
 def use_onednn(tower: nn.Module) -> bool:
-    """Let the convolutions of a frozen tower on a CPU use oneDNN's operators from now on, if it has any that can.
+    """Switch the convolutions of a frozen tower to oneDNN's operators, if possible.
 
-    The tower must be the caller's alone: its weights must not change afterwards, and it must run without gradients.
+    The tower must belong to the caller: its weights must not change afterwards, and it must run without gradients.
 
     Returns:
-        Whether it does. It does not if this build of PyTorch lacks the operators, in another dtype than float32, or if
-        a weight is not finite, because the operators' ReLU turns NaN into zero.
+        Whether they were switched. They are not if the tower has no folded convolutions, is not in float32 on the CPU
+        or has NaN or infinite weights (the fused ReLU turns NaN into zero), or if PyTorch lacks the operators.
     """
     convs = [module for module in tower.modules() if isinstance(module, FoldedConv)]
     tensors = [tensor for conv in convs for tensor in (conv.conv.weight, conv.conv.bias) if tensor is not None]
-    if not convs or any(each.device.type != "cpu" or each.dtype != torch.float32 for each in tensors):
+    if not convs or any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         return False
-    if has_nonfinite_weight(tensors) or not onednn_usable():
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not onednn_usable():
         return False
     for conv in convs:
         conv.kernel = OneDnnKernel()
     return True
 
 
-def has_nonfinite_weight(tensors: list[Tensor]) -> bool:
-    """Whether any value is NaN or infinite."""
-    return not all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 class OneDnnKernel:
-    """Computes one `FoldedConv`. Copies and pickles are empty: the packed weight can be made again at any time."""
+    """Computes one `FoldedConv`. Copies and pickles are empty, as the packed weight can be recomputed at any time."""
 
     def __init__(self) -> None:
-        self.packed: tuple[Any, Tensor] | None = None  # the size that the weight was packed for, and the weight
+        self.packed: tuple[Any, Tensor] | None = None  # input shape and padding, and the weight packed for them
 
     def __reduce__(self) -> tuple[type[OneDnnKernel], tuple[()]]:
         return type(self), ()
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, relu: bool, inner: bool) -> Tensor:
-        """The convolution's result, clipped at zero if `relu`; with `inner`, without padding above and below."""
+        """Convolve, with a ReLU if `relu`, and without padding above and below if `inner`."""
         padding = _padding(conv, inner)
         attr = "relu" if relu else "none"
         weight = self._weight(conv, x, padding)
@@ -67,7 +61,7 @@ class OneDnnKernel:
         return y
 
     def add(self, conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
-        """The convolution's result plus `other`, clipped at zero; it is written to the memory of `other`."""
+        """Convolve, add `other` and apply a ReLU; the result is written to the memory of `other`."""
         padding = _padding(conv)
         weight = self._weight(conv, x, padding)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -76,9 +70,9 @@ class OneDnnKernel:
         return y
 
     def _weight(self, conv: nn.Conv2d, x: Tensor, padding: list[int]) -> Tensor:
-        """The weight in the order that is fastest for images of this size."""
+        """Return the weight packed for inputs of this shape."""
         size = (x.shape, padding)
-        packed = self.packed  # read once: another thread may replace it
+        packed = self.packed  # read once, as another thread may replace it
         if packed is None or packed[0] != size:
             weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, padding, *_geometry(conv), list(x.shape))
             packed = self.packed = (size, weight)
@@ -95,13 +89,13 @@ def _geometry(conv: nn.Conv2d) -> tuple[list[int], list[int], int]:
 
 
 def onednn_usable() -> bool:
-    """Whether oneDNN is switched on and this build of PyTorch has the operators, with the values of the public ones."""
+    """Whether oneDNN is enabled and this build of PyTorch has the operators, with the results of the public ones."""
     return bool(torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()) and _operators_agree()
 
 
 @functools.cache
 def _operators_agree() -> bool:
-    """Try the private operators beside the public functions, once per process."""
+    """Compare the private operators with the public functions, once per process."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -121,5 +115,5 @@ def _operators_agree() -> bool:
                 (kernel.add(conv, x, copy.deepcopy(other)), F.relu(expected + other)),
             ]
             return all(bool((found - public).abs().max() < _TOLERANCE) for found, public in pairs)
-    except (AttributeError, RuntimeError, TypeError):  # no such operator, or one with other arguments
+    except (AttributeError, RuntimeError, TypeError):  # no such operator, or another signature
         return False

@@ -1,4 +1,4 @@
-"""OpenAI's modified ResNets: a tower, and its frozen form, which takes large images in strips of rows."""
+"""OpenAI's modified ResNets as a tower, and its frozen form, which computes large images in strips of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 class ResNetTower(Tower):
-    """OpenAI's ModifiedResNet with an attention pool whose only query is the mean token."""
+    """OpenAI's ModifiedResNet, whose attention pool has the mean token as its only query."""
 
     conv1: nn.Module
     conv2: nn.Module
@@ -32,7 +32,7 @@ class ResNetTower(Tower):
     layer2: nn.Sequential
     layer3: nn.Sequential
     layer4: nn.Sequential
-    attnpool: nn.Module  # open_clip's AttentionPool2d, of which only the weights are used
+    attnpool: nn.Module  # open_clip's AttentionPool2d, used only for its weights
 
     def forward_features(self, rgb: Tensor) -> Tensor:
         """Compute the feature map: (N, 3, H, W) -> (N, C, H // 32, W // 32)."""
@@ -42,13 +42,13 @@ class ResNetTower(Tower):
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool a feature map by attention: (N, C, h, w) -> (N, D).
 
-        Exact, and linear in h*w. With one query q the key projection can be moved to the query's side (q.(Wk x + bk) =
-        (Wk^T q).x + const, and the softmax drops the constant), and the value projection behind the weighted mean (the
-        weights sum to one).
+        Exact and linear in h*w: with a single query q, the key projection moves to the query's side (q.(Wk x + bk) =
+        (Wk^T q).x + const, and the softmax cancels the constant), and the value projection behind the weighted mean
+        (the weights sum to one).
         """
         pool: Any = self.attnpool
         tokens = features.flatten(2).transpose(1, 2)  # (N, L, C)
-        mean = tokens.mean(dim=1, keepdim=True)  # the first token, kept apart from the others, which are large
+        mean = tokens.mean(dim=1, keepdim=True)  # the first token; concatenating it would copy all others
         if self.add_table:
             table = resize_flat(pool.positional_embedding, 1 + tokens.shape[1])
             mean, tokens = mean + table[:1], tokens + table[1:]
@@ -63,7 +63,7 @@ class ResNetTower(Tower):
         return pooled
 
     def prepare_to_freeze(self) -> None:
-        """Fold every BatchNorm, and join each convolution with what follows it."""
+        """Fold every BatchNorm, and fuse each convolution with the ReLU or addition that follows it."""
         fold_batchnorm(self)
         for name in ("conv1", "conv2", "conv3"):
             setattr(self, name, FoldedConv(getattr(self, name)))
@@ -81,7 +81,7 @@ class ResNetTower(Tower):
         return features
 
     def _steps(self) -> list[Step]:
-        """The steps of `_whole` over strips."""
+        """Return the layers of `_whole` as steps over strips."""
         return [
             Window(self.normalise, kernel=1),
             Window(lambda x: self.conv1(x, inner=True), kernel=3, stride=2),
@@ -92,7 +92,7 @@ class ResNetTower(Tower):
 
 
 class Kernel(Protocol):
-    """Another way to compute a `FoldedConv`; see `onednn`."""
+    """Alternative implementation of a `FoldedConv`; see `onednn`."""
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, relu: bool, inner: bool) -> Tensor: ...
 
@@ -100,13 +100,13 @@ class Kernel(Protocol):
 
 
 class FoldedConv(nn.Module):
-    """A frozen convolution, whose BatchNorm is folded in, with the ReLU or the addition that follows it.
+    """A frozen convolution with the ReLU or addition that follows it.
 
     Args:
-        conv: the convolution; it has a bias, which is the folded BatchNorm's.
+        conv: the convolution, with BatchNorm folded in.
 
     Attributes:
-        kernel: computes it in another way; None, the default, for PyTorch's public functions.
+        kernel: alternative implementation; None, the default: PyTorch's public functions.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -115,9 +115,9 @@ class FoldedConv(nn.Module):
         self.kernel: Kernel | None = None
 
     def forward(self, x: Tensor, relu: bool = True, inner: bool = False) -> Tensor:
-        """Convolve, and clip at zero if `relu`: (N, C, H, W) -> (N, C', H', W').
+        """Convolve, with a ReLU if `relu`: (N, C, H, W) -> (N, C', H', W').
 
-        With `inner`, only those rows are computed that depend on no padding above or below.
+        With `inner`, only the rows that do not depend on padding above or below.
         """
         if self.kernel is not None:
             return self.kernel.convolve(self.conv, x, relu, inner)
@@ -125,7 +125,7 @@ class FoldedConv(nn.Module):
         return F.relu_(y) if relu else y
 
     def add(self, x: Tensor, other: Tensor, overwrite: bool = False) -> Tensor:
-        """Convolve, add `other` and clip at zero. With `overwrite` the result is written to the memory of `other`."""
+        """Convolve, add `other` and apply a ReLU; `overwrite` writes the result to the memory of `other`."""
         if self.kernel is not None:
             return self.kernel.add(self.conv, x, other if overwrite else other.clone())
         y: Tensor = self.conv(x)
@@ -133,10 +133,10 @@ class FoldedConv(nn.Module):
 
 
 class FoldedBottleneck(nn.Module):
-    """A bottleneck of ModifiedResNet whose BatchNorms are folded.
+    """A frozen bottleneck of ModifiedResNet.
 
     Args:
-        block: open_clip's bottleneck; its convolutions are taken over.
+        block: open_clip's bottleneck, with BatchNorm folded into its convolutions, which are taken over.
     """
 
     def __init__(self, block: Any) -> None:
@@ -148,28 +148,28 @@ class FoldedBottleneck(nn.Module):
         if block.downsample is not None:
             pool, conv, _ = block.downsample
             self.stride = pool.kernel_size
-            # A pool over one pixel would only copy.
+            # A pool over a single pixel would only copy.
             self.shortcut_pool = nn.Identity() if self.stride == 1 else pool
             self.shortcut = FoldedConv(conv)
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """(N, C, H, W) -> (N, C', H', W'). With `overwrite` the memory of what is added to is used for the result."""
+        """Map (N, C, H, W) to (N, C', H', W'); `overwrite` writes the result to the memory of the shortcut."""
         y = self.avgpool(self.conv2(self.conv1(x)))
         return self.conv3.add(y, x if self.shortcut is None else self.widen(x), overwrite)
 
     def widen(self, x: Tensor) -> Tensor:
-        """The shortcut of a layer's first block."""
+        """Compute the shortcut of a layer's first block."""
         assert self.shortcut is not None
         widened: Tensor = self.shortcut(self.shortcut_pool(x), relu=False)
         return widened
 
     def window(self) -> Window:
-        """The part between the 1x1 convolutions, over strips."""
+        """Return the part between the 1x1 convolutions as a step over strips."""
         return Window(lambda x: self.avgpool(self.conv2(x, inner=True)), kernel=3, group=self.stride)
 
 
 class FoldedLayer(nn.Sequential):
-    """Bottlenecks; with a kernel each may overwrite the result of the one before it, which no hook has seen."""
+    """Bottlenecks in a row. With a kernel, each may overwrite the previous result, unless a hook has seen it."""
 
     def forward(self, x: Tensor) -> Tensor:
         blocks: list[Any] = list(self)
@@ -182,9 +182,9 @@ class FoldedLayer(nn.Sequential):
 
 
 class StreamedLayer:
-    """A `FoldedLayer` as a step over one image's strips.
+    """A `FoldedLayer` as a step over the strips of one image.
 
-    What the blocks add to is one piece of memory. Each block has got less far down in it than the one before.
+    All blocks add to the same buffer `sums`, each trailing a few rows behind its predecessor.
     """
 
     def __init__(self, layer: nn.Sequential) -> None:
@@ -193,7 +193,7 @@ class StreamedLayer:
         self.widen = Window(first.widen, kernel=1, group=first.stride)
         self.windows = [block.window() for block in self.blocks]
         self.sums: Tensor | None = None
-        self.done = [0] * len(self.blocks)  # rows of `sums` that each block has added to
+        self.done = [0] * len(self.blocks)  # rows of `sums` completed by each block
 
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
         sums = joined(self.sums, self.widen(rows, last))

@@ -1,4 +1,4 @@
-"""Statistics of an image and of feature maps that need no learning: log energies, mean, spread and percentiles."""
+"""Statistics of images and feature maps without learned parameters: log energies, mean, spread and percentiles."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 
 from .streaming import Window
 
-SCALES = 4  # octaves of the log energies; 32 pixels are 4 at the coarsest
-FINE = 4  # side of the cells, in pixels of the octave, whose local energy is averaged
-CELL = 16  # side of the cells, in pixels of the image, that percentiles are taken over
+SCALES = 4  # octaves of the log energies; an image of 32 pixels has 4 at the coarsest
+FINE = 4  # side of the cells of local energy, in pixels of the octave
+CELL = 16  # side of the cells for percentiles, in pixels of the image
 PERCENTILES = (10, 50, 90, 98)
-# Variance of the Laplacian (coefficients 4, -1, -1, -1, -1) of rounding an image to 8 bits: 20 * (1/255)^2 / 12.
+# Laplacian energy of the rounding error of 8-bit images: variance (1/255)^2 / 12 times 20, the sum of the squared
+# coefficients 4, -1, -1, -1, -1.
 ROUNDING_ENERGY = 20.0 / 12.0 / 255.0**2
-UNRANKED = 3 * SCALES + 6  # of `log_energies`, what comes before the percentiles
+UNRANKED = 3 * SCALES + 6  # values of `log_energies` before the percentiles
 ENERGIES = UNRANKED + len(PERCENTILES) * SCALES
 
 
 def log_energies(rgb: Tensor) -> Tensor:
-    """Measure sharpness by octave, exposure and colour of photographs: what needs no learning.
+    """Measure sharpness by octave, exposure and colour.
 
-    Per octave the log of the mean Laplacian energy (the classic sharpness measure; dominated by the strongest edges),
-    the mean of the local log energy (dominated by flat parts, where noise and blocking show) and its standard
-    deviation; then mean and standard deviation of luma, log spread of two opponent colours, dark and bright fractions;
-    then per octave the PERCENTILES of the log energy of cells.
+    For each octave: the log of the mean Laplacian energy (the classic sharpness measure, dominated by the strongest
+    edges), the mean of the local log energy (dominated by flat parts, where noise and blocking show) and its standard
+    deviation. Then mean and standard deviation of luma, log spread of two opponent colours, dark and bright fractions.
+    Then, for each octave, the PERCENTILES of the cells' log energy.
 
     Shape:
         rgb: (N, 3, H, W) in 0..1, float32 or float64, H, W >= 32 -> (N, ENERGIES).
@@ -52,16 +53,16 @@ def log_energies(rgb: Tensor) -> Tensor:
 
 
 def laplacian(x: Tensor) -> Tensor:
-    """Filter by the Laplacian with coefficients 4, -1, -1, -1, -1: (..., H + 2, W + 2) -> (..., H, W)."""
+    """Apply the Laplacian with coefficients 4, -1, -1, -1, -1: (..., H + 2, W + 2) -> (..., H, W)."""
     inner = x[..., 1:-1, 1:-1]
     return 4 * inner - x[..., :-2, 1:-1] - x[..., 2:, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]
 
 
 def detail_and_top(energies: Tensor) -> Tensor:
-    """Pick the amount of detail and the sharpness of the sharpest parts out of `log_energies`.
+    """Select the amount of detail and the sharpness of the sharpest parts from `log_energies`.
 
-    They are the median and the 98th percentile of the log energy of cells, averaged over the first two octaves: in the
-    first octave alone, strong noise is sharper than weak noise.
+    These are the median and the 98th percentile of the cells' log energy, averaged over the first two octaves; in the
+    first octave alone, strong noise would count as sharper than weak noise.
 
     Shape:
         (N, ENERGIES) -> (N, 2).
@@ -72,41 +73,41 @@ def detail_and_top(energies: Tensor) -> Tensor:
 
 
 def percentiles(cells: Tensor) -> Tensor:
-    """PERCENTILES of every channel, linear between order statistics: (N, C, H, W) -> (N, Q * C)."""
-    ranked = cells.flatten(2).sort(dim=-1).values  # torch.quantile takes 16 million values at most
+    """Compute the Q PERCENTILES of every channel, interpolated linearly: (N, C, H, W) -> (N, Q * C)."""
+    ranked = cells.flatten(2).sort(dim=-1).values  # torch.quantile is limited to 16 million values
     last = ranked.shape[-1] - 1
     out = []
     for percent in PERCENTILES:
         below = percent * last // 100
-        # An index in brackets would tie a compiled graph to this number of cells.
+        # Indexing with [] would specialise a compiled graph to this number of cells.
         lower, upper = ranked.select(-1, below), ranked.select(-1, min(below + 1, last))
         out.append(lower + (percent * last % 100 / 100) * (upper - lower))
     return torch.cat(out, dim=1)
 
 
 def pooled(x: Tensor, cell: int) -> Tensor:
-    """Mean, log standard deviation and percentiles of cells' means: (N, C, H, W) -> (N, (2 + Q) * C)."""
+    """Compute mean, log standard deviation and percentiles of cell means: (N, C, H, W) -> (N, (2 + Q) * C)."""
     flat = x.flatten(2)
     return summary(flat.mean(-1), flat.var(dim=-1, correction=0), F.avg_pool2d(x, cell, ceil_mode=True))
 
 
 def summary(mean: Tensor, variance: Tensor, cells: Tensor) -> Tensor:
-    """Join what `pooled` returns: mean and variance (N, C), means of cells (N, C, h, w)."""
+    """Assemble the result of `pooled` from mean and variance (N, C) and cell means (N, C, h, w)."""
     return torch.cat([mean, root(variance).log(), percentiles(cells)], dim=1)
 
 
 def std(x: Tensor) -> Tensor:
-    """Standard deviation over the last dimension, never zero."""
+    """Compute the standard deviation over the last dimension, never zero."""
     return root(x.var(dim=-1, correction=0))
 
 
 def root(variance: Tensor) -> Tensor:
-    """Square root with a finite gradient at zero."""
+    """Take the square root with a finite gradient at zero."""
     return (variance + 1e-5).sqrt()
 
 
 class StreamedPooling:
-    """`pooled` as a step over strips, which returns them unchanged; only the means of cells are kept."""
+    """`pooled` as a step over strips, which it passes on unchanged; it stores only cell means and moments."""
 
     def __init__(self, cell: int) -> None:
         self.cells = Window(partial(F.avg_pool2d, kernel_size=cell, ceil_mode=True), kernel=1, group=cell, ceil=True)
@@ -118,7 +119,7 @@ class StreamedPooling:
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
         precise = None if rows is None else rows.to(torch.promote_types(rows.dtype, torch.float32))
         if precise is not None:
-            # Mean and variance of two groups together, from those of each (Chan, Golub, LeVeque, 1979).
+            # Pairwise update of mean and variance (Chan, Golub, LeVeque, 1979).
             variance, mean = torch.var_mean(precise.flatten(2), dim=-1, correction=0)
             new = precise.shape[2] * precise.shape[3]
             share = new / (self.count + new)
@@ -132,7 +133,7 @@ class StreamedPooling:
         return rows
 
     def summary(self) -> Tensor:
-        """`pooled` of everything that went past."""
+        """Return `pooled` of all strips together."""
         assert isinstance(self.mean, Tensor) and isinstance(self.deviation, Tensor)
         cells = torch.cat(self.means, dim=2)
         return summary(self.mean, self.deviation / self.count, cells)

@@ -1,7 +1,7 @@
-"""Large images in little memory: a network over strips of rows, with the values of the whole.
+"""Compute networks on large images in little memory: strip by strip of rows, equal to the whole image but for rounding.
 
-The steps of a network take an image's rows from top to bottom, a strip at a time, return those rows of their result
-that no later row can change, and keep what later rows depend on. Nothing is computed twice.
+Each step of a network takes an image's rows from top to bottom, returns the output rows that are complete, and stores
+the rows that later output depends on. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from .torch_hooks import has_global_hooks, has_hooks
 
-# Images of more pixels go through a network in strips of about this many.
+# Larger images are computed in strips of about this many pixels.
 LARGE_PIXELS = 2**21
-# On a CPU, strips have this many unless the image is wider than 12,500 pixels. A ResNet50 holds at most 64 bytes per
-# pixel at once, which is then less than 32 MiB: larger blocks are given back to the system by glibc every time, and
-# their fresh pages would take half of the time.
+# Pixels of a strip on a CPU, for images up to 12,500 pixels wide. A ResNet50's largest activation takes 64 bytes per
+# pixel, so stays below 32 MiB: glibc returns larger blocks to the system at every free, and faulting in their fresh
+# pages would take half of the time.
 CPU_STRIP_PIXELS = 400_000
-# Strips have a multiple of this many rows. So after five halvings all but the first and the last still have one size,
-# and oneDNN orders weights for a size.
+# Strips have a multiple of this many rows, so that after five halvings all but the first and last have equal size:
+# oneDNN packs weights for an input size.
 MULTIPLE = 32
 
 # A step maps the next rows (N, C, h, W), or None if there are none, to the output rows that are now complete, or None
@@ -32,10 +32,10 @@ Step: TypeAlias = Callable[[Tensor | None, bool], Tensor | None]
 
 
 def rows_at_once(network: nn.Module, x: Tensor) -> int | None:
-    """Rows of the strips in which images (N, 3, H, W) should go through `network`; None for whole images.
+    """Choose the rows of a strip for images (N, 3, H, W); None to compute them whole.
 
-    Small images go through whole, and so do all where a gradient in `x` is wanted, a graph is compiled or traced, or a
-    part of the network has a hook. Memory grows with the width: a strip has at least MULTIPLE rows.
+    Images are computed whole if they are small, if a gradient in `x` is needed, under compilation or tracing, and if a
+    part of the network has a hook. Memory grows with the width, as a strip has at least MULTIPLE rows.
     """
     height, width = x.shape[2:]
     if (
@@ -52,7 +52,7 @@ def rows_at_once(network: nn.Module, x: Tensor) -> int | None:
 
 
 def stream(steps: Sequence[Step], image: Tensor, rows: int) -> Iterator[Tensor]:
-    """Send an image (1, 3, H, W) through `steps` in strips of `rows` rows, and yield what the last step returns."""
+    """Run steps over strips of `rows` rows of an image (1, 3, H, W), and yield the output rows of the last step."""
     height = image.shape[2]
     for start in range(0, height, rows):
         x: Tensor | None = image[:, :, start : start + rows]
@@ -63,16 +63,16 @@ def stream(steps: Sequence[Step], image: Tensor, rows: int) -> Iterator[Tensor]:
 
 
 def in_strips(steps: Callable[[], Sequence[Step]], x: Tensor, rows: int, stride: int) -> Tensor:
-    """Compute a network strip by strip: the values of the whole but for rounding.
+    """Compute a network strip by strip.
 
     Args:
-        steps: makes the steps, anew for each image.
+        steps: returns new steps for an image.
         x: (N, 3, H, W).
         rows: see `rows_at_once`.
-        stride: by how much the result is smaller; it has at most ceil(H / stride) rows.
+        stride: downsampling factor; the result has at most ceil(H / stride) rows.
     """
     out, end = None, 0
-    for n, image in enumerate(x.split(1)):  # rows of several images are not one piece of memory
+    for n, image in enumerate(x.split(1)):  # rows of several images are not contiguous
         end = 0
         for part in stream(steps(), image, rows):
             if out is None:
@@ -89,11 +89,11 @@ class Window:
 
     Args:
         run: (N, C, h, W) -> (N, C', h', W') without padding above and below: h' is (h - kernel) // stride + 1, divided
-            by `group` if output rows are pooled.
-        kernel: input rows that an output row depends on; kernel // 2 rows are padded above and below.
+            by `group` if `run` pools its output rows.
+        kernel: input rows that an output row depends on; kernel // 2 rows of padding are added above and below.
         group: emit output rows in multiples of this.
         ceil: also emit a partial final group (a pool's `ceil_mode`).
-        replicate: pad with the outermost row, not with zeros.
+        replicate: pad with copies of the outermost row instead of zeros.
     """
 
     def __init__(
@@ -107,21 +107,21 @@ class Window:
     ) -> None:
         self.run, self.kernel, self.stride, self.group = run, kernel, stride, group
         self.ceil, self.replicate = ceil, replicate
-        self.kept: Tensor | None = None
+        self.pending: Tensor | None = None  # input rows that later output depends on
 
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
-        pieces = [piece for piece in (self.kept, rows) if piece is not None]
+        pieces = [piece for piece in (self.pending, rows) if piece is not None]
         if not pieces:
             return None
-        above = [] if self.kept is not None else self._padding(pieces[0][:, :, :1])
+        above = [] if self.pending is not None else self._padding(pieces[0][:, :, :1])
         below = self._padding(pieces[-1][:, :, -1:]) if last else []
-        held = joined(*above, *pieces, *below)
-        assert held is not None
-        count = max(0, (held.shape[2] - self.kernel) // self.stride + 1)
+        x = joined(*above, *pieces, *below)
+        assert x is not None
+        count = max(0, (x.shape[2] - self.kernel) // self.stride + 1)
         if not (last and self.ceil):
             count -= count % self.group
-        self.kept = tail(held, count * self.stride)
-        return self.run(held[:, :, : (count - 1) * self.stride + self.kernel]) if count else None
+        self.pending = tail(x, count * self.stride)
+        return self.run(x[:, :, : (count - 1) * self.stride + self.kernel]) if count else None
 
     def _padding(self, row: Tensor) -> list[Tensor]:
         return [row if self.replicate else torch.zeros_like(row)] * (self.kernel // 2)
@@ -134,11 +134,11 @@ def valid(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def joined(*pieces: Tensor | None) -> Tensor | None:
-    """Concatenate the rows of those pieces that are not None; None if all are."""
+    """Concatenate the rows of all pieces that are not None; None if all are."""
     given = [piece for piece in pieces if piece is not None]
     return torch.cat(given, dim=2) if len(given) > 1 else given[0] if given else None
 
 
 def tail(x: Tensor, start: int) -> Tensor | None:
-    """Copy the rows from `start` on, so that the memory of the others can be freed; None if there are none."""
+    """Copy the rows from `start` on, so that `x` can be freed; None if there are none."""
     return x[:, :, start:].clone() if start < x.shape[2] else None

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 class TextTower(nn.Module):
-    """CLIP's causal text transformer, from token embeddings to features, so that learned contexts can enter.
+    """CLIP's causal text transformer, from token embeddings (so that it takes learned contexts) to features.
 
-    A token sees only those before it, so rows can be cut after the last end-of-text token: T need not be CLIP's 77. It
-    is a third of that for usual prompts, and so is the time.
+    Attention is causal, so tokens after the last end-of-text token can be cut: usual prompts need a third of CLIP's 77
+    tokens, and a third of the time.
 
     Shape:
-        embeddings: (P, T, W); end: (P,) int64, index of each end-of-text token -> (P, D), not of unit length.
+        embeddings: (P, T, W); end: (P,) int64, index of each end-of-text token -> (P, D), not normalised.
     """
 
     positional_embedding: Tensor
@@ -41,14 +41,14 @@ class TextTower(nn.Module):
         return self.transformer.resblocks
 
     def mask(self, tokens: int) -> Tensor:
-        """Causal mask (T, T), added to attention logits: 0 for earlier tokens and -inf for later ones."""
+        """Return the causal mask (T, T) that is added to attention logits: 0 up to the diagonal, -inf above."""
         return self.causal_mask[:tokens, :tokens]
 
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(embeddings), end)
 
     def embed(self, embeddings: Tensor) -> Tensor:
-        """Add the positional table: what the first of `blocks` takes, (P, T, W)."""
+        """Add the positional table to token embeddings (P, T, W), as input of the first block."""
         return embeddings.to(self.positional_embedding.dtype) + self.positional_embedding[: embeddings.shape[1]]
 
     def forward_features(self, embeddings: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ class TextTower(nn.Module):
         return features
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Token ids (P, T) int64 -> features (P, D). The end-of-text token has the highest id of a row."""
+        """Encode token ids (P, T) int64 -> features (P, D). The end-of-text token has the highest id of its row."""
         end = tokens.argmax(dim=-1)
         features: Tensor = self(self.token_embedding(tokens[:, : int(end.max()) + 1]), end)
         return features
 
 
 def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
-    """Encode texts with CLIP's byte-pair encoding -> token ids (P, T) int64; longer texts are cut at T tokens.
+    """Encode texts with CLIP's byte-pair encoding -> token ids (P, T) int64; longer texts are truncated.
 
     Example:
         >>> tokenize(["Good photo."], context_length=8)
@@ -81,5 +81,5 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
 
 @functools.cache
 def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
-    """Reading the table of byte pairs takes 0.2 s."""
+    """Cache the tokenizer: reading its table of byte pairs takes 0.2 s."""
     return open_clip.SimpleTokenizer(context_length=context_length)

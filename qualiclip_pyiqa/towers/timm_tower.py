@@ -1,4 +1,4 @@
-"""Towers of timm's inside open_clip's models: ConvNeXt, FastViT, ViTamin, SigLIP, EVA and others."""
+"""timm's image towers in open_clip's models: ConvNeXt, FastViT, ViTamin, SigLIP, EVA and others."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from .meta_parameters import parameters_on_meta
 
 
 class TimmTower(Tower):
-    """A trunk of timm's with open_clip's projection.
+    """timm's trunk with open_clip's projection.
 
-    A positional table is resized on its grid, as timm does; a rotary embedding is used with and without a table.
+    timm resizes the positional table on its grid. A rotary embedding is used with and without the table.
     """
 
     trunk: nn.Module
     head: nn.Module
-    has_zero_table = False  # whether the trunk's own table was set to zero
+    has_zero_table = False  # whether `prepare_to_freeze` zeroed the table
 
     @property
     def blocks(self) -> nn.Module:
-        """The blocks of a transformer; each maps tokens (N, L, C) to (N, L, C). Convolutional trunks have none."""
+        """A transformer's blocks; each maps tokens (N, L, C) to (N, L, C). Convolutional trunks have none."""
         return self.trunk.get_submodule("blocks")
 
     def forward_features(self, rgb: Tensor) -> Tensor:
-        """Compute what the trunk pools: (N, L, C), (N, C, h, w) or (N, h, w, C), as timm has it."""
+        """Compute the trunk's unpooled features: (N, L, C), (N, C, h, w) or (N, h, w, C), depending on the trunk."""
         x = (rgb - self.mean) / self.std
         features = _Features(self.trunk)
         table = getattr(self.trunk, "pos_embed", None)
         if table is None or self.add_table or self.has_zero_table:
             found: Tensor = features(x)
-        else:  # In training, where the table stays in the state dict. Not thread-safe: the trunk is changed meanwhile.
+        else:  # in training, to leave the table in the state dict; not thread-safe, as the trunk is patched meanwhile
             found = functional_call(features, {"trunk.pos_embed": torch.zeros_like(table)}, (x,))
         return found
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Pool what `forward_features` returns into features (N, D)."""
+        """Pool the output of `forward_features` into image features (N, D)."""
         pooled: Tensor = self.head(self.trunk.forward_head(features))  # type: ignore[operator]
         return pooled
 
     def prepare_to_freeze(self) -> None:
-        """Make the trunk add zeros if the table is not to be added. BatchNorm stays: trunks order modules freely."""
+        """Zero the table unless `add_table`. BatchNorm is not folded: trunks do not name or order modules uniformly."""
         table = getattr(self.trunk, "pos_embed", None)
         if table is not None and not self.add_table:
             self.trunk.pos_embed = nn.Parameter(torch.zeros_like(table))
@@ -53,7 +53,7 @@ class TimmTower(Tower):
 
 
 class _Features(nn.Module):
-    """`trunk.forward_features` as a module's forward, which `functional_call` needs."""
+    """Wraps `trunk.forward_features` as a forward method, for `functional_call`."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
@@ -64,21 +64,21 @@ class _Features(nn.Module):
 
 
 def take_any_size(visual: nn.Module, model: str) -> str | None:
-    """Let a model of timm's that was built for one image size take any size; open_clip has no option for it.
+    """Let a timm model built for one image size take any size, for which open_clip has no option.
 
     Args:
         visual: open_clip's `TimmModel`, on the meta device.
-        model: timm's name of it.
+        model: timm's name of the model.
 
     Returns:
-        Why it takes one size only, or None if it takes any.
+        None on success, else timm's reason for taking one size only.
     """
     trunk: Any = visual.trunk
-    # Attributes of timm's transformers. Where a version of timm has others, the trial below fails.
+    # Attributes of timm's transformers; if a version of timm has others, the trial below fails.
     if hasattr(trunk, "dynamic_img_size"):
         flexible: Any = timm.create_model(model, dynamic_img_size=True)
         trunk.dynamic_img_size, trunk.patch_embed = True, flexible.patch_embed
-        trunk.patch_embed.img_size = None  # rows and columns that do not fill a patch are left out
+        trunk.patch_embed.img_size = None  # crops rows and columns that do not fill a patch
         if hasattr(trunk, "rope"):
             trunk.rope = flexible.rope
     visual.eval()
@@ -92,7 +92,7 @@ def take_any_size(visual: nn.Module, model: str) -> str | None:
 
 
 def make_buffers_real(trunk: nn.Module, model: str) -> None:
-    """Give a trunk on the meta device the buffers that no state dict holds, such as rotary tables."""
+    """Give a trunk on the meta device real non-persistent buffers, such as rotary tables."""
     missing = {name for name, _ in trunk.named_buffers()} - set(trunk.state_dict())
     if not missing:
         return

@@ -1,4 +1,4 @@
-"""Whether modules have forward hooks. PyTorch has no public way to ask, so its private names stand here alone."""
+"""Detect forward hooks. PyTorch has no public API for it, so its private names are confined to this module."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has a forward hook of its own."""
+    """Whether a module has forward hooks of its own."""
     return any(getattr(module, name, None) for name in _OF_MODULE)
 
 
 def has_global_hooks() -> bool:
-    """Whether every module has a forward hook: `torch.nn.modules.module.register_module_forward_hook`."""
+    """Whether global forward hooks are registered (`torch.nn.modules.module.register_module_forward_hook`)."""
     return any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL)

@@ -1,4 +1,4 @@
-"""open_clip's vision transformers at any image size."""
+"""open_clip's vision transformers, for images of any size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .base import Tower, resize_flat
 
 
 class ViTTower(Tower):
-    """open_clip's VisionTransformer. Its patch convolution leaves out rows and columns that do not fill a patch.
+    """open_clip's VisionTransformer. Its patch convolution crops rows and columns that do not fill a patch.
 
-    OpenAI's models pool by the class token of normalised tokens, CLIPA's by the mean of the other tokens, normalised
-    afterwards, and CoCa's by the first of the queries that attend to all tokens.
+    Pooling: the normalised class token (OpenAI's models), the mean of the other tokens, normalised afterwards (CLIPA),
+    or the first query of an attention pool (CoCa).
     """
 
     conv1: nn.Module
@@ -32,7 +32,7 @@ class ViTTower(Tower):
         super().__init__(visual, add_table, mean, std)
         self.attn_pool: nn.Module | None = visual.attn_pool
         self.averages = visual.pool_type == "avg"
-        # The norm of one token is the same before and after it is picked; the norm of a mean is not.
+        # Normalisation commutes with picking a token, but not with the mean.
         self.norm_first = self.averages and not (visual.final_ln_after_pool and visual.attn_pool is None)
 
     @property
@@ -43,7 +43,7 @@ class ViTTower(Tower):
         return blocks
 
     def embed(self, rgb: Tensor) -> Tensor:
-        """Tokens that the first of `blocks` takes: the class token and one per patch, (N, 1 + h*w, C)."""
+        """Compute the input of the first block: the class token and one token per patch, (N, 1 + h*w, C)."""
         x = self.conv1(self.normalise(rgb)).flatten(2).transpose(1, 2)
         start = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([start, x], dim=1)
@@ -53,12 +53,12 @@ class ViTTower(Tower):
         return tokens
 
     def forward_features(self, rgb: Tensor) -> Tensor:
-        """Compute the tokens after the last block, not normalised: (N, 1 + h*w, C), the class token first."""
+        """Compute the unnormalised tokens after the last block: (N, 1 + h*w, C), the class token first."""
         tokens: Tensor = self.transformer(self.embed(rgb))
         return tokens
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Pool tokens (N, 1 + h*w, C) into features (N, D)."""
+        """Pool tokens (N, 1 + h*w, C) into image features (N, D)."""
         x = features if self.attn_pool is None else self.attn_pool(features)
         if self.norm_first:
             x = self.ln_post(x)
