@@ -1,8 +1,7 @@
-"""What every blind metric of this package is: image features from a frozen tower, and scores of those features."""
+"""Base class of all blind metrics: image features from a frozen tower, and scores of those features."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ImageError, SettingsError
 from ..images.convert import MIN_SIDE, check_size
 
-# How `metric(path)` and `Scorer`, unless it is told otherwise, read images.
+# How `metric(path)` and, by default, `Scorer` read images.
 READING = (
     "EXIF orientation applied; embedded ICC profiles converted to sRGB; alpha laid over white; "
     "8-bit levels divided by 255, 16-bit levels by 65535"
@@ -22,21 +21,21 @@ READING = (
 class BlindMetric(nn.Module):
     """Base class of blind (no-reference) metrics: `forward(x)` is `score(features(x))`.
 
-    A subclass sets `tower` and implements `rate`; whatever its features need beyond one pass of the tower goes into
-    `encode`. Input checks, windows (`tile`), dtypes, eval mode of the frozen tower and the common part of `describe`
-    are here. Metrics whose towers are equal and whose `encode` is the same share their features in a `Scorer`.
+    A subclass sets `tower` and implements `rate`, and extends `encode` if its features take more than one pass of the
+    tower. This class provides input checks, windows (`tile`), dtypes, the tower's eval mode and the common part of
+    `describe`. In a `Scorer`, metrics with equal towers and the same `encode` share their features.
 
-    A tower is frozen: its tensors should be buffers that are not persistent (`towers.base.freeze`), so that a state
-    dict holds what was learned for the metric and nothing else.
+    The tower's tensors should be non-persistent buffers (`towers.base.freeze`), so that the state dict holds only what
+    was learned for the metric.
 
     Args:
         model_type: name of the metric.
-        paper: where the method comes from.
+        paper: reference of the method.
         score_range: lowest and highest score, such as `"0, 1"`.
         lower_better: whether a lower score means a better image.
-        tile: score windows of at most so many pixels a side, evenly spread over the image, and return their mean. For
-            towers whose time grows faster than the image; it is another rule, with other scores, so `describe()` says
-            so. None, the default: the whole image at its own size.
+        tile: score windows of at most this many pixels a side, evenly spread over the image, and average the scores.
+            For towers whose time grows faster than the image. Scores differ from those of the whole image, and
+            `describe()` states the rule. None, the default: the whole image at its own size.
 
     Shape:
         x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype
@@ -80,7 +79,7 @@ class BlindMetric(nn.Module):
         self.score_range = score_range
         self.lower_better = lower_better
         self.tile = tile
-        # Follows `.to()`: its dtype is the one that images are converted to.
+        # Follows `.to()`, and so holds the metric's device and dtype.
         self.register_buffer("_like", torch.empty(0, dtype=torch.float32), persistent=False)
 
     @property
@@ -92,15 +91,15 @@ class BlindMetric(nn.Module):
         return self.score(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Compute image features, which metrics on one tower can share.
+        """Compute image features, which metrics with equal towers can share.
 
         Shape:
-            x: what `forward` takes -> (N, D), or (N, T, D) for T windows where `tile` is set.
+            x: as in `forward` -> (N, D), or with `tile` (N, T, D) for T windows.
 
         Raises:
             ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels. Values are not checked.
         """
-        x = self._checked(x).to(self._like.dtype)
+        x = self._check_images(x).to(self._like.dtype)
         if self.tile is None:
             return self.encode(x)
         tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
@@ -108,27 +107,27 @@ class BlindMetric(nn.Module):
         return torch.stack([self.encode(window) for window in windows], dim=1)
 
     def score(self, features: Tensor) -> Tensor:
-        """Score what `features` returns: (N, D), or (N, T, D) whose T scores are averaged, -> (N, A)."""
+        """Score the output of `features`: (N, D), or (N, T, D) with the mean over T windows, -> (N, A)."""
         if features.dim() == 2:
             return self.rate(features)
         return self.rate(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(dim=1)
 
     def encode(self, rgb: Tensor) -> Tensor:
-        """Features (N, D) of images (N, 3, H, W) in the metric's dtype; by default one pass of the tower."""
+        """Compute features (N, D) of images (N, 3, H, W) in the metric's dtype; by default one pass of the tower."""
         features: Tensor = self.tower(rgb)
         return features
 
     def rate(self, features: Tensor) -> Tensor:
-        """Scores (M, A) of features (M, D); every subclass implements it."""
+        """Score features: (M, D) -> (M, A). Every subclass implements it."""
         raise NotImplementedError(f"{type(self).__name__} does not implement rate(features)")
 
     def encodes_like(self, other: BlindMetric) -> bool:
-        """Whether both metrics have equal features wherever their towers are equal.
+        """Whether two metrics with equal towers have equal features.
 
         A metric whose `encode` depends on more than the tower extends this.
         """
-        rules = [(type(metric).features, type(metric).encode, metric.tile) for metric in (self, other)]
-        return rules[0] == rules[1]
+        own, others = ((type(metric).features, type(metric).encode, metric.tile) for metric in (self, other))
+        return own == others
 
     def train(self, mode: bool = True) -> BlindMetric:
         """Set the training mode; the frozen tower always stays in eval mode."""
@@ -137,9 +136,9 @@ class BlindMetric(nn.Module):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that decides a score, as plain values for a log or the appendix of a paper.
+        """Return everything that decides a score, in plain values, for a log or a paper's appendix.
 
-        Subclasses add what is theirs.
+        Subclasses add their own entries.
         """
         return {
             "metric": self.model_type,
@@ -158,15 +157,15 @@ class BlindMetric(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel need not send at every step: frozen values, which are equal on all ranks.
+        """Names of the frozen buffers, which are equal on all ranks and which DistributedDataParallel need not send.
 
-        Its name for it is private; where it changes, training only sends more.
+        The attribute is private to PyTorch; if it is renamed, training only sends more.
         """
-        kept: Mapping[str, Any] = self.state_dict()
-        return [name for name, _ in self.named_buffers() if name not in kept]
+        persistent = self.state_dict().keys()
+        return [name for name, _ in self.named_buffers() if name not in persistent]
 
-    def _checked(self, x: Tensor) -> Tensor:
-        """The images as (N, 3, H, W)."""
+    def _check_images(self, x: Tensor) -> Tensor:
+        """Validate images and expand grey ones to (N, 3, H, W)."""
         if not isinstance(x, Tensor):
             raise ImageError(f"image is a {type(x).__name__}; expected a tensor (N, 3, H, W), see `as_batch`")
         if x.dim() != 4 or x.shape[1] not in (1, 3):
@@ -178,6 +177,6 @@ class BlindMetric(nn.Module):
 
 
 def _window_starts(side: int, tile: int) -> list[int]:
-    """First pixels of as few windows of `tile` pixels as cover `side`, evenly spread."""
+    """Return the first pixels of the fewest windows of `tile` pixels that cover `side`, evenly spread."""
     count = -(-side // tile)
     return [0] if count == 1 else [round(k * (side - tile) / (count - 1)) for k in range(count)]

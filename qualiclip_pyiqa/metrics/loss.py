@@ -13,20 +13,19 @@ from ..errors import SettingsError
 class QualityLoss(nn.Module):
     """Distance of a batch's mean quality from the best score, differentiable in the image. Lower is better.
 
-    The metric is copied, frozen and kept in eval mode whatever the parent does. Nothing of it is in the parent's
-    parameters, buffers or state dict, while `.to()`, `.cuda()`, `.half()` and `.to_empty()` of the parent move it along
-    (after `.to_empty()` its values are undefined, as the parent's are: build it anew).
+    The metric is copied, frozen and always in eval mode. It does not appear in the parent's parameters, buffers or
+    state dict, but follows the parent's `.to()`, `.cuda()`, `.half()` and `.to_empty()` (which leaves its values
+    undefined, like the parent's: build a new loss).
 
     Args:
         metric: a no-reference metric of `pyiqa.create_metric` (with or without `as_loss`), or its network.
 
     Shape:
-        x: (N, 3, H, W), RGB in 0..1, H and W at least 32. Values outside are passed on, not clamped, since a clamp
-        would cut the gradient -> scalar >= 0: `1 - mean score` for a metric in 0..1 where higher is better,
-        `mean score` where lower is better.
+        x: (N, 3, H, W), RGB in 0..1, H and W at least 32. Values outside are not clamped, which would cut the gradient.
+        -> scalar: `best - mean score`, so `1 - mean score` for scores in 0..1; `mean score - best` if lower is better.
 
     Raises:
-        SettingsError: a full-reference metric, or one whose best score is not known.
+        SettingsError: a full-reference metric, or one whose best score is unknown.
 
     Example:
         >>> import pyiqa, torch
@@ -46,16 +45,16 @@ class QualityLoss(nn.Module):
         try:
             self.best = float(bounds[0] if self.lower_better else bounds[1])
         except (ValueError, IndexError):
-            raise SettingsError(f"score_range is {bounds}; expected a metric whose best score is known") from None
+            raise SettingsError(f"score_range is {bounds}; expected a metric with a known best score") from None
         network = copy.deepcopy(getattr(metric, "net", metric)).eval().requires_grad_(False)
-        # In a tuple the network is no submodule: not in parameters(), state_dict(), train(), DDP or FSDP.
+        # A tuple hides the network from parameters(), state_dict(), train(), DDP and FSDP.
         self._unregistered: tuple[nn.Module] = (network,)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self._unregistered[0](x).mean() - self.best) * (1.0 if self.lower_better else -1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityLoss:
-        """Let `.to()` and its like reach the network too: all of them go through this method of `nn.Module`."""
+        """Apply `.to()` and the like, all of which go through this method of `nn.Module`, to the network too."""
         self._unregistered[0]._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self

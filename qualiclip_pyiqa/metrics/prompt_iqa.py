@@ -1,4 +1,4 @@
-"""CLIP-IQA and QualiCLIP: an image tower, features of antonym prompt pairs, and the softmax of each pair.
+"""CLIP-IQA and QualiCLIP: image features are compared with antonym prompt pairs, by a softmax over each pair.
 
     f = image feature, unit length (N, D)      t = prompt features, unit length, positive/negative alternating (2P, D)
     z = exp(logit_scale) * f @ t.T / temperature           s = mean over pairs of softmax(z of a pair)[positive]
@@ -30,17 +30,17 @@ from .registry import METRICS, PromptSpec, metric_spec, with_context
 
 
 def positive_probabilities(features: Tensor, text: Tensor, scale: float) -> Tensor:
-    """Compute the softmax of each antonym prompt pair's scaled cosines, at its positive prompt.
+    """Compute the softmax over each antonym prompt pair's scaled cosines, and return the positive prompt's share.
 
     Args:
-        features: image features, of any length.
-        text: features of positive and negative prompts, alternating; of any length.
-        scale: multiplies cosines: exp(logit_scale) / temperature.
+        features: image features, normalised here.
+        text: features of positive and negative prompts, alternating, normalised here.
+        scale: factor on the cosines: exp(logit_scale) / temperature.
 
     Shape:
         (N, D), (2P, D) -> (N, P) in 0..1, in float32 or the wider dtype of the features.
     """
-    # A logit is a hundred times a cosine: half precision would cost the second digit of the score.
+    # Logits are a hundred times the cosines, so half precision would change the second digit of a score.
     with torch.autocast(features.device.type, enabled=False):
         precise = torch.promote_types(features.dtype, torch.float32)
         image = F.normalize(features.to(precise), dim=-1)
@@ -52,41 +52,41 @@ def positive_probabilities(features: Tensor, text: Tensor, scale: float) -> Tens
 class PromptIQA(BlindMetric):
     """A blind metric by antonym prompt pairs. Construct `OpenCLIPIQA` or `OpenQualiCLIP`, or call `create_metric`.
 
-    The tower and the prompt features are buffers: they follow `.to()`, `deepcopy` and pickle, and no optimiser, state
-    dict or checkpoint sees them. Only a prompt context (`prompt_learner`) is a parameter; the state dict holds exactly
-    what pyiqa's `params` files hold for the metric.
+    The tower and the prompt features are non-persistent buffers: they follow `.to()`, `deepcopy` and pickle, but are
+    invisible to optimisers and state dicts. Only a prompt context (`prompt_learner`) is a parameter; the state dict
+    matches pyiqa's `params` files for the metric.
 
     Args:
-        model_type: a name in `METRICS`; it decides the defaults of all other arguments. A context of your own
-            (`pretrained=False` or a file) may have a name of its own that starts with a metric's: `clipiqa+_mine`.
-        backbone: image tower: an OpenAI name as pyiqa spells it, or one of `open_clip.list_models()`. A file that was
-            trained with this package names its own.
-        pretrained: for metrics with a learned context: True for the published one, False for a fresh one to be
-            trained, or the name of a weight record or a file. Metrics with fixed prompts take True.
+        model_type: a name in `METRICS`, which decides the defaults of all other arguments. A context of your own
+            (`pretrained=False` or a file) may have a name that extends a metric's: `clipiqa+_mine`.
+        backbone: name of the image tower: OpenAI's as pyiqa spells it, or one of `open_clip.list_models()`. Files
+            trained with this package name their own.
+        pretrained: for metrics with a learned context: True for the published one, False for a fresh one, or the name
+            of a weight record or a file. Metrics with fixed prompts take True.
         pos_embedding: whether the tower adds its positional table, resized to the image.
-        temperature: divides the logits. A file that was trained with this package has its own; any value except the
-            metric's default overrides it.
-        n_ctx: length of a fresh context, in tokens (default 16), or the length that a learned one must have.
-        ctx_init: first words of a fresh context, which set its length.
+        temperature: divides the logits. Files trained with this package have their own, which any value except the
+            metric's default overrides.
+        n_ctx: length of a fresh context in tokens (default 16), or the required length of a learned one.
+        ctx_init: words that a fresh context starts from; they set its length.
         prompt_specific_ctx: whether a fresh context is one per text; otherwise all texts share one.
         prompts: name of a prompt set, a list of (positive, negative) pairs, or a mapping from attribute to a pair or
             pairs.
-        weights: record of the manifest, or a file, that holds the tower.
-        tile: see `BlindMetric`. How far such scores are from those of the whole image: docs/speed.md.
+        weights: name of a weight record, or a file, that holds the tower.
+        tile: see `BlindMetric`; docs/speed.md says how far such scores are from those of the whole image.
 
     Shape:
         x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype; the whole
         image at its own size, never resized -> scores (N, A), float32 (float64 for a metric in double precision), in
         0..1, higher is better; one column for each of `attributes` (A = 1 unless `prompts` is a mapping).
 
-    A batch's scores equal those of its images alone to 2e-6 in float32. On an NVIDIA GPU since Ampere, a metric of
-    `pyiqa.create_metric` is less precise than its network or a `Scorer`: pyiqa runs it under cuDNN flags that allow
-    TF32 in convolutions, whatever the caller has set.
+    In float32 a batch's scores equal those of its images alone to 2e-6. On NVIDIA GPUs since Ampere, a metric of
+    `pyiqa.create_metric` is less precise than its network or a `Scorer`, as pyiqa allows TF32 in convolutions whatever
+    the caller has set.
 
     Raises:
         SettingsError: an unknown or contradictory setting.
-        PromptError: prompts that make no sense, or that the model cannot encode.
-        WeightsError: a weight file that is missing, damaged or another model's.
+        PromptError: invalid prompts, or prompts that the model cannot encode.
+        WeightsError: a weight file that is missing, damaged or of another model.
 
     Example:
         >>> import torch
@@ -145,30 +145,30 @@ class PromptIQA(BlindMetric):
             record = spec.context if pretrained is True else pretrained
             _check_learned(spec, record, model.backbone, prompts, ctx_init)
             self.prompt_learner, self.context_file = load_learner(record, text, self.prompts.texts, n_ctx)
-        self._keep_text_tower(text)
+        self._set_text_tower(text)
 
     @property
     def attributes(self) -> tuple[str, ...]:
         return self.prompts.attributes
 
     def set_prompts(self, prompts: PromptsLike) -> None:
-        """Score by other antonym prompt pairs from now on.
+        """Replace the antonym prompt pairs.
 
         Args:
             prompts: as in the constructor.
 
         Raises:
-            PromptError: prompts that make no sense, or that the model cannot encode.
+            PromptError: invalid prompts, or prompts that the model cannot encode.
             WeightsError: the weight file, which is read again for new texts, changed since the metric was built.
-            SettingsError: the metric has a learned context, which belongs to its own prompts.
+            SettingsError: the metric has a learned context, which was learned for its own prompts.
         """
         if self.prompt_learner is not None:
-            raise SettingsError(f"{self.model_type} has a learned context; other prompts need one of their own")
+            raise SettingsError(f"{self.model_type} has a learned context, which fits its own prompts only")
         resolved = resolve_prompts(prompts)
         self._set_features(resolved, _fixed_features(resolved, self.origin.reload()))
 
     def rate(self, features: Tensor) -> Tensor:
-        """Scores (M, A) of image features (M, D), which need not be of unit length."""
+        """Score image features, normalised here: (M, D) -> (M, A)."""
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
         positive = positive_probabilities(features, text, self.logit_scale / self.temperature)
         with torch.autocast(features.device.type, enabled=False):
@@ -176,7 +176,7 @@ class PromptIQA(BlindMetric):
             return positive @ membership / membership.sum(dim=0)
 
     def train(self, mode: bool = True) -> PromptIQA:
-        """Set the training mode: in train mode the context is encoded at every step. Towers stay in eval mode."""
+        """Set the training mode, in which the context is encoded at every step; towers stay in eval mode."""
         was_training = self.training
         super().train(mode)
         if self.text_tower is not None:
@@ -186,9 +186,9 @@ class PromptIQA(BlindMetric):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that decides a score, as plain values for a log or the appendix of a paper.
+        """Return everything that decides a score, in plain values, for a log or a paper's appendix.
 
-        Hashes are those of the files that were loaded; None, with a warning, for a file that changed since. Hashing a
+        Hashes are of the files as they were loaded; None, with a warning, for a file that has changed since. Hashing a
         large file takes a second.
         """
         return super().describe() | {
@@ -205,13 +205,12 @@ class PromptIQA(BlindMetric):
         }
 
     def _pixel_statistics(self, name: str) -> list[float] | None:
-        """`mean` or `std` by which the tower normalises RGB in 0..1; None for a tower that takes it as it is."""
+        """Return the tower's `mean` or `std` for RGB in 0..1; None for a tower without pixel normalisation."""
         values = getattr(self.tower, name, None)
         return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
 
     def _set_features(self, prompts: Prompts, features: Tensor) -> None:
-        """Keep prompt features (2P, D), and which pair counts for which attribute as a matrix (P, A) of 0 and 1."""
-        # Prompts that are set later follow the metric to its device and dtype.
+        """Store prompt features (2P, D) and the membership matrix (P, A): 1 where a pair belongs to an attribute."""
         like = self._like
         membership = torch.zeros(len(prompts.pairs), len(prompts.groups), dtype=torch.float32)
         row = 0
@@ -222,9 +221,9 @@ class PromptIQA(BlindMetric):
         self.register_buffer("prompt_features", F.normalize(features.float(), dim=-1).to(like), persistent=False)
         self.register_buffer("membership", membership.to(like), persistent=False)
 
-    def _keep_text_tower(self, text: TextTower) -> None:
-        """Freeze the text tower that encodes the learned context, and encode it."""
-        del text.token_embedding  # 25 of its 63 million values; the learner has copied what it needs
+    def _set_text_tower(self, text: TextTower) -> None:
+        """Store the frozen text tower that encodes the context, and encode the context."""
+        del text.token_embedding  # 25 of its 63 million values; the learner has copied the rows it needs
         freeze(text)
         self.text_tower = text
         self._refresh()
@@ -240,7 +239,7 @@ class PromptIQA(BlindMetric):
 
     @classmethod
     def _spec(cls, model_type: str, pretrained: bool | str | Path) -> PromptSpec:
-        """The row of a metric, checked against this class and `pretrained`."""
+        """Look up a metric's row, and check it against this class and `pretrained`."""
         base = model_type
         if model_type not in METRICS and pretrained is not True:  # as in pyiqa, `clipiqa+_mine` is a `clipiqa+`
             base = max((name for name in with_context() if model_type.startswith(name)), key=len, default=model_type)
@@ -269,13 +268,13 @@ class OpenQualiCLIP(PromptIQA):
 
 
 def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> str | Path | WeightRecord:
-    """The weights of a metric with a backbone: those that were asked for, the metric's own, or OpenAI's."""
+    """Choose a metric's weights for a backbone: those asked for, the metric's own, or OpenAI's."""
     record = spec.weights if wanted is None else wanted
     if record != spec.weights or backbone == spec.backbone:
         return record
     if spec.arch != "OpenCLIPIQA":
         raise SettingsError(
-            f"{spec.name} is a {spec.backbone}; for backbone {backbone!r} pass weights=FILE of a trained model"
+            f"{spec.name} has backbone {spec.backbone}; for {backbone!r} pass weights=FILE of a trained model"
         )
     return openai_record(backbones.plain_name(backbone))
 
@@ -283,7 +282,7 @@ def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> s
 def _check_learned(
     spec: PromptSpec, record: str | Path, backbone: str, prompts: PromptsLike | None, ctx_init: str
 ) -> None:
-    """Refuse settings that a learned context has no place for."""
+    """Refuse settings that contradict a learned context."""
     if record == spec.context and backbone != spec.backbone:
         raise SettingsError(
             f"the context of {spec.name} was learned on {spec.backbone}, not {backbone}; "
@@ -291,12 +290,12 @@ def _check_learned(
         )
     if ctx_init or prompts not in (None, spec.prompts):
         raise SettingsError(
-            "prompts and ctx_init start a fresh context, but a learned one was asked for; pass pretrained=False"
+            "prompts and ctx_init are for a fresh context, but a learned one was asked for; pass pretrained=False"
         )
 
 
 def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
-    """Features (2P, D) of fixed prompts: stored ones if the file has all of them, otherwise encoded."""
+    """Return features (2P, D) of fixed prompts: those stored in the file if it has all of them, else encoded."""
     stored = model.stored_features
     missing = [text for text in prompts.texts if text not in stored]
     if not missing:

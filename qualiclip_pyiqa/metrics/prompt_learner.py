@@ -1,4 +1,4 @@
-"""Learned prompt contexts (CoOp) around the class words of antonym prompts, in the layout of pyiqa's `params` files."""
+"""Learned prompt contexts (CoOp) for antonym prompts, in the layout of pyiqa's `params` files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError, WeightsError
+from ..errors import SettingsError, WeightsError, one_line
 from ..pretrained.files import WeightFile
 from ..pretrained.manifest import WeightRecord
 from ..pretrained.read import read
 from ..towers.text import TextTower, tokenize
 
-N_CTX = 16  # context tokens in both papers' code
+N_CTX = 16  # default of both papers' code
 
 
 @dataclass(frozen=True)
 class FreshContext:
-    """How a context starts that is still to be learned.
+    """Initialisation of a context that is still to be learned.
 
     Attributes:
         n_ctx: number of context tokens; None: 16.
-        ctx_init: words that start the context and set its length; empty: `std` decides.
-        prompt_specific_ctx: one context per text; otherwise one shared by all.
-        std: standard deviation of the normal distribution that the context is drawn from; None: every token starts as
-            the embedding of the placeholder `X`.
+        ctx_init: words that initialise the context and set its length; empty: `std` decides.
+        prompt_specific_ctx: whether there is one context per text; otherwise all share one.
+        std: standard deviation of a normal initialisation; None: every token is the embedding of the placeholder `X`.
     """
 
     n_ctx: int | None = None
@@ -37,7 +36,7 @@ class FreshContext:
     std: float | None = None
 
     def tokens(self, text: TextTower) -> Tensor:
-        """First values (n_ctx, W) of a shared context."""
+        """Return the initial tokens (n_ctx, W) before `std` and sharing."""
         if self.ctx_init:
             row = tokenize([self.ctx_init.replace("_", " ")], text.context_length)[0]
             tokens = text.token_embedding(row[1 : int(row.argmax())])  # between start and end of text
@@ -52,7 +51,7 @@ class FreshContext:
 
     @torch.no_grad()
     def values(self, text: TextTower, prompts: int) -> Tensor:
-        """First values of the context for so many texts: (prompts, n_ctx, W), or (n_ctx, W) if shared; float32."""
+        """Return the initial context for a number of texts, float32: (prompts, n_ctx, W), or (n_ctx, W) if shared."""
         tokens = self.tokens(text).float()
         shape = (prompts, *tokens.shape) if self.prompt_specific_ctx else tokens.shape
         if self.std is not None and not self.ctx_init:
@@ -63,12 +62,12 @@ class FreshContext:
 class PromptLearner(nn.Module):
     """Antonym prompts with a learned context: SOT, first half of the context, class words, second half, EOT.
 
-    The context stands in the middle, as in CLIP-IQA's official code; everything but `ctx` is fixed. The state dict
-    holds `ctx`, `token_prefix` and `token_suffix`, as pyiqa writes and expects it.
+    The class words are in the middle, as in CLIP-IQA's official code. Only `ctx` is learned. The state dict holds
+    `ctx`, `token_prefix` and `token_suffix`, as pyiqa's does.
 
     Args:
-        text: text tower whose token embeddings the prompts are made of.
-        texts: class words, 2P texts, positive and negative alternating.
+        text: text tower with the token embeddings.
+        texts: class words: 2P texts, positive and negative alternating.
         ctx: the context, (2P, n_ctx, W) or, shared by all texts, (n_ctx, W).
 
     Raises:
@@ -81,7 +80,7 @@ class PromptLearner(nn.Module):
     def __init__(self, text: TextTower, texts: Sequence[str], ctx: Tensor) -> None:
         super().__init__()
         length, n_ctx = text.context_length, ctx.shape[-2]
-        # Token ids of the class words alone; a row is SOT, words, EOT, padding.
+        # Token ids of the class words: each row is SOT, words, EOT, padding.
         rows = tokenize(list(texts), length)
         self.words_per_text: list[int] = (rows.argmax(dim=-1) - 1).tolist()
         if n_ctx + max(self.words_per_text) + 2 > length:
@@ -120,10 +119,7 @@ class PromptLearner(nn.Module):
 
 
 def _adopt_shape(learner: PromptLearner, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the context the shape that it has in the state dict which is about to be loaded: shared, or one per text.
-
-    Published contexts come both ways: shared in CLIP-IQA+, one per text in pyiqa's own.
-    """
+    """Reshape the context to match a state dict about to be loaded: shared (CLIP-IQA+'s) or one per text (pyiqa's)."""
     ctx = state_dict.get(prefix + "ctx")
     shared = learner.ctx.shape[-2:]
     if ctx is not None and ctx.shape in (shared, (len(learner.texts), *shared)) and ctx.shape != learner.ctx.shape:
@@ -138,11 +134,11 @@ def load_learner(
     Args:
         weights: name of a record, a record, or a file.
         text, texts: see `PromptLearner`.
-        n_ctx: number of context tokens that the caller expects; None: any.
+        n_ctx: required number of context tokens; None: any.
 
     Raises:
-        WeightsError: no such file, or one that holds no context or the context of another model or of other prompts.
-        SettingsError: the context has another length than `n_ctx`.
+        WeightsError: no such file, or no context that fits the model and the prompts.
+        SettingsError: the context's length is not `n_ctx`.
     """
     context = read(weights, layout="context")
     file, loaded = context.file, context.tensors
@@ -155,12 +151,12 @@ def load_learner(
             f"{file.path.name} has {found} context tokens, not n_ctx={n_ctx}; leave n_ctx out, or pass pretrained=False"
         )
     learner = PromptLearner(text, texts, torch.zeros(len(texts), found, width, dtype=torch.float32))
-    # A context that was published alone has no prefix and suffix.
+    # A bare context has no prefix and suffix.
     values = {key.removeprefix("prompt_learner."): value.float() for key, value in loaded.items()}
     try:
         learner.load_state_dict(learner.state_dict() | values)
     except RuntimeError as error:
         raise WeightsError(
-            f"{file.path} does not fit this text tower and {len(texts)} prompts: {' '.join(str(error).split())}"
+            f"{file.path} does not fit this text tower and {len(texts)} prompts: {one_line(error)}"
         ) from error
     return learner, file

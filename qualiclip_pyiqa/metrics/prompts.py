@@ -1,4 +1,4 @@
-"""Antonym prompt pairs as data, and the one function that turns what a user passes as `prompts=` into them."""
+"""Antonym prompt pairs: the predefined sets, and validation of a `prompts=` argument."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..errors import PromptError, did_you_mean
 Pair: TypeAlias = tuple[str, str]
 
 # Look and feel attributes of CLIP-IQA (Wang et al., AAAI 2023: section 4 and, from `warm` on, the AVA study of its
-# appendix; texts as in the authors' configuration files). The first text of a pair is what a high score means. The
-# official configuration has `noisiness` reversed; here a high score means a clean image.
+# appendix; texts from the authors' configuration files). A high score means the first text of a pair. The official
+# configuration has `noisiness` reversed; here a high score means a clean image.
 LOOK: dict[str, Pair] = {
     "quality": ("Good photo.", "Bad photo."),
     "brightness": ("Bright photo.", "Dark photo."),
@@ -46,7 +46,7 @@ QUALITY_SETS: dict[str, tuple[Pair, ...]] = {
         ("High resolution image", "low resolution image"),
         ("Noise-free image", "noisy image"),
     ),
-    # Class words of CLIP-IQA+'s learned contexts: one full stop more than in the paper, and `..` is a token of its own.
+    # Class words of CLIP-IQA+'s learned contexts, with one full stop more than in the paper: `..` is a single token.
     "clipiqa+": (("Good photo..", "Bad photo.."),),
     # The seven pairs QualiCLIP was trained with (arXiv:2403.11176).
     "qualiclip": (
@@ -64,10 +64,10 @@ ATTRIBUTE_SETS: dict[str, dict[str, Pair]] = {"look": LOOK, "feel": FEEL}
 
 @dataclass(frozen=True)
 class Prompts:
-    """Antonym prompt pairs, grouped by the attribute whose score is the mean over them.
+    """Antonym prompt pairs by attribute; an attribute's score is the mean over its pairs.
 
     Attributes:
-        groups: (attribute name, its (positive, negative) pairs), in the order of the score's columns.
+        groups: (attribute name, its (positive, negative) pairs), in the order of the score columns.
     """
 
     groups: tuple[tuple[str, tuple[Pair, ...]], ...]
@@ -106,7 +106,7 @@ def prompt_set_names() -> list[str]:
 
 
 def resolve_prompts(prompts: PromptsLike) -> Prompts:
-    """Turn a `prompts=` argument into antonym prompt pairs.
+    """Validate a `prompts=` argument and return its antonym prompt pairs.
 
     Args:
         prompts: name of a set (`"qualiclip"`, `"look"`, `"sharpness"`, see `prompt_set_names()`); a list of
@@ -117,8 +117,8 @@ def resolve_prompts(prompts: PromptsLike) -> Prompts:
         The pairs. The attribute of a list is called `quality`.
 
     Raises:
-        PromptError: an unknown set (the nearest name is suggested), a flat list of texts, an empty set, a pair that
-            does not have exactly two texts, an empty text, or a pair of equal texts.
+        PromptError: an unknown set, a flat list of texts, an empty set, a pair without exactly two texts, an empty
+            text, or a pair of equal texts.
 
     Example:
         >>> resolve_prompts({"light": ("Bright photo.", "Dark photo.")}).attributes
@@ -129,7 +129,7 @@ def resolve_prompts(prompts: PromptsLike) -> Prompts:
     if isinstance(prompts, Prompts):
         return prompts
     if isinstance(prompts, str):
-        return _named(prompts)
+        return _find_set(prompts)
     if isinstance(prompts, Mapping):
         if not prompts:
             raise PromptError("prompts is an empty mapping; expected attribute -> (positive, negative)")
@@ -138,12 +138,12 @@ def resolve_prompts(prompts: PromptsLike) -> Prompts:
             if not isinstance(name, str) or not name:
                 raise PromptError(f"prompts: attribute name {name!r} is not a text; expected one such as 'sharpness'")
             pairs = [value] if _looks_like_pair(value) else value
-            groups.append((name, _checked(pairs, f"prompts[{name!r}]")))
+            groups.append((name, _check_pairs(pairs, f"prompts[{name!r}]")))
         return Prompts(tuple(groups))
-    return Prompts((("quality", _checked(prompts, "prompts")),))
+    return Prompts((("quality", _check_pairs(prompts, "prompts")),))
 
 
-def _named(name: str) -> Prompts:
+def _find_set(name: str) -> Prompts:
     if name in QUALITY_SETS:
         return Prompts((("quality", QUALITY_SETS[name]),))
     if name in ATTRIBUTE_SETS:
@@ -163,7 +163,7 @@ def _looks_like_pair(value: object) -> bool:
     )
 
 
-def _checked(pairs: object, where: str) -> tuple[Pair, ...]:
+def _check_pairs(pairs: object, where: str) -> tuple[Pair, ...]:
     if isinstance(pairs, str) or not isinstance(pairs, Sequence | Iterator):
         raise PromptError(f"{where} is {pairs!r}; expected a list of (positive, negative) pairs of texts")
     pairs = list(pairs)
@@ -183,7 +183,7 @@ def _checked(pairs: object, where: str) -> tuple[Pair, ...]:
         for text in pair:
             if not isinstance(text, str) or not text.strip():
                 raise PromptError(f"{here} holds {text!r}; expected a non-empty text")
-        # CLIP's tokenizer lower-cases and folds white space: such texts have the same feature.
+        # CLIP's tokenizer ignores case and folds white space.
         if " ".join(positive.lower().split()) == " ".join(negative.lower().split()):
             raise PromptError(f"{here} has the same text twice ({positive!r}); expected two antonyms")
         checked.append((positive, negative))

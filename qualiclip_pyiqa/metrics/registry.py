@@ -1,4 +1,4 @@
-"""The one table of metrics: what decides each score, as data. A new metric is one row here."""
+"""The table of metrics: everything that decides a score, as data. A new metric is a new row."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ QUALICLIP_PAPER = (
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """What every metric has.
+    """A row of the table.
 
     Attributes:
-        name: what `pyiqa.create_metric` takes, and the architecture's `model_type`.
-        arch: class in `qualiclip_pyiqa.archs`; also its name in pyiqa's registry.
+        name: argument of `pyiqa.create_metric`, and the architecture's `model_type`.
+        arch: class in `qualiclip_pyiqa.archs`, registered in pyiqa under the same name.
         weights: record of `weights/manifest.toml` that holds the tower.
         summary: one line for tables.
-        paper: where the method comes from.
+        paper: reference of the method.
         score_range: lowest and highest score.
         lower_better: whether a lower score means a better image.
     """
@@ -59,14 +59,14 @@ class MetricSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSpec(MetricSpec):
-    """What metrics by antonym prompt pairs (`PromptIQA`) have besides.
+    """A row for a metric by antonym prompt pairs (`PromptIQA`).
 
     Attributes:
-        backbone: image tower: an OpenAI CLIP name, any open_clip name, or `mini`.
+        backbone: name of the image tower: OpenAI's, open_clip's, or `mini`.
         prompts: prompt set, see `prompts.py`.
         context: record of the learned prompt context; None for fixed prompts.
-        context_std: standard deviation of the normal distribution that a fresh context is drawn from; None: it starts
-            from the embedding of the placeholder `X`.
+        context_std: standard deviation of a fresh context's normal initialisation; None: the embedding of the
+            placeholder `X`.
         temperature: divides the logits before the softmax of a pair.
         pos_embedding: whether the tower adds its positional table.
     """
@@ -102,8 +102,8 @@ _qualiclip = partial(
     backbone="RN50",
     weights="QualiCLIP",
     prompts="qualiclip",
-    context_std=0.02,  # as the authors of QualiCLIP+ start theirs
-    # pyiqa's. The authors' torch.hub code has 1; averaged over pairs, the two rank images differently.
+    context_std=0.02,  # as in the authors' code for QualiCLIP+
+    # pyiqa's value. The authors' torch.hub code has 1; averaged over pairs, the two rank images differently.
     temperature=2.0,
 )
 
@@ -188,7 +188,7 @@ def metric_spec(name: str) -> MetricSpec:
     """Return the row of a metric.
 
     Raises:
-        SettingsError: an unknown name; the nearest one is suggested.
+        SettingsError: an unknown name; the message suggests the nearest one.
 
     Example:
         >>> metric_spec("qualiclip").temperature
@@ -207,10 +207,10 @@ def with_context() -> list[str]:
 
 
 def guess_lower_better(column: str) -> bool:
-    """Guess the direction of a score from its column's name, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
+    """Guess a score's direction from its column's name, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
 
-    Only for tables that do not say it themselves: a renamed column, or one that is not a metric's name, counts as
-    higher is better. `Scorer.lower_better` knows the direction from the metric.
+    Only for tables that do not record it: any other name counts as higher is better. `Scorer.lower_better` has the
+    direction of the metric itself.
 
     Example:
         >>> guess_lower_better("qualiclip-mini"), guess_lower_better("niqe")
