@@ -1,18 +1,18 @@
-"""Makes pyiqa know the metrics of qualiclip_pyiqa: the only module that touches pyiqa's tables and classes.
+"""Adds the metrics of qualiclip_pyiqa to pyiqa. Only this module changes pyiqa's tables and classes.
 
-Python runs `start` at start-up, through `qualiclip_pyiqa.start` (PEP 829) or, before 3.15, `qualiclip_pyiqa.pth`. This
-module imports nothing at its top: an interpreter that never imports pyiqa pays a fraction of a millisecond for it.
+Python calls `start` at start-up, through `qualiclip_pyiqa.start` (PEP 829) or, before 3.15, `qualiclip_pyiqa.pth`.
+Nothing but sys is imported at the top, so an interpreter that never imports pyiqa loses a fraction of a millisecond.
 
-Two modules of pyiqa are changed, right after they are executed or, if they are there already, at once:
+Two modules of pyiqa are changed, at once if they are imported already, else right after they are executed:
 
-- `pyiqa.default_model_configs`: our metrics are added to `DEFAULT_CONFIGS`, which pyiqa offers no entry point for.
-- `pyiqa.models.inference_model`: `InferenceModel.forward` is wrapped, since pyiqa offers no place for a metric to read
-  images by its own rules. What is not a tensor (a path, bytes, a PIL image, an array) and is meant for a network of
-  ours becomes a tensor by `qualiclip_pyiqa.as_batch`, so that `metric(path)`, the `pyiqa` command and `Scorer` have one
-  score for one image. Tensors and other networks go straight to pyiqa's method. The wrapper costs under a microsecond.
+- `pyiqa.default_model_configs`: our metrics are added to `DEFAULT_CONFIGS`, for which pyiqa has no entry point.
+- `pyiqa.models.inference_model`: `InferenceModel.forward` is wrapped, as pyiqa has no hook for reading images. Inputs
+  other than tensors (paths, bytes, PIL images, arrays) to our networks are read by `qualiclip_pyiqa.as_batch`, so
+  `metric(path)`, the `pyiqa` command and `Scorer` agree. Tensors and other networks go straight to pyiqa's method. The
+  wrapper costs less than a microsecond.
 
-QUALICLIP_PYIQA_AUTOLOAD=0 switches `start` off. Then pyiqa is untouched until `qualiclip_pyiqa` is imported, which adds
-only the names that pyiqa lacks (`qualiclip-mini`, `clipiqa-sharpness`, ...): the names that both have stay pyiqa's own.
+QUALICLIP_PYIQA_AUTOLOAD=0 disables `start`. pyiqa is then unchanged until `qualiclip_pyiqa` is imported, which adds
+only the metrics whose names pyiqa lacks (`qualiclip-mini`, `clipiqa-sharpness`, ...).
 """
 
 import sys
@@ -26,26 +26,26 @@ READS_ITSELF = (
 
 
 def start():
-    """Run at start-up: `arrange`, unless QUALICLIP_PYIQA_AUTOLOAD=0."""
+    """Call `arrange` at start-up, unless QUALICLIP_PYIQA_AUTOLOAD=0."""
     if _autoload():
         arrange()
 
 
 def arrange():
-    """Change pyiqa's two modules now, or as soon as they are imported. Calling it again changes nothing."""
+    """Change pyiqa's two modules now or as soon as they are imported. Idempotent."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name, (change, needed) in _CHANGES.items():
         module = sys.modules.get(name)
-        if hasattr(module, needed):  # one that is being imported is changed by the finder
+        if hasattr(module, needed):  # else it is still being imported, and the finder changes it
             change(module)
 
 
 def register_archs():
-    """Entry point of pyiqa's group `pyiqa.archs`: our classes under names of our own, imported when first used."""
+    """Register our classes with pyiqa, to be imported on first use (entry point of its group `pyiqa.archs`)."""
     from pyiqa.utils.registry import ARCH_REGISTRY
 
-    # pyiqa asks for architectures when it builds a network: the class that it builds them for is there by now.
+    # pyiqa loads this entry point when it builds a network, so its InferenceModel must have been imported by now.
     if any(isinstance(finder, _Finder) for finder in sys.meta_path) and INFERENCE not in sys.modules:
         _warn(f"does not find {INFERENCE} in this version of pyiqa: {READS_ITSELF}")
     for name in ("OpenCLIPIQA", "OpenQualiCLIP"):
@@ -59,7 +59,7 @@ def _autoload():
 
 
 def _add_entries(module):
-    # Marked on the module, so that an entry the user has changed since is not overwritten.
+    # Only once per module, so as not to overwrite an entry that the user has changed since.
     if getattr(module, MARK, False):
         return
     setattr(module, MARK, True)
@@ -68,7 +68,7 @@ def _add_entries(module):
 
         configs, replace = module.DEFAULT_CONFIGS, _autoload()
         configs.update({name: spec.entry() for name, spec in METRICS.items() if replace or name not in configs})
-    except Exception as error:  # noqa: BLE001 - pyiqa must work whatever is wrong with us
+    except Exception as error:  # noqa: BLE001 - our failure must not break pyiqa
         _warn(f"could not add its metrics to pyiqa ({type(error).__name__}: {error}); reinstall it")
 
 
@@ -81,7 +81,7 @@ def _wrap_forward(module):
         from functools import wraps
 
         from torch import Tensor
-    except Exception as error:  # noqa: BLE001 - said below
+    except Exception as error:  # noqa: BLE001 - our failure must not break pyiqa
         _warn(f"could not wrap pyiqa's InferenceModel.forward ({type(error).__name__}: {error}): {READS_ITSELF}")
         return
 
@@ -98,7 +98,7 @@ def _wrap_forward(module):
 
 
 def _is_ours(network):
-    base = sys.modules.get("qualiclip_pyiqa.metrics.base")  # without it, no network can be ours
+    base = sys.modules.get("qualiclip_pyiqa.metrics.base")  # imported by every network of ours
     return base is not None and isinstance(network, base.BlindMetric)
 
 
@@ -108,12 +108,12 @@ def _warn(message):
     warnings.warn(f"qualiclip_pyiqa {message}", RuntimeWarning, stacklevel=3)
 
 
-# What is done with a module of pyiqa, and what it has once it is executed.
+# Module of pyiqa -> the change, and an attribute that the module has once it is executed.
 _CHANGES = {CONFIGS: (_add_entries, "DEFAULT_CONFIGS"), INFERENCE: (_wrap_forward, "InferenceModel")}
 
 
 class _Finder:
-    """Lets the other finders find pyiqa's modules, and changes them once they have been executed."""
+    """Meta path finder that delegates to the others and changes pyiqa's modules right after they are executed."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in _CHANGES:
@@ -129,7 +129,7 @@ class _Finder:
         execute = spec.loader.exec_module
 
         def exec_module(module):
-            module.__dict__.pop(MARK, None)  # a reload makes the table anew
+            module.__dict__.pop(MARK, None)  # a reload rebuilds the table
             execute(module)
             change(module)
 
