@@ -49,6 +49,7 @@ from qualiclip_pyiqa.towers.statistics import (
     log_energies,
 )
 from qualiclip_pyiqa.training import checkpoint as checkpoint_module
+from qualiclip_pyiqa.training import loop
 from qualiclip_pyiqa.training import losses as losses_module
 from qualiclip_pyiqa.training import run as trainer
 from qualiclip_pyiqa.training import stacks as stacks_module
@@ -865,7 +866,7 @@ def stopped_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, 3)
-        with pytest.raises(trainer.DivergedError):
+        with pytest.raises(loop.DivergedError):
             trainer.train(short(), folder, run)
     return run
 
@@ -1014,7 +1015,7 @@ def test_log_of_a_run_that_stops_twice_has_each_line_once(
     for step in (3, 5):  # each after a checkpoint, whose log has no line about it
         with monkeypatch.context() as patch:
             fail_at(patch, step, steps_kept(run))
-            with pytest.raises(trainer.DivergedError, match=f"at step {step};"):
+            with pytest.raises(loop.DivergedError, match=f"at step {step};"):
                 trainer.train(config, folder, run, resume=True)
         assert [line.get("stopped") for line in lines_of(run)] == [None, "centre"]
     trainer.train(config, folder, run, resume=True)
@@ -1078,7 +1079,7 @@ def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
     run, calls = tmp_path / "run", iter([0.0, 0.0, math.nan])
     with monkeypatch.context() as patch:
         patch.setattr(losses_module, "centre_loss", lambda difference: difference.mean() * next(calls))
-        with pytest.raises(trainer.DivergedError, match="step 3"):
+        with pytest.raises(loop.DivergedError, match="step 3"):
             trainer.train(short(), folder, run)
     assert steps_kept(run) == 2
     with pytest.raises(SettingsError, match="pass --resume"):
@@ -1102,7 +1103,8 @@ from pathlib import Path
 from torch import distributed
 from qualiclip_pyiqa.training import losses
 from qualiclip_pyiqa.training.config import load_config
-from qualiclip_pyiqa.training.run import DivergedError, train
+from qualiclip_pyiqa.training.loop import DivergedError
+from qualiclip_pyiqa.training.run import train
 
 config, folder, out, numbers = load_config(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), count()
 def run(config, name, **options):
@@ -1215,12 +1217,12 @@ def test_photograph_of_too_many_pixels_is_one_line_at_once(side: int, folder: Pa
 def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(losses_module, "centre_loss", lambda difference: difference.mean() * math.nan)
-        with pytest.raises(trainer.DivergedError, match=r"centre .* step 1;"):
+        with pytest.raises(loop.DivergedError, match=r"centre .* step 1;"):
             trainer.train(TOY, folder, tmp_path / "loss")
     assert lines_of(tmp_path / "loss")[-1] == {"seconds": 0.0, "step": 1, "stopped": "centre"}
     # A finite loss whose gradient is not: the square root of zero.
     monkeypatch.setattr(losses_module, "centre_loss", lambda difference: (difference.mean() * 0).abs().sqrt())
-    with pytest.raises(trainer.DivergedError, match=r"gradient of the loss is (nan|inf) at step 1;"):
+    with pytest.raises(loop.DivergedError, match=r"gradient of the loss is (nan|inf) at step 1;"):
         trainer.train(TOY, folder, tmp_path / "gradient")
     assert lines_of(tmp_path / "gradient")[-1]["stopped"] == "gradient"
     assert not list(tmp_path.rglob("model.safetensors"))
@@ -1229,14 +1231,14 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
 def test_overflows_of_fp16_are_left_out_but_not_for_ever() -> None:
     progress = Progress("", step=7)
     for _ in range(2):
-        for norm in [math.inf, math.nan] * (trainer.OVERFLOWS // 2) + [1.0]:
-            assert not trainer.is_lost(norm, progress, "fp16")
-    for _ in range(trainer.OVERFLOWS):
-        assert not trainer.is_lost(math.nan, progress, "fp16")
-    assert trainer.is_lost(math.nan, progress, "fp16")
-    assert progress.overflows == trainer.OVERFLOWS + 1
+        for norm in [math.inf, math.nan] * (loop.OVERFLOWS // 2) + [1.0]:
+            assert not loop.is_lost(norm, progress, "fp16")
+    for _ in range(loop.OVERFLOWS):
+        assert not loop.is_lost(math.nan, progress, "fp16")
+    assert loop.is_lost(math.nan, progress, "fp16")
+    assert progress.overflows == loop.OVERFLOWS + 1
     for precision in ("fp32", "bf16"):
-        assert trainer.is_lost(math.inf, Progress(""), precision)
+        assert loop.is_lost(math.inf, Progress(""), precision)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_recipes_are_the_metrics_own() -> None:
         ({"epochs": 0}, "epochs is 0"),
         ({"loss": "mae"}, "expected mse or mse"),
         ({"batch": 1}, "at least 2 for a correlation"),
-        ({"crop": 31}, "0 for whole pictures, or at least 32"),
+        ({"crop": 31}, "0 for whole images, or at least 32"),
     ],
 )
 def test_recipes_that_make_no_sense(change: dict[str, Any], said: str) -> None:

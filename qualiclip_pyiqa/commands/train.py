@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         require(module, "train", "qualiclip train")
 
     from ..training.config import load_config
-    from ..training.run import DivergedError, train
+    from ..training.loop import DivergedError
+    from ..training.run import train
 
     if arguments.ratings is None:
         refuse(arguments, RATING_OPTIONS, "without --ratings")

@@ -1,4 +1,4 @@
-"""The model of a training run: an image tower, which is trained, and the frozen antonym anchors it is aligned with."""
+"""The model of a training run: a trainable image tower and the frozen antonym anchors that it is aligned with."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from .recompute import recompute_activations
 
 PROMPTS = QUALITY_SETS["qualiclip"]
 TEXTS = [text for pair in PROMPTS for text in pair]
-# Multiplies differences of cosines within a block of the mini tower before the sigmoid. At this scale the pairs nearly
-# vote, as they do at CLIP's own scale of 100.
+# Factor before the sigmoid on differences of cosines within a block of the mini tower. At this scale pairs nearly vote,
+# as they do at CLIP's scale of 100.
 MINI_SCALE = 8.0
 
 
 @dataclass
 class Aligned:
-    """A tower and its frozen text side.
+    """A tower and its frozen anchors.
 
     Attributes:
         tower: (N, 3, H, W) in 0..1 -> (N, D); trainable.
         anchors: (2P, D), unit length, positive and negative of each antonym prompt pair alternating.
-        unit: factor from cosine to similarity: sqrt(P) where each pair has a block of the feature to itself, so that
-            a similarity is the cosine within the block; 1 otherwise.
-        logit_scale: natural logarithm. Scores are of the unit-length feature, whose cosines are `unit` times smaller
+        unit: factor from cosine to similarity: sqrt(P) if each pair has its own block of the feature, so that a
+            similarity is the cosine within the block; 1 otherwise.
+        logit_scale: natural logarithm of the factor on the cosines of the whole feature, which are `unit` times smaller
             than similarities.
-        metadata: of the model file, without what the run adds.
+        metadata: metadata of the model file, to which `save` adds the run's.
         rest: tensors of the model file that training does not change.
         source: sha256 of the file that the tower was read from; "" for a fresh tower.
     """
@@ -60,19 +60,20 @@ class Aligned:
 
 def similarities(features: Tensor, anchors: Tensor, unit: float) -> Tensor:
     """Compare features with the positive and negative anchor of each pair, in float32: (M, D), (2P, D) -> (M, P, 2)."""
-    with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round by half a margin
+    with torch.autocast(features.device.type, enabled=False):  # bfloat16's rounding error is half a margin
         return (F.normalize(features.float(), dim=-1) @ anchors.T * unit).unflatten(1, (-1, 2))
 
 
 def build(config: Config, seed: int, start: Path | None = None) -> Aligned:
-    """Build the model that a configuration trains.
+    """Build the model to train.
 
     Args:
-        seed: decides a fresh tower's weights and anchors.
-        start: file whose tower and anchors are taken instead of `config.weights` or fresh ones.
+        seed: determines a fresh tower's weights and anchors.
+        start: model file to start from, instead of `config.weights` or a fresh tower.
 
     Raises:
-        SettingsError: the weights belong to another tower. WeightsError: they cannot be found or read.
+        SettingsError: the weights belong to another tower.
+        WeightsError: the weights cannot be found or read.
     """
     aligned = _mini(config, seed, start) if config.backbone == "mini" else _clip(config, start)
     if config.recompute:
@@ -141,11 +142,11 @@ def _clip(config: Config, start: Path | None) -> Aligned:
         raise SettingsError(
             f"{model.path} holds a {model.backbone} tower; the configuration asks for {config.backbone}"
         )
-    # The file is memory-mapped, and what is trained needs memory of its own.
+    # The file is memory-mapped; trained tensors need memory of their own.
     state = {key: value.clone() if key.startswith("visual.") else value for key, value in model.state.items()}
     tower = replace(model, state=state).image_tower(pos_embedding=False)
     for name, parameter in tower.named_parameters():
-        # Features do not depend on these, and DistributedDataParallel would wait for their gradients.
+        # Features do not depend on these, so DistributedDataParallel would wait for their gradients in vain.
         parameter.requires_grad_(not name.endswith(("positional_embedding", "pos_embed", "attnpool.k_proj.bias")))
     if all(name in model.stored_features for name in TEXTS):
         anchors = F.normalize(torch.stack([model.stored_features[name] for name in TEXTS]).float(), dim=-1)
@@ -179,11 +180,11 @@ def save(
     summary: dict[str, Any],
     licence: str,
 ) -> None:
-    """Write a model in the package's own layout, whole or not at all; the same model gives the same bytes.
+    """Write a model in the package's own format, whole or not at all; equal models give equal bytes.
 
     Args:
-        tower_state: of the tower that is kept.
-        summary: what decided the run, as plain values.
+        tower_state: state dict of the tower to write.
+        summary: settings that determined the run, in plain values.
     """
     tensors = {f"visual.{key}": value for key, value in tower_state.items()} | aligned.rest
     tensors |= {"prompts_features": aligned.anchors, "logit_scale": torch.tensor(aligned.logit_scale)}

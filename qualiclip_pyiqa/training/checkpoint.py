@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: one safetensors file each, written and read without executing anything.
+"""Checkpoints of a training run: one safetensors file each; reading one executes no code.
 
-A checkpoint holds the tensors of the tower, of its moving average (EMA) and of the optimiser, and as JSON in its
-metadata how far the run is and the state of the gradient scaler. It holds no state of a random number generator: all
-that a step draws is decided by the seed and the number of its batch (see `stacks` and `run`).
+A checkpoint holds the tensors of the tower, its moving average (EMA) and the optimiser; its metadata holds, as JSON,
+the run's progress and the state of the gradient scaler. No random state is needed: seed and batch number determine all
+draws of a step (see `stacks` and `loop`).
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError, WeightsError
+from ..errors import SettingsError, WeightsError, reason
 from ..pretrained.write import write_safetensors
 from .losses import PARTS
 
 FORMAT = "qualiclip-pyiqa-checkpoint/1"
 PATTERN = "checkpoint-*.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of its parameter's shape; beside them `step`, a number
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state in the parameter's shape; the rest is `step`, a scalar
 SUMS = (*PARTS, "waited", "spent", "steps")
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        run: digest of everything that decides the run.
-        step: steps that are done.
+        run: digest of everything that determines the run.
+        step: completed steps.
         seconds: time spent on them, over all attempts.
         log_bytes: length of the log at this point.
-        overflows: steps in a row, up to this one, whose gradient was not finite.
-        sums: sums since the last validation: of each part of the loss, of the seconds waited for data and spent in
-            all, and of steps.
+        overflows: consecutive steps, up to this one, with a gradient that was not finite.
+        sums: sums since the last validation: parts of the loss, seconds waited for data, seconds in all, and steps.
     """
 
     run: str
@@ -55,10 +54,10 @@ class Progress:
 
     @classmethod
     def from_json(cls, text: str) -> Progress:
-        """Read what `json.dumps(dataclasses.asdict(progress))` gave.
+        """Parse the output of `json.dumps(dataclasses.asdict(progress))`.
 
         Raises:
-            ValueError: anything else.
+            ValueError: any other text.
         """
         values = json.loads(text)
         names = {each.name for each in dataclasses.fields(cls)}
@@ -76,13 +75,13 @@ class Progress:
 
 @dataclass
 class State:
-    """What a checkpoint keeps of a run.
+    """State of a run that a checkpoint stores.
 
     Attributes:
-        tower: what is trained, not wrapped for several processes.
+        tower: the trained tower, not wrapped for several processes.
         ema: its moving average.
-        optimiser: AdamW over the parameters of `tower` that are trained.
-        scaler: gradient scaler of fp16; None without one.
+        optimiser: AdamW over the trainable parameters of `tower`.
+        scaler: gradient scaler of fp16; None for other precisions.
         progress: replaced when a checkpoint is read.
     """
 
@@ -93,19 +92,19 @@ class State:
     progress: Progress
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Tensors of tower and average, as they are named in a checkpoint."""
+        """Return the tensors of tower and EMA under their names in a checkpoint."""
         modules = {"tower": self.tower, "ema": self.ema}
         return {
             f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters that the optimiser changes, in its order, by name."""
+        """Return the optimiser's parameters by name, in its order."""
         names = {id(parameter): name for name, parameter in self.tower.named_parameters()}
         return {names[id(each)]: each for group in self.optimiser.param_groups for each in group["params"]}
 
     def optimiser_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the optimiser, as they are named in a checkpoint; none before its first step."""
+        """Return the optimiser's tensors under their names in a checkpoint; none before its first step."""
         return {
             f"optimiser.{name}.{key}": value
             for name, parameter in self.trained().items()
@@ -114,15 +113,15 @@ class State:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a run's folder."""
+    """Return the last checkpoint in a run's folder."""
     return max(folder.glob(PATTERN), default=None)
 
 
 def write_checkpoint(folder: Path, state: State) -> Path:
-    """Write a checkpoint, whole or not at all, and then delete the earlier ones.
+    """Write a checkpoint, whole or not at all, then delete earlier ones.
 
     Raises:
-        SettingsError: it cannot be written; the earlier one stays.
+        SettingsError: the file cannot be written; the earlier checkpoint remains.
     """
     progress = state.progress
     path = folder / f"checkpoint-{progress.step:09d}-{progress.run[:8]}.safetensors"
@@ -141,21 +140,21 @@ def write_checkpoint(folder: Path, state: State) -> Path:
 
 
 def delete_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Delete the checkpoints of a run's folder, but for one."""
+    """Delete the checkpoints in a run's folder, except `but`."""
     for path in folder.glob(PATTERN):
         if path != but:
             path.unlink()
 
 
 def read_checkpoint(path: Path, state: State, steps: int) -> None:
-    """Set a run's state to that of a checkpoint. Nothing of the run is changed if the file does not fit it.
+    """Restore a run's state from a checkpoint; if the file does not fit the run, the state is unchanged.
 
     Args:
-        steps: steps of the whole run.
+        steps: total steps of the run.
 
     Raises:
-        SettingsError: the checkpoint of another run.
-        WeightsError: not a regular file, damaged, or with other tensors than this run's; nothing in it is executed.
+        SettingsError: the checkpoint belongs to another run.
+        WeightsError: the file is not a regular one, is damaged, or lacks tensors of this run or has others.
     """
     if path.is_symlink() or not path.is_file():
         raise WeightsError(f"{path} is not a regular file; delete it, or choose another folder")
@@ -173,10 +172,10 @@ def read_checkpoint(path: Path, state: State, steps: int) -> None:
         scaler = _check_scaler(json.loads(metadata["scaler"]), state)
     except SettingsError:
         raise
-    except Exception as error:  # of safetensors' parser, of JSON's (also RecursionError), of the checks above
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # from safetensors, JSON (including RecursionError) or the checks above
         raise WeightsError(
-            f"{path} is damaged or not a checkpoint ({type(error).__name__}: {reason}); delete it to start the run anew"
+            f"{path} is damaged or not a checkpoint ({type(error).__name__}: {reason(error, 200)}); "
+            "delete it to restart the run"
         ) from error
     for name, module in (("tower", state.tower), ("ema", state.ema)):
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
@@ -197,12 +196,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _check_tensors(tensors: dict[str, Tensor], state: State) -> None:
-    """Raise ValueError unless the tensors are those of this run, in shape and dtype."""
+    """Raise ValueError unless the tensors' names, shapes and dtypes are those of this run."""
     expected = state.model_tensors()
     for name, parameter in state.trained().items():
         own = {f"optimiser.{name}.step": torch.tensor(0.0)}
         own |= {f"optimiser.{name}.{moment}": parameter.detach() for moment in MOMENTS}
-        if not tensors.keys().isdisjoint(own):  # a parameter has either no state yet or all of it
+        if not tensors.keys().isdisjoint(own):  # a parameter has all of its state or none
             expected |= own
     if wrong := sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"{wrong[0]!r} is {'missing' if wrong[0] in expected else 'not of this run'}")
@@ -215,7 +214,7 @@ def _check_tensors(tensors: dict[str, Tensor], state: State) -> None:
 
 
 def _check_scaler(found: Any, state: State) -> dict[str, Any]:
-    """The gradient scaler's state; ValueError if it is not one."""
+    """Return the gradient scaler's state; raise ValueError if it is invalid."""
     expected = {} if state.scaler is None else state.scaler.state_dict()
     if not isinstance(found, dict) or found.keys() != expected.keys():
         raise ValueError("its gradient scaler has other entries")
@@ -231,10 +230,10 @@ def _load_optimiser(tensors: dict[str, Tensor], state: State) -> None:
     for number, (name, parameter) in enumerate(state.trained().items()):
         prefix = f"optimiser.{name}."
         if f"{prefix}step" in tensors:
-            # Laid out in memory as the parameter is: a step over another layout may round differently.
+            # In the parameter's memory layout: a step over another layout may round differently.
             own = {moment: torch.empty_like(parameter).copy_(tensors[prefix + moment]) for moment in MOMENTS}
             loaded[number] = {"step": tensors[f"{prefix}step"].clone(), **own}
-    # Groups, learning rate and all, are decided by the configuration and the step.
+    # Parameter groups, learning rate included, follow from the configuration and the step.
     state.optimiser.load_state_dict({"state": loaded, "param_groups": state.optimiser.state_dict()["param_groups"]})
 
 

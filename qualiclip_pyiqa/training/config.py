@@ -1,4 +1,4 @@
-"""The configuration of a training run: one frozen dataclass, read from a TOML file without unknown keys."""
+"""The configuration of a training run: a frozen dataclass, read from a TOML file and validated."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ CHOICES = {
 class Config:
     """Settings of a run. Sizes are in pixels, probabilities in 0..1, margins and losses in units of a cosine.
 
-    docs/training.md says where the values of the shipped configurations come from.
+    For the sources of the shipped values see docs/training.md.
 
     Raises:
-        SettingsError: a value out of range, or one that contradicts another.
+        SettingsError: a value out of range or contradicting another.
     """
 
     # Tower
@@ -48,18 +48,18 @@ class Config:
     overlap: float  # smallest part of a crop's side that both crops share
     native: float  # probability of no resampling; otherwise the scale is uniform in (smallest_scale, 1)
     smallest_scale: float
-    candidates: int  # regions of which the sharpest is taken: flat and out-of-focus crops must not count as pristine
-    bokeh: float  # probability that all but the middle of a region is out of focus, equally at all levels
-    camera: float  # probability of each of the mild changes that all levels of a stack share
-    delivery: float  # probabilities of scaling down and of JPEG after the degradation, equally at all levels
-    types: tuple[float, ...]  # how often 1, 2, ... degradation types, of as many groups, are applied in turn
-    share_levels: bool  # whether angle, positions and noise are the same at all levels of a stack
-    share_crops: bool  # whether angle and positions are the same for both crops; noise is drawn for each
-    repeat: dict[str, float]  # how many times as often photographs of a top-level folder are drawn; default 1
-    type_weights: dict[str, float]  # how often a type is drawn, relative to the others; default 1
+    candidates: int  # regions to take the sharpest of: flat and out-of-focus crops must not count as pristine
+    bokeh: float  # probability of blurring all but the middle of a region, equally at all levels
+    camera: float  # probability of each mild change shared by all levels of a stack
+    delivery: float  # probability of downscaling, and of JPEG, after the degradation, equally at all levels
+    types: tuple[float, ...]  # weights of applying 1, 2, ... degradation types, each of another group, in turn
+    share_levels: bool  # whether all levels of a stack share angle, positions and noise
+    share_crops: bool  # whether both crops share angle and positions; noise is drawn for each
+    repeat: dict[str, float]  # how many times to repeat the photographs of a top-level folder; default 1
+    type_weights: dict[str, float]  # weights for drawing a type; default 1
     severity: dict[str, float]  # margin multiplier of a level, by group of types; default 1
     # Losses
-    pairs: str  # `each`: every antonym prompt pair is ranked by itself; `mean`: the mean similarity over the pairs is
+    pairs: str  # `each`: rank by each antonym prompt pair's similarity; `mean`: by the mean similarity over the pairs
     margin_consistency: float
     margin_rank: float
     margin_across: float
@@ -77,20 +77,20 @@ class Config:
     weight_decay: float  # of weights; none of biases and normalisation
     warmup: int  # steps of linear warm-up
     cosine: bool  # whether the rate then falls to 0 along half a cosine
-    clip: float  # largest norm of the gradient; 0: not clipped
-    average: float  # decay of the moving average (EMA) of the weights, which is kept; 0: the last weights are kept
+    clip: float  # largest norm of the gradient; 0: no clipping
+    average: float  # decay of the weights' moving average (EMA), which becomes the model; 0: the last weights do
     precision: str  # `fp32`, `bf16` or `fp16`
-    recompute: bool  # whether activations are computed again for the gradient, not kept: less memory, more time
-    statistics: bool  # whether normalisation statistics are updated; false: they stay those of the loaded weights
+    recompute: bool  # activation checkpointing: less memory, more time
+    statistics: bool  # whether to update normalisation statistics; false: those of the loaded weights
     # Data, validation and checkpoints
-    validation: int  # photographs that are not trained on, to validate with
+    validation: int  # photographs held out for validation
     validation_crop: int
     validate_every: int  # steps
     checkpoint_every: int  # steps
-    recalibrate: int  # batches for the averaged weights' normalisation statistics; 0: the statistics are averaged too
+    recalibrate: int  # batches to compute the EMA's normalisation statistics from; 0: these are averaged too
     recalibrate_crop: int
     workers: int  # processes that read photographs; 0: the training process does
-    degrade_on: str  # `workers`: these processes degrade; `device`: the training process does, on the tower's device
+    degrade_on: str  # `workers`: degrade in these processes; `device`: in the training process, on the tower's device
     # Backbones other than mini: `openai`, a name of the weight manifest, or a file
     weights: str = ""
     # The mini tower: keywords of MiniTower
@@ -98,7 +98,7 @@ class Config:
     depths: tuple[int, ...] = ()
     hidden: int = 0
     dim: int = 0
-    dropout: float = 0.0  # share of the pooled statistics that each head leaves out at each step
+    dropout: float = 0.0  # dropout of the pooled statistics in each head
 
     def __post_init__(self) -> None:
         self._check_tower()
@@ -170,7 +170,7 @@ class Config:
 
     @property
     def smallest_photograph(self) -> int:
-        """Shorter side in pixels that a photograph needs."""
+        """Smallest allowed shorter side of a photograph, in pixels."""
         return max(*self.crops, self.recalibrate_crop if self.recalibrate else 0, 32)
 
     @property
@@ -180,10 +180,10 @@ class Config:
 
 
 def load_config(name: str | Path) -> Config:
-    """Read a configuration: the name of one in `configs/`, such as "mini" or "toy", or the path of a TOML file.
+    """Read a configuration, by the name of one in `configs/`, such as "mini" or "toy", or the path of a TOML file.
 
     Raises:
-        SettingsError: no such file, not TOML, an unknown or missing key, or a value of the wrong kind or range.
+        SettingsError: no such file, not TOML, an unknown or missing key, or a value of the wrong type or range.
 
     Example:
         >>> load_config("toy").steps
@@ -203,10 +203,10 @@ def load_config(name: str | Path) -> Config:
 
 
 def make_config(values: dict[str, Any], source: str = "configuration") -> Config:
-    """Build a Config from plain values, checking every key and kind; `source` is its name in error messages.
+    """Build a Config from plain values, validating keys and types; `source` names it in error messages.
 
     Raises:
-        SettingsError: an unknown or missing key, or a value of the wrong kind or range.
+        SettingsError: an unknown or missing key, or a value of the wrong type or range.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key in values:

@@ -1,4 +1,4 @@
-"""The moving average of a tower's weights (EMA), which is what a training run keeps."""
+"""The exponential moving average (EMA) of a tower's weights, which becomes the model of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ..towers.mini import Standardise
 def update_ema(ema: nn.Module, tower: nn.Module, decay: float) -> None:
     """Move every floating-point tensor of `ema`, buffers too, towards `tower`: ema = decay * ema + (1 - decay) * tower.
 
-    `torch.optim.swa_utils.AveragedModel` does not fit: it averages BatchNorm's counters, which are whole numbers, or
-    leaves all buffers out, and it takes the first step's weights as they are, where `warmed_decay` keeps a share of
-    the initial ones.
+    `torch.optim.swa_utils.AveragedModel` does not fit: it averages either BatchNorm's integer counters too or no
+    buffers at all, and it starts from the first step's weights, not from the initial ones.
     """
     for old, new in zip(ema.state_dict().values(), tower.state_dict().values(), strict=True):
         if old.is_floating_point():
@@ -24,18 +23,18 @@ def update_ema(ema: nn.Module, tower: nn.Module, decay: float) -> None:
 
 
 def warmed_decay(decay: float, step: int) -> float:
-    """Decay of a step, counted from 1: smaller at first, so that early weights are soon forgotten."""
+    """Return the decay for a step, counted from 1: smaller at first, so that early weights are soon forgotten."""
     return min(decay, step / (step + 10))
 
 
 @torch.no_grad()
 def recalibrate(tower: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> None:
-    """Set all normalisation statistics to their means over batches, and leave the tower in eval mode.
+    """Recompute all normalisation statistics as means over batches, and leave the tower in eval mode.
 
-    An average of weights has no statistics of its own: those of the trained weights belong to other activations.
+    Averaged weights need it: the statistics of the trained weights belong to other activations.
 
     Args:
-        batches: as `stacks.batch_of` makes them.
+        batches: from `stacks.batch_of`.
     """
     norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
     heads = [module for module in tower.modules() if isinstance(module, Standardise)]

@@ -1,4 +1,4 @@
-"""The losses of alignment: QualiCLIP's three, and two of our own that make scores of different images comparable.
+"""Alignment losses: QualiCLIP's three, and two of our own that make scores of different photographs comparable.
 
 Similarities c(x, t) are cosines in -1..1. Indices: b stack (crops of one photograph), i level (ascending: 0 is the
 mildest of the stack), k crop, p antonym prompt pair. Arguments called `similarity` have shape (B, L, K, P).
@@ -22,11 +22,11 @@ def alignment_losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor
     """Compute the parts of the loss of one batch, and their weighted sum under `loss`.
 
     Args:
-        tower: images to features; `aligned.tower`, or what wraps it.
-        batch: as `stacks.batch_of` makes it.
+        tower: `aligned.tower`, or its wrapper for several processes.
+        batch: from `stacks.batch_of`.
 
     Returns:
-        scalars by the names in `PARTS`; `across` and `centre` only where they have a weight.
+        Scalars by the names in `PARTS`; `across` and `centre` only if their weight is not 0.
     """
     images, level = batch["pictures"], batch["level"]
     b, n_levels, k = images.shape[:3]
@@ -44,7 +44,7 @@ def alignment_losses(tower: nn.Module, aligned: Aligned, batch: dict[str, Tensor
     difference = c[..., 0] - c[..., 1]
     if config.weight_across:
         each = level[:, :, None].expand(-1, -1, k).flatten()
-        # Of types whose levels are not monotone, only the undistorted crops have a known quality.
+        # If a type's levels are not monotone, only the pristine crops have a known quality.
         known = batch["monotone"][:, None].expand(-1, n_levels * k).flatten() | (each == 0)
         number = torch.arange(b, device=level.device)[:, None].expand(-1, n_levels * k).flatten()
         severity = each[:, None] * batch["severity"][:, None].expand(-1, n_levels * k, -1).flatten(0, 1)
@@ -79,10 +79,10 @@ def ranking_loss(
 
     Args:
         ordered: (B, L, L) bool, the pairs i < j of each stack that are known to be ordered. None: all.
-        severity: (B, P), factors of the margin. Where it is 0, the pair must still not rise with the level. None: 1.
+        severity: (B, P), factors on the margin; with 0 the similarity must still not rise with the level. None: 1.
 
     Shape:
-        similarity: (B, L, K, P) -> scalar, 0 where nothing is ordered.
+        similarity: (B, L, K, P) -> scalar, 0 if nothing is ordered.
     """
     b, n_levels, _, _ = similarity.shape
     counted = torch.ones(n_levels, n_levels, dtype=torch.bool, device=similarity.device).triu(1).expand(b, -1, -1)
@@ -98,15 +98,14 @@ def ranking_loss(
 def across_loss(quality: Tensor, severity: Tensor, stack: Tensor, margin: float, gap: float) -> Tensor:
     """Rank images of different photographs whose severities are at least `gap` apart. Our own.
 
-    QualiCLIP's losses compare only images of one photograph, so they do not make scores of different photographs
-    comparable, which is what a metric is used for. Equal levels of different types are not equally annoying, so only
-    images of clearly different severity are compared. The loss is the mean over these of
-    max(0, margin * (s_j - s_i) - (q_i - q_j)).
+    QualiCLIP's losses compare only images of one photograph, but a metric must also compare different photographs.
+    Equal levels of different types are not equally annoying, so only images of clearly different severity count. The
+    loss is the mean over these of max(0, margin * (s_j - s_i) - (q_i - q_j)).
 
     Args:
         quality: differences c(x, positive) - c(x, negative).
-        severity: level times the severity of a level of its type.
-        stack: number of the photograph.
+        severity: level times the severity per level of its types.
+        stack: index of the photograph.
 
     Shape:
         quality (M, P), severity (M, P), stack (M,) -> scalar.
@@ -118,9 +117,9 @@ def across_loss(quality: Tensor, severity: Tensor, stack: Tensor, margin: float,
 
 
 def centre_loss(difference: Tensor) -> Tensor:
-    """Compute the mean over pairs of the squared mean difference c(x, positive) - c(x, negative) of a batch. Our own.
+    """Compute the mean over pairs of the squared batch mean of c(x, positive) - c(x, negative). Our own.
 
-    Rankings leave an offset free, and a softmax of two similarities cannot correct it afterwards.
+    Rankings leave this offset undetermined, and the softmax of a pair cannot correct it later.
 
     Shape:
         difference: (M, P) -> scalar.

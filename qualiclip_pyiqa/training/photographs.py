@@ -1,4 +1,4 @@
-"""The photographs of a training run: which there are, which are left out, and how they are read."""
+"""List, select and read the photographs of a training run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEAVE_OUT = "leave it out (--exclude)"
 
 
 def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """List the images under a folder, sorted by path, less those that must not be trained on.
+    """List the images under a folder that may be trained on, sorted by path.
 
     Args:
         folder: searched as every command searches one, see `images.paths.list_images`. If it holds a `manifest.csv`,
@@ -54,7 +54,7 @@ def list_photographs(folder: Path, exclude: Path | None = None) -> list[Path]:
 
 
 def read_held_out(folder: Path) -> set[str]:
-    """Read which images of a folder are held out: those with 1 in column `held_out` of its `manifest.csv`.
+    """Read the held-out images of a folder: those with 1 in column `held_out` of its `manifest.csv`.
 
     Returns:
         paths relative to the folder, from column `file`; none without a `manifest.csv`, and none, with a warning,
@@ -87,12 +87,12 @@ def _read_lines(path: Path) -> set[str]:
 def split_photographs(
     config: Config, pristine: Path, exclude: Path | None, seed: int, quiet: bool = False
 ) -> tuple[list[Path], list[Path]]:
-    """Choose the photographs to train on, each as often as `repeat` says, and those to validate on.
+    """Divide photographs into those to train on, repeated as `config.repeat` says, and those to validate on.
 
     Args:
         pristine, exclude: see `list_photographs`. Photographs smaller than `config.smallest_photograph` are left out.
-        seed: decides which ones validate.
-        quiet: report nothing.
+        seed: determines the split.
+        quiet: no progress bar and no warnings.
 
     Raises:
         SettingsError: too few photographs, or `repeat` names what is not there. ImageError: one cannot be opened.

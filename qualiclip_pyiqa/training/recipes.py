@@ -1,4 +1,4 @@
-"""How prompt contexts are learned: the recipes of published ones, and networks to start from."""
+"""Recipes for learning prompt contexts: those of published contexts, and the networks to start from."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ class Recipe:
     """How a prompt context is learned.
 
     Attributes:
-        name: name in `RECIPES` of the recipe that the values come from.
+        name: key in `RECIPES` of the recipe that the values are based on.
         optimiser: name of a class in `torch.optim`, used with its defaults except for the learning rate.
         learning_rate: learning rate of the first epoch.
-        epochs: passes over the training images. Images left over after the last full batch of a pass are skipped.
+        epochs: passes over the training images; an incomplete last batch is skipped.
         period: the learning rate falls along half a cosine that would reach zero after `period * epochs` epochs.
-        batch: images per step; all of them if there are fewer.
-        crop: side in pixels of a random square crop; 0: the whole image at its own size. Either way half of the images
-            of an epoch are mirrored left to right.
+        batch: images per step; all images if there are fewer.
+        crop: side in pixels of a random square crop; 0: the whole image at its own size. Images are mirrored left to
+            right with probability 1/2.
         loss: "mse", or "mse+plcc" for MSE + (1 - PLCC of the batch) / 2, of scores and opinion scores in 0..1.
         shared: whether all prompts share one context (n_ctx, W), or have one each, (2P, n_ctx, W).
-        context_std: standard deviation of the normal distribution that a fresh context is drawn from; None: the
-            architecture's own start.
+        context_std: standard deviation of a fresh context's normal initialisation; None: the architecture's default.
         n_ctx: tokens of a context.
-        seed: decides the fresh context, the held-out images, the order, the crops and the mirroring.
+        seed: determines the fresh context, the held-out images, the order, the crops and the mirroring.
 
     Raises:
         SettingsError: a value out of range.
@@ -64,7 +63,7 @@ class Recipe:
         need(self.loss in LOSSES, "loss", " or ".join(LOSSES))
         least = 2 if self.loss == "mse+plcc" else 1
         need(self.batch >= least, "batch", f"at least {least}" + (" for a correlation" if least == 2 else ""))
-        need(self.crop == 0 or self.crop >= MIN_SIDE, "crop", f"0 for whole pictures, or at least {MIN_SIDE} pixels")
+        need(self.crop == 0 or self.crop >= MIN_SIDE, "crop", f"0 for whole images, or at least {MIN_SIDE} pixels")
 
     def rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0."""
@@ -107,7 +106,7 @@ RECIPES = {
 
 
 def default_recipe(metric: str) -> Recipe:
-    """Return the recipe that a metric's published context was learned by.
+    """Return the recipe of a metric's published context.
 
     Raises:
         SettingsError: an unknown metric, or one without a learned context.
@@ -124,7 +123,7 @@ def default_recipe(metric: str) -> Recipe:
 
 
 def fresh_network(metric: str, recipe: Recipe, **options: Any) -> PromptIQA:
-    """Create a metric with a recipe's fresh context; `options` are the architecture's, such as `weights`."""
+    """Create a metric with a fresh context; `options` are arguments of the architecture, such as `weights`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         net: PromptIQA = getattr(prompt_iqa, metric_spec(metric).arch)(

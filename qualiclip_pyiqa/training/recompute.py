@@ -1,4 +1,4 @@
-"""Activation checkpointing: activations are computed again for the gradient and not kept, for less memory."""
+"""Activation checkpointing: activations are recomputed for the gradient instead of stored, to save memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import Config
 
 
 class Recomputed(nn.Sequential):
-    """Layers in a row whose activations are computed again for the gradient."""
+    """Layers in a row whose activations are recomputed for the gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -40,10 +40,10 @@ class Recomputed(nn.Sequential):
 
 
 def recompute_activations(tower: nn.Module, config: Config) -> None:
-    """Let a tower recompute the activations of its stages or blocks. Names and values of its state stay.
+    """Make a tower recompute the activations of its stages or blocks; its state dict is unchanged.
 
     Raises:
-        SettingsError: its normalisation would count every batch twice.
+        SettingsError: the tower's normalisation statistics would count every batch twice.
     """
     if isinstance(tower, ViTTower):
         tower.transformer.grad_checkpointing = True  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Photographs in, stacks of degraded crops out: what one training step is computed from."""
+"""Draw stacks of degraded crops from photographs: the data of a training step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .config import Config
 from .photographs import read_photograph
 
 # Groups of degradations that train each prompt pair of the mini tower, in the order of its blocks; None: all. The
-# second block sees only log energies, too few numbers to rank both blur and noise, so it learns from blur alone.
+# second block sees only log energies, too few values to rank both blur and noise, so it learns from blur alone.
 PAIR_GROUPS: tuple[frozenset[str] | None, ...] = (None, frozenset({"blur"}), None, None, None, None, None)
 
 
@@ -49,9 +49,9 @@ def _draw_region(rng: random.Random, photograph: Tensor, size: int, config: Conf
 
 
 def _bokeh(rng: random.Random, region: Tensor, size: int) -> Tensor:
-    """Put all but an ellipse in the middle, which both crops of that size share, out of focus. This is not a fault.
+    """Blur all but an ellipse in the middle, which both crops share: shallow depth of field, not a degradation.
 
-    Without it a tower learns that little detail means low quality, and scores photographs with a quiet background low.
+    Otherwise a tower learns that little detail means low quality, and underrates photographs with a flat background.
     """
     h, w = region.shape[-2:]
     y = torch.arange(h)[:, None] - h / 2 - rng.uniform(-0.15, 0.15) * size
@@ -64,7 +64,7 @@ def _bokeh(rng: random.Random, region: Tensor, size: int) -> Tensor:
 
 
 def _camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
-    """Apply mild changes that all levels of a stack share: good photographs differ by these, so scores must not."""
+    """Apply mild changes shared by all levels of a stack: good photographs differ by these, so scores must not."""
     if rng.random() < probability:
         region = region.clamp(0, 1) ** rng.uniform(0.9, 1.1)
     if rng.random() < probability:
@@ -95,17 +95,17 @@ def _two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """Two crops of one photograph and the degradations that will be applied to them.
+    """Two crops of one photograph and the degradations to apply to them.
 
     Attributes:
         crops: (2, 3, T, T) uint8.
         types: degradation types, applied in this order, all at the same level.
         levels: ascending; 0 is pristine.
-        seeds: one per level. A single number gives both crops the same angle and positions, a pair gives each its own.
+        seeds: one per level. With a single number both crops share angle and positions, with a pair each has its own.
             Levels with equal seeds also share the noise.
-        size: side S of the images. Where T is larger, all levels are scaled down after the degradation: photographs
-            reach a viewer smaller than they were taken, and scaling makes noise correlated.
-        quality: JPEG quality at which all levels are then saved; None: they are not.
+        size: side S of the images. If T is larger, all levels are downscaled after the degradation: photographs are
+            viewed smaller than they were taken, and scaling correlates noise.
+        quality: JPEG quality of a final compression of all levels; None: no compression.
     """
 
     crops: Tensor
@@ -116,11 +116,11 @@ class Stack:
     quality: int | None
 
     def pictures(self, device: torch.device | str = "cpu") -> Tensor:
-        """(L, 2, 3, S, S) uint8."""
+        """Degrade the crops at every level -> (L, 2, 3, S, S) uint8."""
         crops = self.crops.to(device).float() / 255
         out = []
         for level, seeds in zip(self.levels, self.seeds, strict=True):
-            # Rounded to 8 bits, as every file is.
+            # Rounded to 8 bits, like the pixels of a file.
             x = (degrade_all(crops, self.types, level, seeds) * 255).round() / 255
             if x.shape[-1] > self.size:
                 x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -130,7 +130,7 @@ class Stack:
         return torch.stack(out)
 
     def ordered(self) -> list[list[bool]]:
-        """Return at [i][j] whether the j-th level is worse than the i-th by every one of the types."""
+        """Return a matrix of whether level j is worse than level i for every type, at [i][j]."""
         return [[all(DEGRADATIONS[t].ordered(i, j) for t in self.types) for j in self.levels] for i in self.levels]
 
     @property
@@ -139,7 +139,7 @@ class Stack:
         return all(DEGRADATIONS[name].monotone for name in self.types)
 
     def severity(self, config: Config) -> list[float]:
-        """Return the margin multiplier per level, one per prompt pair; 0 for pairs not trained on these types."""
+        """Return the margin multiplier per level, for each prompt pair; 0 for pairs not trained on these types."""
         groups = {DEGRADATIONS[name].group for name in self.types}
         severity = max(config.severity.get(group, 1.0) for group in groups)
         if config.pairs == "mean":
@@ -148,7 +148,7 @@ class Stack:
 
 
 def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Degrade stacks on a device and collect them into the batch that `losses.alignment_losses` takes.
+    """Degrade stacks on a device and collate them into a batch for `losses.alignment_losses`.
 
     Returns:
         `pictures` (B, L, 2, 3, S, S) uint8; `level` (B, L) float, ascending; `ordered` (B, L, L) bool, the pairs
@@ -165,10 +165,10 @@ def batch_of(stacks: Sequence[Stack], config: Config, device: torch.device | str
 
 
 class Stacks(Dataset[list[Stack]]):
-    """Batches of stacks. Number n is decided by (seed, n) alone, so workers, processes and resuming change nothing.
+    """Batches of stacks. (seed, n) determines batch n, whatever the number of workers and processes, and on resuming.
 
     Args:
-        paths: photographs, both sides at least `config.smallest_photograph` pixels.
+        paths: photographs with both sides of at least `config.smallest_photograph` pixels.
         crops: sizes to draw from instead of the configuration's.
     """
 
@@ -206,7 +206,7 @@ class Stacks(Dataset[list[Stack]]):
 
 
 class Degraded(Dataset[dict[str, Tensor]]):
-    """The batches of `Stacks`, degraded by the process that asks for them: a worker of a loader."""
+    """The batches of `Stacks`, degraded in the process that loads them."""
 
     def __init__(self, stacks: Stacks) -> None:
         self.stacks = stacks

@@ -1,8 +1,8 @@
-"""Prompt learning (CoOp): the context of CLIP-IQA+ or QualiCLIP+ is learned from opinion scores, with CLIP frozen.
+"""Prompt learning (CoOp): learn the context of CLIP-IQA+ or QualiCLIP+ from opinion scores, with CLIP frozen.
 
-The image tower is frozen, so the features of a whole image are the same at every step: with whole images they are
-computed once for each orientation, and each step runs the text side alone. The gradient is that of the whole network.
-With random crops the tower runs at every step, without a gradient of its own.
+As the image tower is frozen, features of whole images are computed once for each orientation, and a step runs only
+the text side; the gradient is that of the whole network. With random crops the tower runs at every step, without
+gradient.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def tune(
 ) -> Path:
     """Learn the context of `net` and write it to `out / "params.pth"`, in pyiqa's layout for this metric.
 
-    `out / "log.jsonl"` holds what decides the result in its first line, and then for each epoch the mean loss and SRCC
-    and PLCC on the held-out images. Network, ratings and recipe decide the bytes of `params.pth`, on one machine with
-    one version of torch and the same number of threads.
+    The first line of `out / "log.jsonl"` holds all settings that determine the result; each epoch adds the mean loss
+    and, on the held-out images, SRCC and PLCC. Network, ratings and recipe determine the bytes of `params.pth`, for one
+    machine, version of torch and number of threads.
 
     Args:
         net: a metric with a learned context. It is trained in place on its own device, and left in eval mode.
@@ -114,7 +114,7 @@ def _learn(
     log: TextIO,
     evaluate: Callable[[], dict[str, float | None]],
 ) -> None:
-    """Take all steps of a recipe; `evaluate` gives what is logged after each epoch beside the mean losses."""
+    """Take all steps of a recipe; `evaluate` returns values to log after each epoch, beside the mean losses."""
     net.train()
     optimiser = getattr(torch.optim, recipe.optimiser)(net.parameters(), lr=recipe.learning_rate)
     per_epoch = len(targets) // min(recipe.batch, len(targets))
@@ -181,7 +181,7 @@ class _Draw(NamedTuple):
 
 
 def _plan(count: int, recipe: Recipe) -> Iterator[_Draw]:
-    """Draw every step of a run; the same at every call."""
+    """Draw the images of every step, determined by the recipe's seed."""
     generator = torch.Generator().manual_seed(recipe.seed)
     batch = min(recipe.batch, count)
     for _ in range(recipe.epochs):
@@ -194,7 +194,7 @@ def _plan(count: int, recipe: Recipe) -> Iterator[_Draw]:
 
 
 def _split(ratings: Ratings, share: float, seed: int) -> tuple[Ratings, Ratings]:
-    """Divide ratings into those to train on and those held out; all ratings of one image are on one side."""
+    """Divide ratings into those to train on and those held out, with all ratings of an image on one side."""
     if not 0 <= share < 1:
         raise SettingsError(f"validation is {share:g}; expected a share from 0 to less than 1")
     names = list(dict.fromkeys(ratings.paths))
@@ -232,7 +232,7 @@ def _check_range(training: Ratings, low: float, high: float, given: bool) -> Non
 
 
 def _check_sizes(paths: Sequence[Path], crop: int) -> None:
-    """Refuse images smaller than the crop before any work is done."""
+    """Refuse images smaller than the crop, before any training."""
     small = {}
     for path in paths:
         side = min(read_size(path))
@@ -296,7 +296,7 @@ def _crop_features(net: PromptIQA, paths: Sequence[Path], recipe: Recipe) -> Ite
     for batch in _ahead(crops, _plan(len(paths), recipe)):
         with torch.no_grad():
             features = net.features(batch.to(net.prompt_features.device))
-        yield features  # outside the block, which would otherwise hold for the caller too
+        yield features  # outside of no_grad, which would otherwise apply to the caller too
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Validation during a training run: ranking of distortion levels of held-out photographs, and SRCC on rated images."""
+"""Validate during training: how held-out photographs' distortion levels are ranked, and SRCC on rated images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def differences(tower: nn.Module, aligned: Aligned, images: Tensor) -> Tensor:
 
 
 class Validation:
-    """Photographs that are not trained on, degraded by every type at every level and kept in memory as uint8.
+    """Held-out photographs, degraded by every type at every level and stored in memory as uint8.
 
     Attributes:
         pristine: (V, 3, S, S), a crop of each photograph.
@@ -43,7 +43,7 @@ class Validation:
 
     Args:
         photographs: (3, H, W) uint8 each.
-        seed: decides crops and degradations.
+        seed: determines crops and degradations.
     """
 
     def __init__(self, photographs: Sequence[Tensor], config: Config, seed: int) -> None:
@@ -97,7 +97,7 @@ def correlations(scores: Sequence[float], ratings: Ratings) -> tuple[float | Non
     """Compute SRCC and PLCC of scores, higher being better, with opinion scores; positive if they agree.
 
     Returns:
-        (None, None) where they are undefined: scores or opinion scores are constant, or scores are not finite.
+        (None, None) if they are undefined: scores or opinion scores are constant, or scores are not finite.
     """
     from scipy import stats
 
