@@ -1,8 +1,8 @@
-"""Which of open_clip's models can be trained and scored with: image towers, and what their text sides need.
+"""Count the open_clip models that can be used as backbones: kinds of image towers, and what text encoders need.
 
     python benchmarks/backbones.py
 
-Towers are built without values, so nothing is downloaded; it takes about a minute.
+Towers are built on the meta device, so nothing is downloaded. Takes about a minute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, weights that both packages read, the machine's name, one form of output."""
+"""Shared by all benchmarks: options, weights for both packages, the machine's name, timing and output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ images = upstream.pictures
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has; `doc` is the script's docstring."""
+    """Create a parser with the options of every benchmark; `doc` is the script's docstring."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows, the command and the machine")
     made.add_argument("--quick", action="store_true", help="smallest sizes, once: shows that it runs, measures nothing")
@@ -38,15 +38,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def weights(folder: Path | None, draw: int = 0) -> Iterator[Path]:
-    """A folder with RN50.pt and QualiCLIP.pth on the look-up path.
+    """Put a folder with RN50.pt and QualiCLIP.pth on the look-up path.
 
     Args:
-        folder: the user's own; None makes files with random content in upstream's layouts.
+        folder: the user's own; None: files with random content in upstream's layouts.
         draw: seed of the random content.
     """
     with tempfile.TemporaryDirectory() as made:
         if folder is None:
-            os.environ["QUALICLIP_PYIQA_VERIFY"] = "0"  # nothing random has the published hash
+            os.environ["QUALICLIP_PYIQA_VERIFY"] = "0"  # random content does not have the published hash
             logging.getLogger("qualiclip_pyiqa").setLevel(logging.ERROR)
             config = open_clip.get_model_config("RN50-quickgelu")
             torch.save(upstream.random_clip(config, seed=2 * draw), Path(made, "RN50.pt"))
@@ -56,7 +56,7 @@ def weights(folder: Path | None, draw: int = 0) -> Iterator[Path]:
 
 
 def medians(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Median seconds of each call. The calls take turns, so that other load hits all alike."""
+    """Measure the median seconds of each call. Calls take turns, so that other load affects all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -69,19 +69,19 @@ def medians(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
 
 
 def machine(device: str = "cpu") -> str:
-    """Processor or GPU, and the number of threads."""
+    """Name the processor with its number of threads, or the GPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    # Processors of one name and very different speed differ by family and model.
+    # Family and model distinguish processors of one name but very different speed.
     pairs = (line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().splitlines())
-    said = {key.strip(): value.strip() for key, value in pairs}
-    name = said.get("model name", platform.processor())
-    kind = f" (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else ""
+    info = {key.strip(): value.strip() for key, value in pairs}
+    name = info.get("model name", platform.processor())
+    kind = f" (family {info['cpu family']}, model {info['model']})" if "cpu family" in info else ""
     return f"{name}{kind}, {torch.get_num_threads()} threads"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as Markdown; floats get four significant digits, None becomes `-`."""
+    """Format rows as a Markdown table; floats get four significant digits, None becomes `-`."""
 
     def cell(value: object) -> str:
         return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -95,8 +95,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def report(
     options: argparse.Namespace, rows: list[dict[str, Any]], device: str = "cpu", weights: str | None = None
 ) -> None:
-    """Print the rows as a table, say where and when, and write all of it to `--json FILE`."""
-    said = {
+    """Print the rows as a table with date, machine and versions, and write all of it to `--json FILE`."""
+    result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(device),
@@ -106,9 +106,9 @@ def report(
         "rows": rows,
     }
     print(f"\n{table(rows)}\n")
-    print(f"{said['date']}, {said['machine']}, torch {torch.__version__}, pyiqa {pyiqa.__version__}")
+    print(f"{result['date']}, {result['machine']}, torch {torch.__version__}, pyiqa {pyiqa.__version__}")
     if options.quick:
-        print("--quick: these figures show that the benchmark runs, nothing else")
+        print("--quick: these figures only show that the benchmark runs")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
-"""A folder of photographs end to end: `qualiclip score` against `pyiqa METRIC -t FOLDER`, start-up aside.
+"""Score a folder of photographs end to end: `qualiclip score` against `pyiqa METRIC -t FOLDER`, without start-up.
 
     python benchmarks/folder.py --images DIR... [--limit 200] [--sizes WIDTHxHEIGHT...] [--metric qualiclip]
         [--device cpu] [--weights DIR]
 
-Both read, decode and score the same files with the same weights (without --weights: random content, which time does not
-depend on), each in a process of its own, as the two commands do: ours with `Scorer` and `keep_freed_memory`, pyiqa's
-with `metric(path).item()` for one file after the other and pyiqa's own network. Models are loaded before the clock
-starts. The photographs, every n-th that there is, go to the two in turn in four portions, so that what else the machine
-does hits both. With --sizes they are resampled to these sizes in turn first, cropped at the middle, and saved as JPEG.
+Both read, decode and score the same files with the same weights (without --weights: random content, on which time does
+not depend), each in its own process, as the two commands do: ours with `Scorer` and `keep_freed_memory`, pyiqa's own
+network with `metric(path).item()` file by file. Models are loaded before the clock starts. Every n-th photograph is
+used, in four portions that the two score in turn, so that other load affects both. With --sizes, photographs are first
+resampled to these sizes in turn, cropped at the centre, and saved as JPEG.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def resample(paths: list[str], sizes: list[tuple[int, int]], folder: Path) -> list[str]:
-    """Copies, the k-th of the k-th size, beginning anew after the last."""
+    """Write copies in the given sizes in turn."""
     made = []
     for number, path in enumerate(paths):
         with Path(path).open("rb") as file:
@@ -99,7 +99,7 @@ def compare(paths: list[str], options: argparse.Namespace) -> None:
     with common.weights(options.weights) as folder, Commands(1, context) as one, Commands(1, context) as other:
         one.submit(load_ours, options.metric, options.device, options.compile).result()
         other.submit(load_theirs, options.metric, options.device, folder).result()
-        for portion in range(-1, PORTIONS):  # a first one, of two pictures, is not counted
+        for portion in range(-1, PORTIONS):  # the first one, of two images, is a warm-up
             start, end = max(0, portion * len(paths) // PORTIONS), (portion + 1) * len(paths) // PORTIONS
             part = paths[start:end] if portion >= 0 else paths[:2]
             seconds, own = one.submit(score_ours, part).result()

@@ -1,20 +1,20 @@
-"""`qualiclip-mini`, or models like it, beside simple measures: opinion scores, degradations, speed.
+"""Compare `qualiclip-mini`, or models like it, with simple measures: opinion scores, degradations, speed.
 
     python benchmarks/mini.py --pristine DIR --ratings scores.csv --images DIR [--weights FILE...] [--json FILE.json]
 
-Several weight files, such as those of several seeds, are reported each and together. Default: the embedded model.
+Several weight files, such as those of several seeds, can be compared. Default: the embedded model.
 
-- Agreement with the opinion scores of the table (columns as `qualiclip evaluate` finds them) for all pictures and for
-  two halves, every second picture by name from the first ("choice half": what settings may be chosen by) and from the
-  second ("other half"). Differences between a model and a baseline are of paired bootstraps.
+- Agreement with the opinion scores of the table (columns as `qualiclip evaluate` finds them) on all images and on two
+  halves: every second image by name from the first ("choice half", used to choose settings) and from the second ("other
+  half"). Differences between a model and a baseline are paired bootstraps.
 - Baselines: log variance of the Laplacian; "sharpest parts", the 98th percentile of its log energy in cells of 16
-  pixels (found on the choice half, which therefore says little of it), and what is left of it when the median is
-  regressed out; natural scene statistics as in NIQE, both fitted to at most 1,000 photographs of --pristine; pyiqa's
-  classical metrics as far as they need no download (its `entropy` takes 2 KiB for every pixel).
+  pixels (chosen on the choice half, where its figures are therefore biased), and its residual after regressing on the
+  median; natural scene statistics as in NIQE, both fitted to at most 1,000 photographs of --pristine; pyiqa's classical
+  metrics that need no download (its `entropy` takes 2 KiB per pixel).
 - Types of degradation for which the mean score falls from level to level, on --limit photographs of --pristine that
   are held out: whose `held_out` is 1 in a `manifest.csv` there, which also has a column `file`. Without one, no
   photograph counts as held out and those of all the folder are degraded.
-- Pictures per second on the CPU, with torch's number of threads.
+- Images per second on the CPU, with torch's number of threads.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def photographs(folder: Path) -> tuple[list[str], list[str]]:
-    """Pictures of a folder that may be trained on, and those that are held out by its `manifest.csv`."""
+    """List the images of a folder that may be trained on, and those held out by its `manifest.csv`."""
     paths = find_images([str(folder)]).paths if folder.is_dir() else []
     names: set[Path] = set()
     if (folder / "manifest.csv").is_file():
@@ -139,20 +139,20 @@ def photographs(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def spread(paths: list[str], most: int) -> list[str]:
-    """At most so many, evenly spread."""
+    """Select at most this many paths, evenly spread."""
     count = min(most, len(paths))
     return [paths[k * len(paths) // count] for k in range(count)]
 
 
 def halves(ratings: Ratings) -> dict[str, list[int]]:
-    """Numbers of the rated pictures by part."""
+    """Return the indices of the rated images by part."""
     order = sorted(range(len(ratings.paths)), key=lambda k: ratings.paths[k].name)
     return dict(zip(PARTS, (order, order[::2], order[1::2]), strict=True))
 
 
 @torch.no_grad()
 def speeds(models: dict[str, nn.Module], baselines: dict[str, nn.Module], quick: bool) -> list[Row]:
-    """Images per second by batch, medians of runs that take turns."""
+    """Measure images per second by batch size, as medians of runs that take turns."""
     timed = {name: (models | baselines)[name] for name in (*models, *TIMED)}
     rows = []
     for batch in BATCHES:

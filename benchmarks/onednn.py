@@ -1,9 +1,9 @@
-"""What fused convolutions and strips change: time and values, each against the same tower without it.
+"""Measure what fused convolutions and strips change, in time and scores, against the same tower without them.
 
     python benchmarks/onednn.py [--repeat 9]
 
-Weights are random: times do not depend on them. The two take turns in one process, and the medians are compared.
-Fused convolutions are what a `Scorer` uses on a CPU.
+Weights are random, as times do not depend on them. Both variants take turns in one process; medians are compared. A
+`Scorer` uses fused convolutions on a CPU.
 """
 
 from __future__ import annotations

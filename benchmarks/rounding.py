@@ -1,11 +1,10 @@
-"""How far scores and features are from exact ones: this package's and pyiqa's, in float32, on the same weights.
+"""Measure the rounding errors of scores and features: this package's and pyiqa's, in float32, on the same weights.
 
-    python benchmarks/rounding.py [--draws 6] [--pictures 8]
+    python benchmarks/rounding.py [--draws 6] [--images 8]
 
-Exact is a network of ours in double precision, its prompts too, whose BatchNorm is not folded into the convolutions.
-Weights are random, as many times as there are draws, and so are the pictures, 224x224, every second one smoothed.
-What rounds in one direction for one set of weights does so for all pictures, so that a single set says little:
-reported are means over draws with their standard errors, and in how many draws each is the nearer one on average.
+The reference is our network in double precision, prompts included, without folded BatchNorm. Weights and images
+(224x224, every second one smoothed) are random. One set of weights rounds all images in the same direction, so a single
+set says little: reported are means over draws with standard errors, and in how many draws each is nearer on average.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ OURS, FOLDED, THEIRS = "this package", "its folded weights, else exact", "pyiqa"
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--draws", type=int, default=6, help="sets of random weights, at least 2")
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     options = parser.parse_args()
     if options.quick:
-        options.draws, options.pictures = 2, 1
+        options.draws, options.images = 2, 1
     rows = []
     for name in ("qualiclip",) if options.quick else ("qualiclip", "clipiqa"):
-        draws = [distances(name, draw, options.pictures) for draw in range(options.draws)]
+        draws = [distances(name, draw, options.images) for draw in range(options.draws)]
         for what in (OURS, FOLDED, THEIRS):
             row: dict[str, object] = {"metric": name, "what": what}
             for k, of in enumerate(("score", "feature")):
@@ -49,8 +48,8 @@ def main() -> None:
 
 
 @torch.no_grad()
-def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, float]]:
-    """Mean distances of scores and of features for one set of weights."""
+def distances(name: str, draw: int, images: int) -> dict[str, tuple[float, float]]:
+    """Measure mean distances of scores and of features for one set of weights."""
     with common.weights(None, draw) as folder:
         theirs = common.oracle(name, folder)
         ours = pyiqa.create_metric(name, device="cpu").net
@@ -59,7 +58,7 @@ def distances(name: str, draw: int, pictures: int) -> dict[str, tuple[float, flo
     folded.prompt_features = exact.prompt_features
     scores: dict[str, list[float]] = {what: [] for what in (OURS, FOLDED, THEIRS)}
     features: dict[str, list[float]] = {what: [] for what in scores}
-    for seed in range(pictures):
+    for seed in range(images):
         x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1000 * draw + seed))
         x = F.avg_pool2d(x, 5, 1, 2) if seed % 2 else x
         truth = exact.features(x.double())

@@ -1,14 +1,14 @@
-"""One network call against pyiqa's own on the same weights: time, memory, scores.
+"""Compare one network call with pyiqa's own on the same weights: time, memory, scores.
 
     python benchmarks/speed.py [--repeat 5] [--no-compile] [--keep-freed-memory] [--weights DIR]
     python benchmarks/speed.py --device cuda
 
-Without --weights (a folder with RN50.pt and QualiCLIP.pth) the files are made, in upstream's layouts, with random
-content: time and memory do not depend on it, and scores are compared on whatever the weights are.
+Without --weights (a folder with RN50.pt and QualiCLIP.pth), files with random content in upstream's layouts are used;
+time and memory do not depend on it.
 
-On the CPU every case is timed in this process, alternately ours and pyiqa's, and the medians are compared; `limit` is
-how long its multiply-adds would take at the rate of a large matrix product measured in the same run. Memory is the rise
-of a fresh process's peak over what it held with the model loaded.
+On the CPU each case is timed in this process, ours and pyiqa's in turn, and medians are compared; `limit` is the time
+of its multiply-adds at the rate of a large matrix product, measured in the same run. Memory is the rise of a fresh
+process's peak above its use with the model loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qualiclip_pyiqa.scoring.allocator import keep_freed_memory
 from qualiclip_pyiqa.scoring.network import compiled
 
-# Metric, batch, height, width, and how many times pyiqa's speed is to be reached (eager, compiled).
+# Metric, batch, height, width, and the target ratio to pyiqa's speed (eager, compiled).
 CPU_CASES = (
     ("clipiqa", 1, 224, 224, 6.0, None),
     ("qualiclip", 8, 224, 224, 1.5, None),
@@ -42,7 +42,7 @@ CPU_CASES = (
 GPU_SIZES = ((224, 224), (384, 512), (1080, 1920), (2160, 3840))
 GPU_BATCH_PIXELS = 2**25
 Row: TypeAlias = dict[str, Any]
-# "channels last": of the picture too; the towers go through their features in that order in every row.
+# "channels last" is about the images; towers use that order for their features in every row.
 GPU_ROWS = (
     "fp32",
     "tf32",
@@ -146,7 +146,7 @@ def _peak_memory(which: str, folder: str, height: int, width: int) -> float:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading included, is forgotten
     before = _kib("VmRSS")
-    large = height * width > 2**24  # such a picture counts as part of what scoring it needs
+    large = height * width > 2**24  # the memory of such an image is counted too
     x = torch.rand(1, 3, height, width) if large else common.images(1, height, width)
     if not large:
         Path("/proc/self/clear_refs").write_text("5")
@@ -161,7 +161,7 @@ def _kib(field: str) -> int:
 
 
 def on_gpu(folder: Path, options: argparse.Namespace) -> list[Row]:
-    """Pictures per second and peak memory by size and precision, beside pyiqa's one picture at a time."""
+    """Measure images per second and peak memory by size and precision, beside pyiqa's one image at a time."""
     rows: list[Row] = []
     theirs = common.oracle("qualiclip", folder).to(options.device)
     for height, width in GPU_SIZES:
@@ -195,7 +195,7 @@ def on_gpu(folder: Path, options: argparse.Namespace) -> list[Row]:
 def gpu_rate(
     net: Callable[[Tensor], Tensor], x: Tensor, precision: str, options: argparse.Namespace
 ) -> tuple[float, Tensor, float]:
-    """Pictures per second, scores, and peak memory in MiB."""
+    """Measure images per second, scores, and peak memory in MiB."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     for _ in range(3):
         score = net(x)

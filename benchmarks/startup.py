@@ -1,9 +1,9 @@
-"""What the start-up hook costs an interpreter that never imports pyiqa.
+"""Measure the cost of the start-up hook for an interpreter that never imports pyiqa.
 
     python benchmarks/startup.py [--runs 200]
 
-Starts Python alternately with two folders treated as site-packages, of which one holds our .pth file, and prints the
-medians of the wall time and, from `-X importtime`, the time that importing the hook's module takes.
+Starts Python alternately with two site-packages folders, one of which has our .pth file, and prints the median wall
+times and, from `-X importtime`, the time to import the hook's module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far the mean score of tiles is from the score of the whole image, over a folder of photographs.
+"""Measure how far the mean score of tiles is from the score of the whole image, over a folder of photographs.
 
 python benchmarks/tiles.py --images DIR... [--metric qualiclip-mini] [--tile 128 256] [--limit N]
 """

@@ -1,6 +1,6 @@
-"""What `qualiclip-mini` is held against: sharpness, natural scene statistics, and pyiqa's classical metrics.
+"""Baselines for `qualiclip-mini`: sharpness, natural scene statistics, and pyiqa's classical metrics.
 
-Each is a module that scores pictures (N, 3, H, W) in 0..1 -> (N,), so that `Scorer` takes it like a metric of pyiqa.
+Each is a module that scores images (N, 3, H, W) in 0..1 -> (N,), which `Scorer` takes like a metric of pyiqa.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from qualiclip_pyiqa.towers.statistics import PERCENTILES, UNRANKED, detail_and_
 from qualiclip_pyiqa.training.photographs import read_energies
 from qualiclip_pyiqa.training.stacks import laplacian_log_variance
 
-# pyiqa's no-reference metrics that are no neural network. Most need a file of parameters that pyiqa downloads.
+# pyiqa's no-reference metrics that are not neural networks. Most need a file of parameters that pyiqa downloads.
 CLASSICAL = ("piqe", "entropy", "niqe", "niqe_matlab", "ilniqe", "brisque", "brisque_matlab", "nrqm", "pi")
 
-PATCH = 96  # side of a patch at the picture's own size, half of that at the second scale
-SHARP = 0.75  # part of the sharpest patch's sharpness that a photograph's other patches need, to be fitted to
-# Standard deviations from the mean beyond which, in any feature, a patch is not fitted to. The paper has no such rule:
-# its photographs were chosen by hand. Without it single skies and drawings widen the covariance: a worse model.
+PATCH = 96  # side of a patch at the image's own size, half of that at the second scale
+SHARP = 0.75  # patches are fitted to if they have this share of the sharpness of the photograph's sharpest patch
+# Patches further from the mean than this, in standard deviations of any feature, are not fitted to. The paper has no
+# such rule, but chose its photographs by hand; without it a few skies and drawings widen the covariance.
 OUTLIER = 4
-SHAPES = np.arange(0.2, 10, 0.001)  # where the shape of a generalised Gaussian is looked for
+SHAPES = np.arange(0.2, 10, 0.001)  # candidate shapes of a generalised Gaussian
 
 Floats = NDArray[np.float64]
 
@@ -62,9 +62,9 @@ class SharpestParts(nn.Module):
 
 
 class SharpnessForDetail(nn.Module):
-    """The same in two octaves, less what detail explains over photographs of one's own; higher is better.
+    """Sharpest parts in two octaves, relative to detail in given photographs; higher is better.
 
-    It is the one pair of the embedded model that does not learn, by itself.
+    This is the embedded model's pair that is not learned.
     """
 
     lower_better = False
@@ -86,10 +86,11 @@ class SharpnessForDetail(nn.Module):
 
 class NaturalScenes(nn.Module):
     """NIQE from its paper's formulas (Mittal, Soundararajan, Bovik: Making a "Completely Blind" Image Quality Analyzer,
-    IEEE Signal Processing Letters 2013), fitted to photographs of one's own; lower is better.
+    IEEE Signal Processing Letters 2013), fitted to given photographs; lower is better.
 
-    A picture is the mean and covariance of its patches' features (see `features`); its score is the distance from those
-    of all the photographs' sharp patches, sqrt(d^T ((S1 + S2) / 2)^-1 d) for means that differ by d.
+    An image is described by the mean and covariance of its patches' features (see `features`). Its score is their
+    distance from those of all sharp patches of the photographs, sqrt(d^T ((S1 + S2) / 2)^-1 d) for means that differ
+    by d.
 
     Args:
         mean, covariance: (36,) and (36, 36) of the photographs' patches.
@@ -103,9 +104,9 @@ class NaturalScenes(nn.Module):
 
     @classmethod
     def fit(cls, paths: Iterable[str | Path]) -> NaturalScenes:
-        """Fit to the patches of every photograph that have at least `SHARP` of its sharpest one's sharpness."""
+        """Fit to the sharp patches of every photograph, see `SHARP`."""
         chosen = []
-        for path in tqdm(list(paths), desc="natural scene statistics", unit="picture", file=sys.stderr):
+        for path in tqdm(list(paths), desc="natural scene statistics", unit="image", file=sys.stderr):
             found, sharpness = features(load_image(path))
             chosen.append(found[sharpness >= SHARP * sharpness.max()])
         sharp = np.concatenate(chosen) if chosen else np.empty((0, 36))
@@ -116,7 +117,7 @@ class NaturalScenes(nn.Module):
         return cls(usual.mean(0), np.cov(usual, rowvar=False))
 
     def forward(self, rgb: Tensor) -> Tensor:
-        return torch.tensor([self.distance(picture) for picture in rgb], dtype=torch.float64)
+        return torch.tensor([self.distance(image) for image in rgb], dtype=torch.float64)
 
     def distance(self, rgb: Tensor) -> float:
         found, _ = features(rgb)
@@ -126,9 +127,9 @@ class NaturalScenes(nn.Module):
 
 
 def features(rgb: Tensor) -> tuple[Floats, Floats]:
-    """18 statistics at each of two scales of every whole patch, and the patch's sharpness.
+    """Compute 18 statistics of every whole patch at each of two scales, and the patch's sharpness.
 
-    A picture smaller than a patch is one patch.
+    An image smaller than a patch is one patch.
 
     Shape:
         rgb: (3, H, W) in 0..1 -> (B, 36), (B,) for B patches.
@@ -145,9 +146,9 @@ def features(rgb: Tensor) -> tuple[Floats, Floats]:
 
 
 def mscn(luma: Floats) -> tuple[Floats, Floats]:
-    """Mean-subtracted, contrast-normalised luma (0..255) and the local standard deviation that it was divided by.
+    """Compute mean-subtracted, contrast-normalised luma (0..255), and the local standard deviation.
 
-    Local is a Gaussian window of 7x7 pixels with sigma 7/6; 1 is added to the deviation.
+    The window is a Gaussian of 7x7 pixels with sigma 7/6; the divisor is the deviation plus 1.
     """
 
     def local(x: Floats) -> Floats:
@@ -159,13 +160,13 @@ def mscn(luma: Floats) -> tuple[Floats, Floats]:
 
 
 def patches(x: Floats, side: int) -> Floats:
-    """(H, W), multiples of the side -> (B, side, side)."""
+    """Cut (H, W), multiples of `side`, into patches (B, side, side)."""
     rows, columns = (length // side for length in x.shape)
     return x.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side, side)
 
 
 def statistics(x: Floats) -> Floats:
-    """Patches of MSCN coefficients (B, S, S) -> (B, 18): their distribution, and that of neighbours' products."""
+    """Fit the distributions of MSCN coefficients and of neighbours' products: patches (B, S, S) -> (B, 18)."""
     found = [*ggd(x.reshape(len(x), -1))]
     for product in (
         x[:, :, :-1] * x[:, :, 1:],
@@ -180,16 +181,16 @@ def statistics(x: Floats) -> Floats:
 
 
 def _ratio(shape: Floats) -> Floats:
-    """E[|x|]^2 / E[x^2] of a generalised Gaussian, which rises with its shape."""
+    """Compute E[|x|]^2 / E[x^2] of generalised Gaussians, which rises with their shape."""
     return special.gamma(2 / shape) ** 2 / (special.gamma(1 / shape) * special.gamma(3 / shape))
 
 
 _RATIOS = _ratio(SHAPES)
-_TINY = 1e-12  # so that a patch without any variation has a distribution: the most peaked one, of no width
+_TINY = 1e-12  # gives a constant patch a distribution: the most peaked one, of zero width
 
 
 def ggd(x: Floats) -> tuple[Floats, Floats]:
-    """Generalised Gaussians, density ~ exp(-(|x| / scale)^shape), fitted by moments (Sharifi, Leon-Garcia 1995).
+    """Fit generalised Gaussians, density ~ exp(-(|x| / scale)^shape), by moments (Sharifi, Leon-Garcia 1995).
 
     Shape:
         x: (B, n) -> shapes (B,), scales (B,).
@@ -200,7 +201,7 @@ def ggd(x: Floats) -> tuple[Floats, Floats]:
 
 
 def aggd(x: Floats) -> tuple[Floats, Floats, Floats]:
-    """Asymmetric ones, with a scale of their own on either side of zero (Lasmar, Stitou, Berthoumieu 2009).
+    """Fit asymmetric generalised Gaussians, with a scale for each side of zero (Lasmar, Stitou, Berthoumieu 2009).
 
     Shape:
         x: (B, n) -> shapes (B,), left scales (B,), right scales (B,).
@@ -216,14 +217,14 @@ def aggd(x: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def classical() -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """pyiqa's classical metrics that can be made without a download, and why the others cannot."""
+    """Create pyiqa's classical metrics that need no download; also return why the others cannot be created."""
 
     def refuse(url: str, *_: object, **__: object) -> NoReturn:
         raise WeightsError(f"needs {PurePosixPath(url).name}, which pyiqa downloads")
 
     made: dict[str, nn.Module] = {}
     missing: dict[str, str] = {}
-    # pyiqa announces a download on standard output. What is in its cache already is used.
+    # pyiqa prints before a download. Files already in its cache are used.
     with mock.patch.object(download_util, "download_url_to_file", refuse), contextlib.redirect_stdout(io.StringIO()):
         for name in CLASSICAL:
             try:

@@ -1,5 +1,5 @@
-"""Weight files in the exact upstream layouts with random content whose features really depend on the picture, and
-pyiqa's own networks on the same files, as the oracle."""
+"""Random weight files in upstream's exact layouts, whose features depend on the image, and, as the oracle, pyiqa's own
+networks on the same files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WORD_TEXT = _TEXT | {"vocab_size": len(_WORDS), "no_causal_mask": True, "pool_t
 
 
 def families(words: Path) -> dict[str, dict[str, Any]]:
-    """One small model for each other kind of tower and text side of open_clip; `words` is `write_words`' folder."""
+    """Configure a small model for each other kind of open_clip tower and text encoder; `words`: see `write_words`."""
 
     def timm(name: str, pool: str, proj: str | None) -> dict[str, Any]:
         return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": 224}
@@ -86,7 +86,7 @@ def families(words: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_words(folder: Path) -> None:
-    """A tokenizer of a few words and the configuration of a small text encoder, as Hugging Face lays them out."""
+    """Write a tokenizer of a few words and the configuration of a small text encoder in Hugging Face's layout."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, PreTrainedTokenizerFast
 
@@ -102,11 +102,11 @@ def write_words(folder: Path) -> None:
 
 
 def random_model(name: str, seed: int = 0) -> nn.Module:
-    """open_clip's own model of a name, in eval mode, every part of which has its say in the feature."""
+    """Build open_clip's own model in eval mode, with random values such that every part affects the feature."""
     torch.manual_seed(seed)
     model = open_clip.create_model(name, pretrained_hf=False)
     for parameter in model.parameters():
-        if parameter.dim() and parameter.std() < 0.05:  # zeros, ones and layer scales near nothing
+        if parameter.dim() and parameter.std() < 0.05:  # zeros, ones and tiny layer scales
             parameter.data += 0.2 * torch.randn_like(parameter)
     norms = [module for module in model.visual.modules() if isinstance(module, nn.BatchNorm2d)]
     if norms:
@@ -118,7 +118,7 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """(N, 3, H, W) in 0..1: coloured noise whose coarseness, contrast and brightness differ from picture to picture."""
+    """Draw images (N, 3, H, W) in 0..1: coloured noise of varying coarseness, contrast and brightness."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for index in range(count):
@@ -133,29 +133,29 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def random_clip(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """State dict of a whole CLIP with random values; BatchNorm statistics are those of `pictures`."""
+    """Draw the state dict of a whole CLIP; BatchNorm statistics are those of `pictures`."""
     torch.manual_seed(seed)
     model = open_clip.CLIP(**config)
     visual = model.visual
     for name, parameter in visual.named_parameters():
-        if name.endswith("bn3.weight"):  # zero at initialisation, which would switch the block off
+        if name.endswith("bn3.weight"):  # initialised to zero, which disables the block
             nn.init.constant_(parameter, 0.7)
     if hasattr(visual, "positional_embedding"):
         nn.init.normal_(visual.positional_embedding, std=0.3)
     norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the cumulative average of what follows
+        norm.momentum = None  # cumulative average
     with torch.no_grad():
         if norms:
             visual.train()
             visual(torch.cat([pictures(8, 224, 224, seed), pictures(8, 224, 224, seed + 7)]) * 4 - 2)
         model.eval()
-    # OpenAI's files hold float16 values, to which pyiqa's loader rounds whatever it is given.
+    # OpenAI's files hold float16 values, and pyiqa's loader rounds to float16.
     return {k: v.half().float() if v.is_floating_point() else v.clone() for k, v in model.state_dict().items()}
 
 
 def write_qualiclip(path: Path, state: dict[str, Tensor], seed: int = 1) -> None:
-    """`QualiCLIP.pth`: `clip_model.*` and unit-length `prompts_features` (14, D)."""
+    """Write `QualiCLIP.pth`: `clip_model.*` and unit-length `prompts_features` (14, D)."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(14, state["text_projection"].shape[1], generator=generator)
     features = features / features.norm(dim=-1, keepdim=True)
@@ -165,7 +165,7 @@ def write_qualiclip(path: Path, state: dict[str, Tensor], seed: int = 1) -> None
 def write_context(
     path: Path, state: dict[str, Tensor], texts: list[str], per_text: bool, bare: bool, seed: int
 ) -> None:
-    """A learned context of 16 tokens: a bare tensor, or pyiqa's `params` with prefix and suffix."""
+    """Write a learned context of 16 tokens: a bare tensor, or pyiqa's `params` with prefix and suffix."""
     generator = torch.Generator().manual_seed(seed)
     table = state["token_embedding.weight"]
     shape = (len(texts), 16, table.shape[1]) if per_text else (16, table.shape[1])
@@ -184,7 +184,7 @@ def write_context(
 
 
 def add_tiny_backbones(folder: Path) -> None:
-    """Teach open_clip the names `tiny-resnet` and `tiny-vit` and those of `families`."""
+    """Add `tiny-resnet`, `tiny-vit` and the models of `families` to open_clip's configurations."""
     for name, config in {"tiny-resnet": TINY_RESNET, "tiny-vit": TINY_VIT, **families(folder / "words")}.items():
         if not (folder / f"{name}.json").exists():  # several processes may share the folder
             (folder / f"{name}.json").write_text(json.dumps(config))
@@ -192,7 +192,7 @@ def add_tiny_backbones(folder: Path) -> None:
 
 
 def oracle(name: str, folder: Path, **more: object) -> nn.Module:
-    """pyiqa's own network of this name, reading the files of `folder` where it would read its downloads."""
+    """Build pyiqa's own network of this name on the files of `folder` instead of downloads."""
     if "pkg_resources" not in sys.modules:
         import packaging
         import packaging.version
@@ -204,7 +204,7 @@ def oracle(name: str, folder: Path, **more: object) -> nn.Module:
     from pyiqa.archs import clip_model, clipiqa_arch, qualiclip_arch
 
     def load(backbone: str, device: str) -> nn.Module:
-        # pyiqa's own loader takes OpenAI's archive only; what it does with the tensors is `build_model`.
+        # pyiqa's loader only takes OpenAI's archives, whose tensors it passes to `build_model`.
         state = torch.load(folder / f"{backbone.replace('/', '-')}.pt", weights_only=True)
         return clip_model.build_model(state).float()
 
