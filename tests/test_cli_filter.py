@@ -97,7 +97,7 @@ def test_filter_keeps_rows_and_copies(
     for path in [*folder.glob("*.png"), folder / "sub" / "deep.jpg"]:
         assert (tmp_path / "kept" / path.relative_to(folder)).read_bytes() == path.read_bytes()
     assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "kept") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     shutil.rmtree(folder)
     assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "more") == 1
     assert "cannot be copied" in capsys.readouterr().err
@@ -135,9 +135,9 @@ def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (("--above", 0.5), "choose one with -m"),
         (("-m", "niqe", "--above", 0.5), "has no score 'niqe'"),
         (("-m", "piqe", "--best", 20), "expected a share in 0..1"),
-        (("-m", "piqe", "--best", 1, "-o", table), "is there already"),
+        (("-m", "piqe", "--best", 1, "-o", table), "exists already"),
         (("-m", "piqe", "--best", 1, "-o", tmp_path / "x.txt"), "expected one in"),
-        (("-m", "piqe", "--above", 1, "--lower-better"), "--lower-better does nothing without --best"),
+        (("-m", "piqe", "--above", 1, "--lower-better"), "--lower-better has no effect without --best"),
     ):
         assert keep(table, *arguments) == 2
         assert message in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_the_direction_is_the_table_s_own(tmp_path: Path, capsys: pytest.Capture
             assert captured.out == f"{best}\n" and "direction" not in captured.err
         assert keep(path, "-m", names[0], "--best", 0.25, "--no-lower-better") == 0
         captured = capsys.readouterr()
-        assert captured.out == "3.png\n" and "lower scores of my piqe are better; the option says" in captured.err
+        assert captured.out == "3.png\n" and "lower scores of my piqe are better; the option overrides" in captured.err
         # Through another table, twice.
         for source, target in (
             (path, tmp_path / f"{suffix}1.jsonl"),
@@ -171,9 +171,7 @@ def test_the_direction_is_the_table_s_own(tmp_path: Path, capsys: pytest.Capture
         assert keep(target, "-m", names[0], "--best", 0.25, *options) == 0
         captured = capsys.readouterr()
         assert captured.out == f"{best}\n"
-        assert ("does not say in which direction my piqe is better; by its name, higher is" in captured.err) != bool(
-            options
-        )
+        assert ("does not state the direction of my piqe; by its name, higher is" in captured.err) != bool(options)
     write_table(target, ["piqe"], [Record(f"{n}.png", 1, 1, {"piqe": n}) for n in range(4)])
     assert keep(target, "--best", 0.25) == 0
     captured = capsys.readouterr()

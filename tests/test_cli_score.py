@@ -72,8 +72,8 @@ def test_table_summary_and_status(folder: Path, tmp_path: Path, capsys: pytest.C
     assert f"  best: {max(scores):.4f} {table[int(np.argmax(scores))]['path']}" in captured.err
     assert f"  worst: {min(scores):.4f} {table[int(np.argmin(scores))]['path']}" in captured.err
     assert "piqe (lower is better)" in captured.err
-    assert "files skipped in folders, since their suffix is not an image's: 1" in captured.err
-    assert "hidden entries skipped in folders (name them to score them): 1" in captured.err
+    assert "skipped in folders: 1 files without the suffix of an image" in captured.err
+    assert "skipped in folders: 1 hidden entries" in captured.err
     assert "5/5" in captured.err  # the progress bar
 
 
@@ -276,7 +276,7 @@ def test_a_stopped_run_is_resumed_and_nothing_is_scored_twice(
     _, err = run.communicate(timeout=60)
     if how == signal.SIGINT:
         assert run.returncode == 130
-        assert b"stopped after" in err and b"--resume goes on" in err and b"Traceback" not in err
+        assert b"stopped after" in err and b"--resume continues" in err and b"Traceback" not in err
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "a decoding process outlived its run"
@@ -327,7 +327,7 @@ def test_a_full_disk_is_said_and_the_rows_before_are_kept(
     _, err = run.communicate(timeout=120)
     last = err.decode().strip().splitlines()[-1]
     assert run.returncode == 1 and last.startswith(f"qualiclip: {out} cannot be written (File too large)"), err
-    assert last.endswith(f"what is in {out} is kept, --resume goes on")
+    assert last.endswith(f"the rows in {out} are kept, --resume continues")
     kept = len(rows(out))
     assert 0 < kept < 60 and out.read_bytes().endswith(b"\n")
     assert score(many, "-o", out, "--resume") == 0
@@ -352,7 +352,7 @@ def test_what_is_no_fault_of_the_table_is_not_said_to_be(
     out = tmp_path / "s.csv"
     assert score(folder, "-o", out, "--workers", 0) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"qualiclip: [Errno 24] Too many open files; what is in {out} is kept, --resume goes on"
+    assert last == f"qualiclip: [Errno 24] Too many open files; the rows in {out} are kept, --resume continues"
     assert len(rows(out)) == 1
 
 

@@ -262,16 +262,16 @@ def test_command_with_a_data_set_of_pyiqa(
     assert cli.main(["evaluate", *arguments]) == 2
     assert "2 of 16 rated images are not in the table of scores, such as" in capsys.readouterr().err
     assert evaluate("--dataset", "spaq", "--images", root) == 0
-    assert "16 images (spaq, all of it; higher opinion scores are better, as pyiqa says)" in capsys.readouterr().out
+    assert "16 images (spaq, all of it; higher opinion scores are better, as pyiqa states)" in capsys.readouterr().out
     for arguments, message in (
         (("--dataset", "spaqq"), "did you mean 'spaq'"),
         (("--dataset", "livec", "--images", root), "pyiqa cannot read its data set livec"),
         (
             ("--dataset", "ava", "--images", root),
-            "pyiqa reads its data set ava by its AVADataset; expected one of GeneralNRDataset",
+            "pyiqa's data set ava uses the loader AVADataset; expected one of GeneralNRDataset",
         ),
-        (("--dataset", "bapps"), "by its BAPPSDataset"),
-        (("--dataset", "pieapp"), "by its PieAPPDataset"),
+        (("--dataset", "bapps"), "uses the loader BAPPSDataset"),
+        (("--dataset", "pieapp"), "uses the loader PieAPPDataset"),
     ):
         assert evaluate(*arguments) == 2
         assert message in capsys.readouterr().err
@@ -304,7 +304,7 @@ def test_split_and_direction_of_a_data_set_of_pyiqa(tmp_path: Path) -> None:
     pyiqas_layout(tmp_path, "csiq", "ref_img,dist_img,dmos", [f"r.png,d{k}.png,0.{k}" for k in range(4)])
     found = pyiqa_ratings("csiq", tmp_path)
     assert [path.name for path in found.paths] == [f"d{k}.png" for k in range(4)] and found.opinions[3] == 0.3
-    assert found.lower_better and "lower opinion scores are better, as pyiqa says" in str(found)
+    assert found.lower_better and "lower opinion scores are better, as pyiqa states" in str(found)
 
     for name, header, row, complaint in (
         ("cgfiqa", "img_name,mos,official_split", "0.png,1,train", "has no images in its test split"),
@@ -348,7 +348,7 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
     # A photograph that cannot be read is left out, and the others have the figures they had.
     (folder / "unreadable.png").write_bytes(b"broken")
     assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 1
-    assert "1 of 3 images are left out:" in capsys.readouterr().err
+    assert "1 of 3 images were left out:" in capsys.readouterr().err
     written = json.loads(out.read_text())
     assert written["metrics"]["qualiclip-mini"] == numbers
     assert list(written["left_out"]) == [str(folder / "unreadable.png")]
@@ -379,7 +379,7 @@ def test_command_with_gmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("qualiclip_pyiqa.images.paths.find_images", lambda folders: found)
     assert evaluate(*command, "--json", out) == 1
     said = capsys.readouterr().err
-    assert "2 of 13 images are left out:" in said and "locked cannot be listed (Permission denied)" in said
+    assert "2 of 13 images were left out:" in said and "locked cannot be listed (Permission denied)" in said
     assert json.loads(out.read_text())["pairs"] == pairs
     assert evaluate("--gmad", "piqe", "piqe", tmp_path / "photos", "--levels", 2) == 2
     assert evaluate("--gmad", "qualiclip-mini", "piqe", tmp_path / "photos") == 2
@@ -403,19 +403,19 @@ def test_names_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--gmad", "a", "b", "DIR", "-m", "piqe"), "-m does nothing with --gmad; leave it out"),
-        (("--gmad", "a", "b", "DIR", "--images", "DIR"), "--images does nothing with --gmad"),
-        (("--gmad", "a", "b", "DIR", "--limit", "3"), "--limit does nothing with --gmad"),
+        (("--gmad", "a", "b", "DIR", "-m", "piqe"), "-m has no effect with --gmad; leave it out"),
+        (("--gmad", "a", "b", "DIR", "--images", "DIR"), "--images has no effect with --gmad"),
+        (("--gmad", "a", "b", "DIR", "--limit", "3"), "--limit has no effect with --gmad"),
         (("--gmad", "a", "b", "DIR", "--levels", "0"), "--levels is 0; expected at least 1"),
         (("--gmad", "a", "b", "DIR", "--levels", "-1"), "--levels is -1; expected at least 1"),
         (("--degradations", "DIR", "--limit", "0"), "--limit is 0; expected at least 1"),
         (("--degradations", "DIR", "--limit", "-1"), "--limit is -1; expected at least 1"),
-        (("--degradations", "DIR", "--images", "DIR"), "--images does nothing with --degradations"),
-        (("--degradations", "DIR", "--group", "x"), "--group does nothing with --degradations"),
-        (("--degradations", "DIR", "--no-lower-better"), "--lower-better does nothing with --degradations"),
-        (("--dataset", "spaq", "--lower-better"), "--lower-better does nothing with --dataset"),
-        (("--dataset", "spaq", "--mos-column", "x"), "--mos-column does nothing with --dataset"),
-        (("--ratings", "x.csv", "--images", "DIR", "--limit", "3"), "--limit does nothing with --ratings"),
+        (("--degradations", "DIR", "--images", "DIR"), "--images has no effect with --degradations"),
+        (("--degradations", "DIR", "--group", "x"), "--group has no effect with --degradations"),
+        (("--degradations", "DIR", "--no-lower-better"), "--lower-better has no effect with --degradations"),
+        (("--dataset", "spaq", "--lower-better"), "--lower-better has no effect with --dataset"),
+        (("--dataset", "spaq", "--mos-column", "x"), "--mos-column has no effect with --dataset"),
+        (("--ratings", "x.csv", "--images", "DIR", "--limit", "3"), "--limit has no effect with --ratings"),
         (("--ratings", "x.csv", "--images", "DIR", "--plot", "p.xyz"), "expected a suffix of "),
         (("--ratings", "x.csv", "--images", "DIR", "--plot", "none/p.png"), "none is not a folder"),
         (("--ratings", "x.csv", "--images", "DIR", "--json", "none/p.json"), "none is not a folder"),
@@ -488,7 +488,7 @@ def test_images_that_cannot_be_scored_are_left_out_and_named(
     command = ["--ratings", table, "--images", table.parent, "-m", "piqe", "--group", "camera"]
     assert evaluate(*command, "--json", out, "--plot", plot) == 1
     said = capsys.readouterr()
-    assert "3 of 16 images are left out:" in said.err and "13.png" in said.err and plot.is_file()
+    assert "3 of 16 images were left out:" in said.err and "13.png" in said.err and plot.is_file()
     written = json.loads(out.read_text())
     assert sorted(Path(path).name for path in written["left_out"]) == ["00.png", "13.png", "22.png"]
     assert (
@@ -577,7 +577,7 @@ def test_nothing_that_can_be_scored_is_one_line(tmp_path: Path, capsys: pytest.C
     (tmp_path / "mos.csv").write_text("image,mos\n" + "".join(f"{n}.png,{n}\n" for n in range(20)))
     for arguments, said in (
         (("--ratings", tmp_path / "mos.csv", "--images", folder), "none of 20 images could be scored; the first: "),
-        (("--degradations", folder), "no photograph of 20 could be scored; the first: "),
+        (("--degradations", folder), "none of 20 photographs could be scored; the first: "),
         (
             ("--gmad", "qualiclip-mini", "piqe", folder),
             "0 of 20 images could be scored; a gMAD competition at 4 levels",
@@ -661,7 +661,7 @@ def test_scores_of_a_table(
         for name, each in written["metrics"].items():
             assert each["srcc"] == pytest.approx(expected[name]["srcc"]), name
             assert each["lower_better"] == (name == "piqe") and each["n"] == 16
-        assert written["directions"] == f"as stated beside {table}"
+        assert written["directions"] == f"as stated in the meta.json of {table}"
     assert list(from_table(*ratings, "-m", "piqe")["metrics"]) == ["piqe"]
 
     # Columns of other names keep their directions as long as their description is there.
@@ -673,7 +673,7 @@ def test_scores_of_a_table(
     capsys.readouterr()
     written = from_table(*ratings)
     assert written["metrics"]["my piqe"]["srcc"] == pytest.approx(-expected["piqe"]["srcc"])
-    assert "by the names of the columns, since nothing beside" in capsys.readouterr().out
+    assert "judging by column names, since no meta.json of" in capsys.readouterr().out
     assert written["ignore_orientation"] is None
 
 
@@ -687,11 +687,11 @@ def test_tables_of_scores_that_do_not_fit(rated: Path, tmp_path: Path, capsys: p
     mos.write_text("image,mos\n" + "".join(f"{n}.png,{n}\n" for n in range(4)))
     rows = [f"in/{n}.png,64,64,{n * n},{n},{-n}," for n in range(4)]
     for arguments, message in (
-        ((table(*rows[:3]),), "line 5: 3.png is not there; expected an image of the table of scores"),
-        ((table(*rows, "other/3.png,64,64,1,1,1,"),), "3.png may be in/3.png and other/3.png; write its folder"),
-        ((table(*rows, "in/3.png,64,64,7,1,1,"),), "has two rows of in/3.png with other scores"),
-        ((table(*rows), "-m", "piq"), "has no scores 'piq'; did you mean 'piqe'?; it has piqe, niqe.a, niqe.b"),
-        ((table(*rows), "--max-pixels", 7), "--max-pixels does nothing with --scores; leave it out"),
+        ((table(*rows[:3]),), "line 5: 3.png not found; expected an image in the table of scores"),
+        ((table(*rows, "other/3.png,64,64,1,1,1,"),), "3.png may be in/3.png and other/3.png; add its folder"),
+        ((table(*rows, "in/3.png,64,64,7,1,1,"),), "has two rows of in/3.png with different scores"),
+        ((table(*rows), "-m", "piq"), "has no score 'piq'; did you mean 'piqe'?; its scores: piqe, niqe.a, niqe.b"),
+        ((table(*rows), "--max-pixels", 7), "--max-pixels has no effect with --scores; leave it out"),
         ((tmp_path / "none.csv",), "none.csv cannot be read"),
     ):
         assert cli.main(["evaluate", "--ratings", str(mos), "--scores", *map(str, arguments)]) == 2
@@ -702,7 +702,7 @@ def test_tables_of_scores_that_do_not_fit(rated: Path, tmp_path: Path, capsys: p
     wrong = table(*rows[:3], "in/3.png,,,,,,in/3.png is broken")
     arguments = ["--ratings", mos, "--scores", wrong, "-m", "niqe", "--json", out]
     assert cli.main(["evaluate", *map(str, arguments)]) == 1
-    assert "1 of 4 images are left out:\n  in/3.png is broken" in capsys.readouterr().err
+    assert "1 of 4 images were left out:\n  in/3.png is broken" in capsys.readouterr().err
     written = json.loads(out.read_text())
     assert {name: each["n"] for name, each in written["metrics"].items()} == {"niqe.a": 3, "niqe.b": 3}
     assert written["left_out"] == {"in/3.png": "in/3.png is broken"}

@@ -155,7 +155,7 @@ def test_filter_writes_what_is_read_again(tmp_path: Path, capsys: pytest.Capture
         arguments = [str(tmp_path / source), "-m", "clipiqa", "--above", "0", "-o", str(tmp_path / target)]
         assert cli.main(["filter", *arguments]) == 0
         assert list(read_table(tmp_path / target)) == [ROWS[0], ROWS[1], ROWS[3]]
-        lost = "columns that are not scores are not in" in capsys.readouterr().err
+        lost = "columns that are not scores were not written to" in capsys.readouterr().err
         assert lost == (source == "j.jsonl")
     assert b"160.0" not in (tmp_path / "k.csv").read_bytes() + (tmp_path / "k.jsonl").read_bytes()
 
@@ -203,7 +203,7 @@ def test_a_column_with_anything_but_numbers_holds_no_scores(
     assert read_table(path).columns == ()
     assert cli.main(["filter", str(path), "-m", "clipiqa", "--best", "1"]) == 2
     err = capsys.readouterr().err
-    assert "no scores in its column 'clipiqa' (line 2: " in err and err.count("\n") == 1
+    assert "no scores in column 'clipiqa' (line 2: " in err and err.count("\n") == 1
     with pytest.raises(SettingsError, match="column 'clipiqa', line 2: "):
         ScoreTable(path, ["clipiqa"], resume=True)
     assert path.read_bytes() == before

@@ -74,7 +74,7 @@ def test_the_case_as_written_wins(folder: Path) -> None:
     (folder / "A.png").touch()
     assert read(folder, "image,mos\nA.png,1\na.png,2\n") == [("A.png", 1.0), ("a.png", 2.0)]
     assert read(folder, "image,mos\nA,1\na,2\n") == [("A.png", 1.0), ("a.png", 2.0)]
-    with pytest.raises(SettingsError, match=r"line 2: A\.PNG may be .*A\.png and .*a\.png; write its folder"):
+    with pytest.raises(SettingsError, match=r"line 2: A\.PNG may be .*A\.png and .*a\.png; add its folder"):
         read(folder, "image,mos\nA.PNG,1\n")
 
 
@@ -89,11 +89,11 @@ def test_a_stem_is_of_the_one_image(folder: Path) -> None:
     (folder / "sub" / "a.bmp").touch()
     assert read(folder, "image,mos\na,1\n") == [("a.png", 1.0)]  # no folder is written
     (folder / "a.bmp").touch()
-    with pytest.raises(SettingsError, match=r"line 2: a may be .*a\.bmp and .*a\.png; write its folder and suffix"):
+    with pytest.raises(SettingsError, match=r"line 2: a may be .*a\.bmp and .*a\.png; add its folder and suffix"):
         read(folder, "image,mos\na,1\n")
     assert read(folder, "image,mos\nsub/a,1\n") == [("sub/a.bmp", 1.0)]
     # A whole name is not looked for in other folders, where it may be another image.
-    with pytest.raises(SettingsError, match=r"line 2: b\.JPG is not there; expected an image below"):
+    with pytest.raises(SettingsError, match=r"line 2: b\.JPG not found; expected an image below"):
         read(folder, "image,mos\nb.JPG,1\n")
 
 
@@ -146,7 +146,7 @@ def test_names_that_are_not_utf8(folder: Path) -> None:
             r"no usual column of image names; its columns, separated by commas: picture of, mos;",
         ),
         ("", r"no usual column of image names; .*: none;"),
-        ("image,mos\nz.png,3\n", r"line 2: z\.png is not there; expected an image below"),
+        ("image,mos\nz.png,3\n", r"line 2: z\.png not found; expected an image below"),
         ("image,mos\na.png/,3\n", None),
         (b"\xff\xfei\x00m", r"cannot be read \(.*utf-16"),
     ],
@@ -177,5 +177,5 @@ def test_names_among_the_paths_of_a_table(tmp_path: Path) -> None:
     # A folder decides, and images need not exist.
     table.write_text("image,mos\n1.png,1\n")
     assert read_ratings(table, Path("/data/b"), among=[*among, "/data/b/1.png"]).paths == [Path("/data/b/1.png")]
-    with pytest.raises(SettingsError, match=r"1\.png is not there; expected an image of the table .* below /elsewhere"):
+    with pytest.raises(SettingsError, match=r"1\.png not found; expected an image in the table .* below /elsewhere"):
         read_ratings(table, Path("/elsewhere"), among=among)

@@ -1351,7 +1351,7 @@ def test_command_line_reports_errors_by_status(tmp_path: Path, capsys: pytest.Ca
     assert not said.out and "nowhere is not a folder" in said.err and "Traceback" not in said.err
     for useless in (["--images", str(tmp_path)], ["--lower-better"]):
         assert cli.main([*arguments, *useless]) == 2
-        assert f"{useless[0]} does nothing without --ratings" in capsys.readouterr().err
+        assert f"{useless[0]} has no effect without --ratings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))

@@ -1,4 +1,4 @@
-"""The commands of `qualiclip`, and the options and the screen that several of them share."""
+"""The commands of `qualiclip`, and the options and output that they share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..screen import Screen
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
 
-#: What `add_parser` of a command adds its parser to.
+#: Passed to every command's `add_parser`.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEFAULT_METRIC = "qualiclip-mini"
@@ -34,41 +34,41 @@ def add_metric_option(parser: argparse.ArgumentParser) -> None:
         "--metric",
         action="append",
         metavar="METRIC",
-        help=f"any NR metric of pyiqa, or a model.safetensors of `qualiclip train` (default: {DEFAULT_METRIC})",
+        help=f"NR metric of pyiqa, or a model.safetensors from `qualiclip train` (default: {DEFAULT_METRIC})",
     )
 
 
 def add_rating_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the images and columns of `--ratings CSV` are."""
+    """Add the options for the images and columns of `--ratings CSV`."""
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the rated images")
-    parser.add_argument("--image-column", metavar="NAME", help="column of image names (default: found by its name)")
-    parser.add_argument("--mos-column", metavar="NAME", help="column of opinion scores (default: found by its name)")
+    parser.add_argument("--image-column", metavar="NAME", help="column of image names (default: by usual names)")
+    parser.add_argument("--mos-column", metavar="NAME", help="column of opinion scores (default: by usual names)")
     parser.add_argument(
         "--lower-better",
         action=argparse.BooleanOptionalAction,
-        help="lower opinion scores are better (default: if the column is called dmos; KADID-10k's dmos is not)",
+        help="lower opinion scores are better (default: only if the column is named dmos; wrong for KADID-10k)",
     )
 
 
 def add_read_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Scorer` that say how image files become pixels; each is None unless it is given."""
+    """Add the options of `Scorer` for reading images; each is None unless it is given."""
     parser.add_argument(
         "--ignore-orientation",
         action="store_const",
         const=True,
-        help="take pixels as they are stored, not as EXIF orientation turns them: as published figures were made",
+        help="do not apply EXIF orientation, as published figures did not",
     )
     parser.add_argument(
         "--ignore-profile",
         action="store_const",
         const=True,
-        help="do not convert to sRGB through embedded ICC profiles: as published figures were made",
+        help="do not convert embedded ICC profiles to sRGB, as published figures did not",
     )
     parser.add_argument(
         "--allow-truncated",
         action="store_const",
         const=True,
-        help="score images whose data end early",
+        help="score images with truncated data",
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
     parser.add_argument(
@@ -77,24 +77,24 @@ def add_read_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return those of `READ_OPTIONS` that were given, by name."""
+    """Return the `READ_OPTIONS` that were given, by name."""
     return {name: getattr(arguments, name) for name in READ_OPTIONS if getattr(arguments, name) is not None}
 
 
 def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> None:
-    """Raise SettingsError for the first of these options that was given although it has no effect `where`."""
+    """Raise SettingsError if one of these options was given, because it has no effect `where`."""
     given = next((name for name in names if getattr(arguments, name) is not None), None)
     if given is not None:
         option = "-m" if given == "metric" else f"--{given.replace('_', '-')}"
-        raise SettingsError(f"{option} does nothing {where}; leave it out")
+        raise SettingsError(f"{option} has no effect {where}; leave it out")
 
 
 def rated(arguments: argparse.Namespace, group: str | None = None, among: Sequence[str] | None = None) -> Ratings:
-    """Read what `--ratings` and the options of `add_rating_options` name; `group`, `among`: see `read_ratings`."""
+    """Read the ratings chosen by `--ratings` and `add_rating_options`; `group`, `among`: see `read_ratings`."""
     from ..evaluation.ratings import read_ratings
 
     if arguments.images is None and among is None:
-        raise SettingsError("--ratings needs the folder of its images: --images DIR")
+        raise SettingsError("--ratings needs the folder of its images; pass --images DIR")
     return read_ratings(
         arguments.ratings,
         arguments.images,

@@ -6,9 +6,9 @@
     qualiclip train --config NAME --pristine DIR ... train a model without opinion scores
     qualiclip tune -m METRIC --ratings CSV ...       learn a prompt context from opinion scores
     qualiclip weights list                           every weight file, its licence, and where it was found
-    qualiclip weights path NAME...                   where a file is; NAME is a weight's or a metric's
-    qualiclip weights get NAME...                    find it, or download it
-    qualiclip weights verify [NAME...]               check the files that are here; with --ratings also published scores
+    qualiclip weights path NAME...                   path of a weight file, or of all files of a metric
+    qualiclip weights get NAME...                    the same, downloading missing files
+    qualiclip weights verify [NAME...]               check local files; with --ratings, also published scores
     qualiclip --version                              versions of the package, pyiqa and torch
 
 Exit status: 0 success, 1 something is missing or wrong, 2 wrong usage, 130 stopped by Ctrl-C.
@@ -29,14 +29,14 @@ from ..scoring.tables import writing
 from ..screen import drop_output
 from . import evaluate, filter, say, score, train, tune, weights
 
-# Those whose time goes into the passes of networks.
+# Commands that run networks.
 _KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; `argv` is the command line without the program's name. Returns the exit status."""
+    """Run the command and return its exit status; `argv` is the command line without the program's name."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal may lack the characters of a file name
+        if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack a file name's characters
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="qualiclip: %(levelname)s: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"qualiclip: out of memory{f' ({error})' if str(error) else ''}")
         return 1
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # the reader of our output has enough, such as `head`
+        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe, for example `head`
             say(f"qualiclip: {error}")
         drop_output(sys.stdout)
         return 1
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """`--version`, which looks nothing up until it is asked for."""
+    """The option `--version`, which looks up versions only when used."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
         super().__init__(option_strings, dest, nargs=0, help="show the versions of the package, pyiqa and torch")

@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from ..scoring.scorer import Scorer
     from ..scoring.tables import Record
 
-# Options that have no effect, by what is evaluated.
+# Options without effect, by kind of evaluation.
 USELESS: dict[str, tuple[str, ...]] = {
     "ratings": ("levels", "limit"),
     "dataset": (*(name for name in RATING_OPTIONS if name != "images"), "group", "levels", "limit"),
     "degradations": (*RATING_OPTIONS, "group", "levels", "scores", "decode_timeout"),
     "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "seed", "scores"),
 }
-SHOWN = 10  # images that are named on the screen since they could not be scored; all are in the JSON
+SHOWN = 10  # errors printed; all are in the JSON
 
 
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="how well metrics agree with people, and what degradations do to them",
+        help="measure agreement with opinion scores and behaviour under degradation",
         description="With --ratings or --dataset: SRCC, PLCC, KRCC and RMSE with opinion scores, with bootstrap "
         "intervals; positive is agreement, whatever the directions (PLCC after a fitted logistic has no sign). "
         "With --degradations: mean score by distortion level. With --gmad: the pairs of a gMAD competition. "
@@ -57,33 +57,33 @@ def add_parser(commands: Commands) -> None:
     add_metric_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores of the images of --images")
-    what.add_argument("--dataset", metavar="NAME", help="a data set that pyiqa knows, such as livec, below --images")
+    what.add_argument("--dataset", metavar="NAME", help="data set of pyiqa, such as livec, below --images")
     what.add_argument("--degradations", type=Path, metavar="DIR", help="pristine photographs to degrade")
-    what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="two metrics compete on these images")
+    what.add_argument("--gmad", nargs=3, metavar=("A", "B", "DIR"), help="metrics A and B compete on the images in DIR")
     add_rating_options(parser)
     parser.add_argument(
-        "--scores", type=Path, metavar="TABLE", help="take scores from a table of `qualiclip score`; -m chooses columns"
+        "--scores", type=Path, metavar="TABLE", help="read scores from a table of `qualiclip score`; -m selects columns"
     )
-    parser.add_argument("--group", metavar="COLUMN", help="also evaluate each value of this column by itself")
+    parser.add_argument("--group", metavar="COLUMN", help="also evaluate each value of this column separately")
     parser.add_argument("--levels", type=int, metavar="N", help="--gmad: pairs per defender (default: 4)")
-    parser.add_argument("--limit", type=int, metavar="N", help="--degradations: at most so many photographs")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the bootstrap or the degradations (default: 0)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results, such as plot.png")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--limit", type=int, metavar="N", help="--degradations: maximum number of photographs")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the bootstrap or the degradations (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the results to a file, such as plot.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
     add_read_options(parser)
 
 
 @dataclass
 class Result:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         numbers: JSON-ready.
-        lines: the same for people.
-        draw: draws it to a file.
-        images: how many images there were.
-        errors: one line for each image that was left out somewhere, by path.
+        lines: the same as text.
+        draw: plots it to a file.
+        images: number of images.
+        errors: one line for each image that was left out of some result, by path.
     """
 
     numbers: dict[str, Any]
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Let what can be known to fail do so before hours of scoring."""
+    """Check options and output files before hours of scoring."""
     for name in ("levels", "limit"):
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise SettingsError(f"--{name} is {number}; expected at least 1")
@@ -121,22 +121,22 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _deliver(result: Result, arguments: argparse.Namespace) -> int:
-    """Write files before the screen, and each whatever becomes of the others."""
+    """Write every output even if another one fails, files first; return the exit status."""
     failures: list[Exception] = []
     outputs = ((arguments.json, lambda path: _write_json(path, result.numbers)), (arguments.plot, result.draw))
     for path, write in outputs:
         if path is not None:
             try:
                 write(path)
-            except Exception as failure:  # noqa: BLE001 - said below
+            except Exception as failure:  # noqa: BLE001 - raised below
                 failures.append(failure)
     print("\n".join(result.lines))
     if result.errors:
-        say(f"qualiclip: {len(result.errors)} of {result.images} images are left out:")
+        say(f"qualiclip: {len(result.errors)} of {result.images} images were left out:")
         for error in list(result.errors.values())[:SHOWN]:
             say(f"  {error}")
         if len(result.errors) > SHOWN:
-            say(f"  ... and {len(result.errors) - SHOWN} more: --json FILE has them all")
+            say(f"  ... and {len(result.errors) - SHOWN} more; --json FILE lists all")
     if failures:
         raise failures[0]
     return int(bool(result.errors))
@@ -163,7 +163,7 @@ def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
 
 
 def _settings(settings: Mapping[str, Any] | None, errors: Mapping[str, str]) -> dict[str, Any]:
-    """What every JSON has besides its figures."""
+    """Return the part of the JSON that all evaluations share."""
     from ..evaluation import text
 
     return {
@@ -272,7 +272,7 @@ def _degradations(arguments: argparse.Namespace) -> Result:
 
 
 def _images(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The images of a folder, and what could not be listed."""
+    """List the images below a folder; also return errors of folders that could not be listed."""
     from ..images.paths import find_images
 
     if not folder.is_dir():
@@ -306,7 +306,7 @@ def _gmad(arguments: argparse.Namespace) -> Result:
         )
     scorer = _scorer(arguments, [first, second])
     if len(scorer.columns) != 2:
-        raise SettingsError(f"a gMAD competition is between two scores, not {', '.join(scorer.columns)}")
+        raise SettingsError(f"a gMAD competition needs two scores, not {', '.join(scorer.columns)}")
     scores = score_images(scorer, paths, _bar)
     errors |= scores.errors
     both = np.flatnonzero(np.isfinite(np.stack(list(scores.values.values()))).all(axis=0))
@@ -315,7 +315,7 @@ def _gmad(arguments: argparse.Namespace) -> Result:
         reason = next(iter(errors.values()))
         raise ImageError(
             f"{len(kept)} of {len(paths)} images could be scored; a gMAD competition at {levels} levels needs at least "
-            f"{images_needed(levels)}; the first of the others: {reason}"
+            f"{images_needed(levels)}; the first error: {reason}"
         )
     found = gmad({name: values[both].tolist() for name, values in scores.values.items()}, scores.lower_better, levels)
 

@@ -19,28 +19,28 @@ from ..metrics.registry import guess_lower_better
 from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
 from . import Commands, refuse, say
 
-_COPY_ERRORS = 5  # named one by one
+_COPY_ERRORS = 5  # errors printed
 
 
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "filter",
         help="list, keep or copy the images that are good enough",
-        description="Pick images by a table that `qualiclip score` wrote, and list their paths, or keep their rows "
-        "(-o) or the images themselves (--copy). Images without a score are never picked. "
+        description="Select images by a table of `qualiclip score`. List their paths, write their rows (-o), or copy "
+        "the images (--copy). Images without a score are never selected. "
         "Exit status: 0 success, 1 some images could not be copied, 2 wrong usage.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("table", type=Path, metavar="TABLE", help=".csv, .jsonl or .parquet")
-    parser.add_argument("-m", "--metric", metavar="METRIC", help="the score to pick by, if the table has several")
+    parser.add_argument("-m", "--metric", metavar="METRIC", help="the score to select by, if the table has several")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--above", type=float, metavar="X", help="scores of at least X")
     rule.add_argument("--below", type=float, metavar="X", help="scores of at most X")
-    rule.add_argument("--best", type=float, metavar="SHARE", help="the best share, 0..1, by the score's own direction")
+    rule.add_argument("--best", type=float, metavar="SHARE", help="the best share, 0..1, in the score's direction")
     parser.add_argument(
         "--lower-better",
         action=argparse.BooleanOptionalAction,
-        help="for --best: lower scores are better (default: as TABLE.meta.json says, else by the metric's name)",
+        help="for --best: lower scores are better (default: as in TABLE.meta.json, else guessed by the metric's name)",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows instead of listing paths")
     parser.add_argument("--copy", type=Path, metavar="DIR", help="copy the images instead of listing paths")
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         check_suffix(arguments.output)
         if arguments.output.exists():
-            raise SettingsError(f"{arguments.output} is there already; choose another name")
+            raise SettingsError(f"{arguments.output} exists already; choose another name")
     table = read_table(arguments.table)
     metric = _metric(arguments, table)
     records = list(table)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"{len(kept)} of {len(scored)} scored images kept; {len(records) - len(scored)} without a score left out")
     lost = [name for name, why in table.others.items() if why != "an index"]
     if arguments.output is not None and lost:
-        say(f"columns that are not scores are not in {arguments.output}: {', '.join(lost)}")
+        say(f"columns that are not scores were not written to {arguments.output}: {', '.join(lost)}")
     if arguments.output is None and arguments.copy is None:
         end = b"\0" if arguments.null else b"\n"
         with writing("standard output"):
@@ -82,7 +82,7 @@ def _metric(arguments: argparse.Namespace, table: Table) -> str:
                 return columns[0]
         raise SettingsError(f"{table.path} has the scores {_listed(table)}; choose one with -m")
     if name in table.others:
-        raise SettingsError(f"{table.path} has no scores in its column {name!r} ({table.others[name]})")
+        raise SettingsError(f"{table.path} has no scores in column {name!r} ({table.others[name]})")
     if name not in table.columns:
         raise SettingsError(f"{table.path} has no score {name!r}; expected one of {_listed(table)}")
     return name
@@ -93,7 +93,7 @@ def _listed(table: Table) -> str:
 
 
 def _pick(scored: list[Record], metric: str, arguments: argparse.Namespace, table: Table) -> list[Record]:
-    """Pick rows, in the table's order; of equal scores at the edge of the best share, the earlier ones."""
+    """Select rows in table order; of equal scores at the limit of the best share, select the first."""
     if arguments.above is not None:
         return [record for record in scored if record.scores[metric] >= arguments.above]
     if arguments.below is not None:
@@ -102,23 +102,23 @@ def _pick(scored: list[Record], metric: str, arguments: argparse.Namespace, tabl
         raise SettingsError(f"--best is {arguments.best:g}; expected a share in 0..1, such as 0.2 for a fifth")
     sign = 1 if _lower_better(metric, arguments, table) else -1
     ranked = sorted(range(len(scored)), key=lambda k: sign * scored[k].scores[metric])
-    # A share is meant in decimals: 0.07 of 100 is 7, though it is a little more in binary.
+    # 0.07 of 100 is 7, although the product is slightly more in binary.
     count = math.ceil(round(arguments.best * len(scored), 9))
     return [scored[k] for k in sorted(ranked[:count])]
 
 
 def _lower_better(metric: str, arguments: argparse.Namespace, table: Table) -> bool:
-    """The direction by the option, by the table, or by the metric's name, which is a guess and says so."""
+    """Return the direction by the option, else by the table, else by the metric's name, with a warning."""
     wanted, known = arguments.lower_better, table.lower_better(metric)
     if wanted is not None:
         if known is not None and known != wanted:
-            say(f"{table.path} says that {_direction(known)} scores of {metric} are better; the option says otherwise")
+            say(f"{table.path} states that {_direction(known)} scores of {metric} are better; the option overrides it")
         return wanted
     if known is None:
         known = guess_lower_better(metric)
         say(
-            f"{table.path} does not say in which direction {metric} is better; by its name, {_direction(known)} is "
-            "(--lower-better and --no-lower-better decide it)"
+            f"{table.path} does not state the direction of {metric}; by its name, {_direction(known)} is better "
+            "(override with --lower-better or --no-lower-better)"
         )
     return known
 
@@ -128,9 +128,9 @@ def _direction(lower_better: bool) -> str:
 
 
 def _copy(kept: Sequence[Record], folder: Path) -> int:
-    """Copy each image once, under its path below the folder that all have in common.
+    """Copy each image once, keeping its path below the images' common folder.
 
-    Nothing is overwritten and no copy is partial. What cannot be copied is said at the end, and the status is 1.
+    Nothing is overwritten, and no copy is partial. Errors are printed at the end, and make the exit status 1.
     """
     paths = list({image_key(record.path): Path(record.path) for record in kept if record.path}.values())
     if not paths:
@@ -140,10 +140,10 @@ def _copy(kept: Sequence[Record], folder: Path) -> int:
     targets = [
         folder / os.path.relpath(parent, common) / path.name for path, parent in zip(paths, parents, strict=True)
     ]
-    # Two images may get one name where a path goes through a link and back.
+    # Paths that pass through links may give two images the same name.
     taken = next((target for target, count in Counter(targets).items() if count > 1 or target.exists()), None)
     if taken is not None:
-        raise SettingsError(f"{source_name(taken)} is there already; choose an empty folder")
+        raise SettingsError(f"{source_name(taken)} exists already; choose an empty folder")
     errors = []
     for path, target in zip(paths, targets, strict=True):
         try:

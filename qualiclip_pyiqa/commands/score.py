@@ -25,26 +25,20 @@ from .summary import Summary
 if TYPE_CHECKING:
     from ..scoring.scorer import Scorer
 
-# Options that are passed on to `Scorer`, besides those of reading.
-OPTIONS = (
-    "device",
-    "batch_size",
-    "workers",
-    "precision",
-    "compile",
-)
+# Options of `Scorer`, besides `READ_OPTIONS`.
+OPTIONS = ("device", "batch_size", "workers", "precision", "compile")
 Score: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What turns paths into records.
+    """Scores paths, on this machine or a cluster.
 
     Attributes:
-        score: one record per path, in order.
+        score: yields one record per path, in order.
         columns: names of the scores.
-        lower_better: direction of every score.
-        describe: returns what decides the scores, for the table's description.
+        lower_better: whether a lower score is better, by column.
+        describe: returns the description of the table.
     """
 
     score: Score
@@ -57,8 +51,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "score",
         help="score files, folders and lists",
-        description="Score images by one or more metrics: one row per image, in order, written as it comes. "
-        "What scored them goes into FILE.meta.json. "
+        description="Score images by one or more metrics. Writes one row per image, in order, as soon as it is scored, "
+        "and the settings to FILE.meta.json. "
         "Exit status: 0 all were scored, 1 some were not, 2 wrong usage, 130 stopped by Ctrl-C.",
     )
     parser.set_defaults(run=run)
@@ -66,20 +60,23 @@ def add_parser(commands: Commands) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="file, folder, pattern such as 'a/**/*.jpg', .parquet file with images, or - for a list on stdin",
+        help="file, folder, pattern such as 'a/**/*.jpg', .parquet file of images, or - for a list on stdin",
     )
     add_metric_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".csv, .jsonl or .parquet (default: stdout)")
-    parser.add_argument("--resume", action="store_true", help="go on with a FILE whose run was stopped, or add to it")
+    parser.add_argument("--resume", action="store_true", help="continue or extend an existing FILE")
     parser.add_argument("-0", "--null", action="store_true", help="names in the list on stdin end with NUL")
     parser.add_argument("--device", help="such as cpu, cuda, or cuda:0,cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images of equal size scored together, at most")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="maximum number of images of equal size per batch")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), tf32, bf16 or fp16")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile, which pays for many images")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile, which pays off for many images")
     add_read_options(parser)
     parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="ray: on a cluster; also takes s3:// and the like"
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: score on a cluster; accepts URLs such as s3://",
     )
 
 
@@ -87,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         check_suffix(arguments.output)
     elif arguments.resume:
-        raise SettingsError("--resume goes on with a table; name it with -o FILE")
+        raise SettingsError("--resume needs the table to continue; pass -o FILE")
     names = _names(arguments.paths, arguments.null)
     if arguments.engine == "ray":
         from ..scoring.ray import expand_urls
@@ -101,8 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     files = {path: ParquetImages(path) for path in found.paths if is_parquet(path)}
     if files and arguments.engine == "ray":
         raise SettingsError(
-            f"{next(iter(files))} holds images itself; score it without --engine ray, "
-            "or by qualiclip_pyiqa.scoring.ray.score_dataset"
+            f"{next(iter(files))} is a Parquet file of images; score it without --engine ray, "
+            "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
     engine = _engine(arguments, arguments.metric or [DEFAULT_METRIC], files)
     summary = Summary(engine.columns, engine.lower_better)
@@ -110,13 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
         with _table(arguments, engine) as table:
             _fill(table, found, files, engine.score, summary)
     except KeyboardInterrupt:
-        kept = _how_to_go_on(arguments.output, summary)
+        kept = _how_to_resume(arguments.output, summary)
         say(f"qualiclip: stopped after {summary.rows} rows{kept}")
         return 130
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"{error}{_how_to_go_on(arguments.output, summary)}") from error
+        raise OSError(f"{error}{_how_to_resume(arguments.output, summary)}") from error
     for line in summary.lines(found.others, found.hidden):
         say(line)
     return int(summary.errors > 0)
@@ -135,7 +132,7 @@ def _fill(
     score: Score,
     summary: Summary,
 ) -> None:
-    """Score what the table does not hold yet, each image once."""
+    """Score the images that the table lacks, each once."""
     from tqdm import tqdm
 
     done = set()
@@ -164,7 +161,7 @@ def _fill(
 
 
 def _scored(scorer: Scorer, files: Mapping[str, ParquetImages], names: Iterable[str]) -> Iterator[Record]:
-    """Score images by their names, those inside of Parquet files too."""
+    """Score images by name, including those inside Parquet files."""
     if not files:
         yield from scorer.score(names)
         return
@@ -177,6 +174,8 @@ def _scored(scorer: Scorer, files: Mapping[str, ParquetImages], names: Iterable[
 
 
 def _sources(names: Iterable[str], files: Mapping[str, ParquetImages]) -> Iterator[str | bytes | ImageError]:
+    """Yield paths of files, and the encoded images that names `FILE#ROW` refer to."""
+
     def file_of(name: str) -> str:
         path = name.rpartition("#")[0]
         return path if path in files else ""
@@ -188,12 +187,12 @@ def _sources(names: Iterable[str], files: Mapping[str, ParquetImages]) -> Iterat
             yield from group
 
 
-def _how_to_go_on(output: Path | None, summary: Summary) -> str:
-    return f"; what is in {output} is kept, --resume goes on" if output and summary.rows else ""
+def _how_to_resume(output: Path | None, summary: Summary) -> str:
+    return f"; the rows in {output} are kept, --resume continues" if output and summary.rows else ""
 
 
 def _names(arguments: Iterable[str], null: bool) -> Iterator[str]:
-    """The paths of the arguments: patterns become names, `-` the list on standard input."""
+    """Yield the paths of the arguments, after expanding patterns, and `-` to the list on standard input."""
     for argument in arguments:
         if argument == "-":
             yield from _listed(sys.stdin.buffer.read(), null)
@@ -202,23 +201,23 @@ def _names(arguments: Iterable[str], null: bool) -> Iterator[str]:
 
 
 def _listed(data: bytes, null: bool) -> list[str]:
-    """The names of a list: with NUL after each, or one per line, perhaps as PowerShell writes them.
+    """Split a list into names: terminated by NUL, or one per line, also in the UTF-16 of PowerShell.
 
     Raises:
-        SettingsError: lines that hold NUL characters.
+        SettingsError: lines with NUL characters, or invalid UTF-16.
     """
     if null:
         return [os.fsdecode(name) for name in data.split(b"\0") if name]
     try:
-        # UTF-16 with its byte order mark: a name of bytes may begin like that, but then no NUL follows.
+        # Without a NUL, a byte order mark is the beginning of a file name that is not UTF-8.
         text = data.decode("utf-16") if data.startswith(UTF16_MARKS) and b"\0" in data else None
     except UnicodeDecodeError as error:
         raise SettingsError(f"the list on standard input is not valid UTF-16 ({error.reason})") from error
     lines = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")) if text is None else text
     if "\0" in lines:
         raise SettingsError(
-            "the list on standard input holds NUL characters; pass -0 if they end the names, "
-            "or write it in UTF-8, or in UTF-16 with a byte order mark"
+            "the list on standard input contains NUL characters; pass -0 if they terminate the names, "
+            "else write it in UTF-8, or in UTF-16 with a byte order mark"
         )
     names = [name.removesuffix("\r") for name in lines.split("\n")]
     return [name for name in names if name and not name.isspace()]

@@ -1,4 +1,4 @@
-"""What `qualiclip score` says at its end."""
+"""The summary that `qualiclip score` prints at its end."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from ..images.convert import source_name
 from ..scoring.tables import Record
 
-EXTREMES = 5  # worst and best images, and errors, that are shown
+EXTREMES = 5  # number of worst images, best images and errors shown
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Summary:
-    """Counts rows and errors; per score mean, quantiles, and the images at both ends.
+    """Summary of records: rows and errors; for each score, mean, quantiles, and the worst and best images.
 
     Args:
         columns: names of the scores.
-        lower_better: their directions.
+        lower_better: whether a lower score is better, by column.
     """
 
     def __init__(self, columns: Sequence[str], lower_better: Mapping[str, bool]) -> None:
@@ -41,16 +41,16 @@ class Summary:
             self._paths[column].append(record.path or "")
 
     def lines(self, others: int, hidden: int) -> Iterator[str]:
-        """Yield the summary; `others` and `hidden` are what was skipped in folders, see `FoundPaths`."""
+        """Yield the lines of the summary; `others` and `hidden` count skipped entries, see `FoundPaths`."""
         yield f"{self.rows} images: {self.rows - self.errors} scored, {self.errors} with an error"
         for error in self._first_errors:
             yield f"  {error}"
         if self.errors > len(self._first_errors):
-            yield f"  ... and {self.errors - len(self._first_errors)} more: see the column `error`"
+            yield f"  ... and {self.errors - len(self._first_errors)} more; see the column `error`"
         if others:
-            yield f"files skipped in folders, since their suffix is not an image's: {others}"
+            yield f"skipped in folders: {others} files without the suffix of an image"
         if hidden:
-            yield f"hidden entries skipped in folders (name them to score them): {hidden}"
+            yield f"skipped in folders: {hidden} hidden entries (name them explicitly to score them)"
         for column, scores in self._scores.items():
             if scores:
                 yield from self._column(column, np.asarray(scores))

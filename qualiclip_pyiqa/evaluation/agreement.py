@@ -1,10 +1,9 @@
-"""How well scores agree with opinion scores: correlations and their uncertainty. Numbers in, numbers out.
+"""Agreement of scores with opinion scores: correlations and their uncertainty.
 
-SRCC and KRCC (tau-b) are of ranks, ties included. PLCC is of the plain scores and, as is usual since VQEG's report of
-2003, of the scores after a monotone logistic with four parameters, fitted to the same data; RMSE is after that mapping
-too, in the unit of the opinion scores. Intervals are percentiles of the bootstrap over images: pass one score and one
-opinion score per image, since an image that appears twice would make its interval too narrow
-(`Ratings.mean_opinions` averages repeated ratings).
+SRCC and KRCC (tau-b) compare ranks, and handle ties. PLCC is computed on the raw scores and, as is usual since VQEG's
+report of 2003, after a monotone four-parameter logistic fitted to the same data; RMSE is computed after the logistic,
+in units of the opinion scores. Confidence intervals are percentiles of a bootstrap over images. Pass each image once,
+since duplicates would make the interval too narrow (`Ratings.mean_opinions` averages repeated ratings).
 
 Needs SciPy (the extra `eval`).
 """
@@ -24,24 +23,24 @@ from ..optional import require
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-LEAST = 3  # images: with fewer a correlation says nothing
+LEAST = 3  # images, the minimum for a meaningful correlation
 
 Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well one metric's scores agree with opinion scores; positive is agreement, whatever the two directions.
+    """Agreement of one metric with opinion scores. Positive is agreement, whatever the two directions.
 
-    Except for `plcc_logistic`: the logistic may fall as well as rise, so it is high for a metric that disagrees, too.
-    The sign is that of `srcc`.
+    `plcc_logistic` is an exception: the logistic may fall, so a metric that disagrees also has a high value; its sign
+    is that of `srcc`.
 
     Attributes:
-        n: images with both numbers.
-        srcc, plcc, krcc: rank, linear and pairwise correlation, -1..1; None where a column is constant.
-        plcc_logistic, rmse: after the four-parameter logistic, the latter in the unit of the opinion scores; None where
-            the fit does not converge, a column is constant, or there are fewer than five images.
-        srcc_ci95: 95 % bootstrap interval of `srcc`.
+        n: number of images.
+        srcc, plcc, krcc: rank, linear and pairwise correlation, -1..1; None if scores or opinion scores are constant.
+        plcc_logistic, rmse: after the four-parameter logistic, `rmse` in units of the opinion scores; None if the fit
+            does not converge, scores or opinion scores are constant, or there are fewer than five images.
+        srcc_ci95: 95 % bootstrap confidence interval of `srcc`.
     """
 
     n: int
@@ -62,7 +61,7 @@ def agreement(scores: ArrayLike, opinions: ArrayLike, opposite: bool = False, se
 
     Args:
         scores, opinions: (n,) finite numbers, one each per image.
-        opposite: whether one of the two is better when lower and the other when higher.
+        opposite: whether the two have opposite directions.
         seed: of the bootstrap.
 
     Raises:
@@ -93,11 +92,11 @@ def agreement(scores: ArrayLike, opinions: ArrayLike, opposite: bool = False, se
 
 @dataclass(frozen=True)
 class Difference:
-    """SRCC of one metric minus that of another on the same images.
+    """Difference in SRCC between two metrics on the same images.
 
     Attributes:
-        difference: of the two SRCCs.
-        ci95: its 95 % interval over paired bootstrap samples.
+        difference: SRCC of the first minus SRCC of the second.
+        ci95: 95 % confidence interval from a paired bootstrap.
         p: two-sided bootstrap p-value, 2 min(P(d <= 0), P(d >= 0)) over the samples, at least 1 / samples.
     """
 
@@ -114,11 +113,11 @@ def compare(first: ArrayLike, second: ArrayLike, opinions: ArrayLike, seed: int 
     """Compare two metrics' SRCCs on the same images by a paired bootstrap.
 
     Args:
-        first, second, opinions: (n,) finite numbers, all of one direction.
+        first, second, opinions: (n,) finite numbers, all with the same direction.
         seed: of the bootstrap.
 
     Returns:
-        None where a column is constant, or constant in every bootstrap sample.
+        The difference; None if one of the three is constant, altogether or in every bootstrap sample.
 
     Raises:
         SettingsError: as for `agreement`.
@@ -149,7 +148,7 @@ def fitted_logistic(scores: ArrayLike, opinions: ArrayLike) -> Callable[[ArrayLi
     """Fit `logistic` to scores and opinion scores by least squares.
 
     Returns:
-        The mapping; None where the fit does not converge, a column is constant, or there are fewer than five images.
+        The mapping; None if the fit does not converge, one of the two is constant, or there are fewer than five images.
 
     Raises:
         SettingsError: as for `agreement`.
@@ -159,7 +158,7 @@ def fitted_logistic(scores: ArrayLike, opinions: ArrayLike) -> Callable[[ArrayLi
         return None
     rising = _pearson(_stats().rankdata(x), _stats().rankdata(y)) >= 0
     ends = (y.max(), y.min()) if rising else (y.min(), y.max())
-    # MINPACK itself rather than `curve_fit`, which warns of a covariance that is not needed here.
+    # `curve_fit` would warn about a covariance that is not needed here.
     leastsq = require("scipy.optimize", "eval", "a fitted logistic").leastsq
     start = np.array((*ends, np.median(x), x.std()))
     found, *_, status = leastsq(lambda p: logistic(x, *p) - y, start, full_output=True, maxfev=20_000)
@@ -173,7 +172,7 @@ def _stats() -> ModuleType:
 
 
 def _pearson(x: Floats, y: Floats) -> float:
-    # As in `scipy.stats.pearsonr`, without its warnings and p-value.
+    # Like `scipy.stats.pearsonr`, without its warnings and p-value.
     x, y = x - x.mean(), y - y.mean()
     return float(np.clip(np.dot(x / np.linalg.norm(x), y / np.linalg.norm(y)), -1, 1))
 
@@ -181,14 +180,14 @@ def _pearson(x: Floats, y: Floats) -> float:
 def _columns(scores: ArrayLike, opinions: ArrayLike) -> tuple[Floats, Floats]:
     x, y = np.asarray(scores, float), np.asarray(opinions, float)
     if x.shape != y.shape or x.ndim != 1 or len(x) < LEAST:
-        raise SettingsError(f"{x.size} scores and {y.size} opinion scores; expected as many, and at least {LEAST}")
+        raise SettingsError(f"{x.size} scores and {y.size} opinion scores; expected equal numbers of at least {LEAST}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise SettingsError("scores or opinion scores are not finite; leave such images out")
+        raise SettingsError("some scores or opinion scores are not finite; leave these images out")
     return x, y
 
 
 def _bootstrap(columns: Sequence[Floats], y: Floats, seed: int) -> list[Floats]:
-    """SRCC of each column with y on the same resampled images; samples in which a column is constant are left out."""
+    """Return SRCCs of each column with y on the same bootstrap samples, except those where a column is constant."""
     rng = np.random.default_rng(seed)
     rankdata = _stats().rankdata
     out: list[list[float]] = [[] for _ in columns]

@@ -1,4 +1,4 @@
-"""Opinion scores of pyiqa's data sets, by its own configurations and loaders."""
+"""Read the opinion scores of pyiqa's data sets through its configurations and loaders."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 from ..errors import SettingsError, did_you_mean
 from .ratings import Ratings
 
-# pyiqa's loaders whose rows end with an image and its opinion score. Others have histograms or pairs of images.
+# pyiqa's loaders whose rows end with an image and its opinion score; others have histograms or pairs of images.
 LOADERS = ("GeneralNRDataset", "GeneralFRDataset", "LIVEChallengeDataset")
 
 
 def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
-    """Read a data set that pyiqa knows (`livec`, `koniq10k`, ...) by pyiqa's own configuration and loader.
+    """Read a data set of pyiqa (`livec`, `koniq10k`, ...) through pyiqa's configuration and loader.
 
-    Where the data set has splits, these are the images of the test split unless pyiqa's configuration names another.
+    If the data set has splits, read the test split, unless pyiqa's configuration names another.
 
     Args:
         name: as in pyiqa's `default_dataset_configs.yml`.
-        root: what takes the place of `./datasets` in it. None: `datasets` in the working directory.
+        root: folder that replaces `./datasets` in it. None: `datasets` in the working directory.
 
     Raises:
-        SettingsError: an unknown name, a data set whose opinions are not single scores, missing files, or a version of
-            pyiqa that keeps its rows in another form.
+        SettingsError: an unknown name, opinions that are not single scores, missing files, or a version of pyiqa that
+            stores its rows differently.
     """
     from pyiqa import get_dataset_info
     from pyiqa.data import build_dataset
 
     known = get_dataset_info()
     if name not in known:
-        raise SettingsError(f"pyiqa knows no data set {name!r}{did_you_mean(name, known)}")
-    options = {"phase": "test"} | known[name]  # pyiqa's loaders would take the training split
+        raise SettingsError(f"pyiqa has no data set {name!r}{did_you_mean(name, known)}")
+    options = {"phase": "test"} | known[name]  # pyiqa's loaders default to the training split
     if options["type"] not in LOADERS:
         raise SettingsError(
-            f"pyiqa reads its data set {name} by its {options['type']}; expected one of {', '.join(LOADERS)}: "
-            "for others make a CSV file and pass --ratings"
+            f"pyiqa's data set {name} uses the loader {options['type']}; expected one of {', '.join(LOADERS)}: "
+            "write its opinion scores to a CSV file and pass --ratings"
         )
     if options.get("split_file"):  # which pyiqa unpickles
         raise SettingsError(
@@ -58,18 +58,18 @@ def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
         raise SettingsError(f"pyiqa's data set {name} has no images in {split}")
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None:
-        raise SettingsError(f"{missing} is not there, but pyiqa's data set {name} rates it")
+        raise SettingsError(f"{missing} does not exist; expected every image of pyiqa's data set {name}")
     return Ratings(
         paths,
         opinions,
         bool(options.get("lower_better", False)),
         columns=f"{name}, {split}",
-        because="as pyiqa says" if "lower_better" in options else "since pyiqa says nothing else",
+        because="as pyiqa states" if "lower_better" in options else "as pyiqa does not state otherwise",
     )
 
 
 def _rows(dataset: Any, name: str) -> tuple[list[Path], list[float]]:
-    """Image and opinion score of each row, which pyiqa keeps in no documented place."""
+    """Return the image and opinion score of each row, from an undocumented attribute of pyiqa's data sets."""
     import pyiqa
 
     try:
@@ -78,6 +78,6 @@ def _rows(dataset: Any, name: str) -> tuple[list[Path], list[float]]:
         return paths, [float(row[-1]) for row in rows]
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise SettingsError(
-            f"pyiqa {pyiqa.__version__} keeps the rows of its data set {name} in another form "
-            f"({type(error).__name__}: {error}); make a CSV file and pass --ratings"
+            f"pyiqa {pyiqa.__version__} stores the rows of its data set {name} in an unknown form "
+            f"({type(error).__name__}: {error}); write its opinion scores to a CSV file and pass --ratings"
         ) from error

@@ -1,4 +1,4 @@
-"""gMAD competitions: pairs of images that one metric finds alike and another far apart (Ma et al., CVPR 2016)."""
+"""gMAD competitions: image pairs that one metric scores alike and another far apart (Ma et al., CVPR 2016)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import SettingsError
 
 @dataclass(frozen=True)
 class Duel:
-    """A pair of images of about the same score by the defender, and of scores far apart by the attacker.
+    """A pair of images with similar scores by the defender, and very different scores by the attacker.
 
     Attributes:
         defender, attacker: names of the metrics.
         level: mean of the defender's two scores.
-        better, worse: indices of the two images, by the attacker.
-        defender_gap, attacker_gap: absolute differences of the two scores, in the unit of each metric.
+        better, worse: indices of the two images, ranked by the attacker.
+        defender_gap, attacker_gap: absolute differences of the two scores, in units of each metric.
     """
 
     defender: str
@@ -31,7 +31,7 @@ class Duel:
 
 
 def images_needed(levels: int) -> int:
-    """Return the smallest number of images for a competition at so many levels.
+    """Return the minimum number of images for a competition at `levels` levels.
 
     Raises:
         SettingsError: fewer than one level.
@@ -42,18 +42,18 @@ def images_needed(levels: int) -> int:
 
 
 def gmad(scores: Mapping[str, Sequence[float]], lower_better: Mapping[str, bool], levels: int = 4) -> list[Duel]:
-    """Select the pairs of a competition between two metrics, each of which defends once.
+    """Select the pairs of a competition between two metrics; each defends once.
 
-    Images are sorted by the defender and cut into 2 * `levels` + 1 sets of equal size. In every second set, whose
-    images are alike for the defender, the attacker's best and worst image form a pair.
+    The images are sorted by the defender's scores and split into 2 * `levels` + 1 sets of equal size. In every second
+    set, whose images the defender scores alike, the attacker's best and worst images form a pair.
 
     Args:
-        scores: two metrics' scores of the same images, finite.
-        lower_better: whether a lower score is better, for both metrics.
+        scores: finite scores of the same images, by metric.
+        lower_better: whether a lower score is better, by metric.
         levels: pairs per defender.
 
     Returns:
-        `levels` pairs that the first metric defends, in ascending order of its scores, then those of the second.
+        `levels` pairs defended by the first metric, in ascending order of its scores, then those of the second.
 
     Raises:
         SettingsError: not two metrics, no levels, too few images, or a metric without a direction.
@@ -72,7 +72,7 @@ def gmad(scores: Mapping[str, Sequence[float]], lower_better: Mapping[str, bool]
         raise SettingsError(f"{count} images; a gMAD competition at {levels} levels needs at least {needed}")
     undirected = next((name for name in names if name not in lower_better), None)
     if undirected is not None:
-        raise SettingsError(f"whether lower scores of {undirected} are better is not known; pass it in `lower_better`")
+        raise SettingsError(f"the direction of {undirected} is unknown; pass it in `lower_better`")
     duels = []
     for defender, attacker in (names, names[::-1]):
         defending, attacking = np.asarray(scores[defender], float), np.asarray(scores[attacker], float)

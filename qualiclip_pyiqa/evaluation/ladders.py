@@ -1,4 +1,4 @@
-"""Photographs at every type and level of a degradation bank, and whether scores follow: QualiCLIP's first figure."""
+"""Score photographs at every type and level of a degradation bank, as in the first figure of QualiCLIP's paper."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .scores import Watch, unwatched
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What scores do along the levels of one type.
+    """Behaviour of scores along the levels of one type.
 
     Attributes:
-        means: over photographs, at level 0 (the photograph itself) to LEVELS.
-        falls: whether the mean is worse at each of levels 2 to LEVELS than at the one before it.
-        in_order: share, 0..1, of the pairs of levels of one photograph of which one is known to be worse
-            (`Degradation.pairs`) whose scores say so.
+        means: mean score over photographs at levels 0 (pristine) to LEVELS.
+        falls: whether the mean at each of levels 2 to LEVELS is worse than at the level before it.
+        in_order: share, 0..1, of correctly ranked pairs among those of one photograph's levels whose order is known
+            (`Degradation.pairs`).
     """
 
     means: list[float]
@@ -41,11 +41,11 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class LadderReport:
-    """What scores do under degradation.
+    """Behaviour of scores under degradation.
 
     Attributes:
         behaviours: by metric and type.
-        photographs: how many photographs these are of, by metric.
+        photographs: number of photographs, by metric.
         lower_better: whether a lower score is better, by metric.
         errors: one line for each photograph that some metric could not score, by path.
     """
@@ -56,7 +56,7 @@ class LadderReport:
     errors: dict[str, str]
 
     def as_dict(self, bank: Bank = DEGRADATIONS) -> dict[str, dict[str, Any]]:
-        """Return the numbers by metric, JSON-ready; `bank` is that of the types."""
+        """Return the numbers by metric, JSON-ready; `bank` contains the types."""
         return {
             column: {
                 "photographs": self.photographs[column],
@@ -71,7 +71,7 @@ class LadderReport:
 
 
 def steps(bank: Bank = DEGRADATIONS) -> int:
-    """Return the number of images that one photograph makes: itself, and every type at every level."""
+    """Return the number of images in a photograph's ladder: itself, and every type at every level."""
     return 1 + LEVELS * len(bank)
 
 
@@ -82,7 +82,7 @@ def behaviour(name: str, scores: ArrayLike, lower_better: bool = False, bank: Ba
         name: the type.
         scores: (V, LEVELS + 1), of V photographs at levels 0 to LEVELS.
         lower_better: whether a lower score is better.
-        bank: where the type is from.
+        bank: contains the type.
     """
     levels = np.asarray(scores, dtype=np.float64)
     means = levels.mean(0)
@@ -93,7 +93,7 @@ def behaviour(name: str, scores: ArrayLike, lower_better: bool = False, bank: Ba
 
 
 def ladder(rgb: Tensor, seed: int, bank: Bank = DEGRADATIONS) -> Iterator[Tensor]:
-    """Yield a photograph, then every type at levels 1 to LEVELS, rounded as files of 8 bits are.
+    """Yield a photograph, then every type at levels 1 to LEVELS, rounded to 8 bits as in a file.
 
     Args:
         rgb: (3, H, W), float, RGB in 0..1.
@@ -110,7 +110,7 @@ def ladder(rgb: Tensor, seed: int, bank: Bank = DEGRADATIONS) -> Iterator[Tensor
 
 
 def behaviours(scores: ArrayLike, lower_better: bool = False, bank: Bank = DEGRADATIONS) -> dict[str, Behaviour]:
-    """Summarise scores by type; scores: (V * steps(bank),), those of each photograph's `ladder` in turn."""
+    """Summarise scores by type; `scores` is (V * steps(bank),), ladder by ladder."""
     table = np.asarray(scores).reshape(-1, steps(bank))
     return {
         name: behaviour(name, table[:, [0, *range(first, first + LEVELS)]], lower_better, bank)
@@ -127,17 +127,18 @@ def score_degraded(
 ) -> LadderReport:
     """Score photographs at every type and level.
 
-    A photograph that a metric could not score at every step is left out of that metric's figures.
+    Photographs that a metric could not score at every step are left out of that metric's results.
 
     Args:
-        scorer: the metrics and how they read images.
+        scorer: the metrics and reading rules.
         paths: pristine photographs.
-        seed: of the first photograph's degradations; each next one has the next.
-        watch: what the records pass through, such as a progress bar.
+        seed: of the first photograph's degradations; the next one has `seed` + 1, and so on.
+        watch: wraps the records, for example in a progress bar.
         bank: the types.
 
     Raises:
-        ImageError: no photograph could be scored. SettingsError: kornia is not installed.
+        ImageError: no photograph could be scored.
+        SettingsError: kornia is not installed.
     """
     require("kornia", "eval", "degrading images")
     rules = scorer.rules
@@ -173,5 +174,5 @@ def score_degraded(
             found[column] = behaviours(whole, scorer.lower_better[column], bank)
     if not found:
         first = next(iter(errors.values()), "no images were given")
-        raise ImageError(f"no photograph of {len(paths)} could be scored; the first: {first}")
+        raise ImageError(f"none of {len(paths)} photographs could be scored; the first: {first}")
     return LadderReport(found, counts, dict(scorer.lower_better), errors)

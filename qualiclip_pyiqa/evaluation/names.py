@@ -1,4 +1,4 @@
-"""Which file a name in a table means."""
+"""Match image names in a table to files."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ..images.paths import find_images
 
 
 class FileNames:
-    """Finds files by names as people write them in tables.
+    """Finds files by their names in a table.
 
-    A name means the file `folder / name`; else the one file of that path below the folder in another case or with the
-    other separator of folders; else, if it has no suffix, the one image below the folder with this stem, to which more
-    folders may lead than are written. Without a folder, more folders may lead to any file.
+    A name matches the file `folder / name`; else the only file with that path below the folder in another case or with
+    the other path separator; else, if it has no suffix, the only image in the folder or its subfolders with that stem.
+    Without a folder, a name matches the only path that ends with it.
 
     Args:
-        folder: where the files are. None: anywhere in `among`.
-        among: paths to choose from, which need not exist. None: what is below `folder`.
+        folder: folder of the files. None: search all of `among`.
+        among: paths to search, which need not exist. None: search the disk below `folder`.
     """
 
     def __init__(self, folder: Path | None, among: Sequence[str] | None = None) -> None:
         if folder is None and among is None:
-            raise SettingsError("names of images need the folder of the images")
+            raise SettingsError("image names cannot be matched without a folder or paths; pass one of them")
         self.folder, self.among = folder, among
 
     def find(self, name: str, where: str) -> tuple[Path, bool]:
         """Find a file.
 
         Args:
-            name: its name.
-            where: who names it, to begin an error message with.
+            name: the name in the table.
+            where: location of the name, for the error message.
 
         Returns:
-            Its path, and whether the name lacks the suffix.
+            The path, and whether the name lacks its suffix.
 
         Raises:
             SettingsError: no such file, or several.
@@ -48,7 +48,7 @@ class FileNames:
         parts = _parts(name)
         folded = [part.casefold() for part in parts]
         for by_stem, index in ((False, self._by_name), (True, self._by_stem)):
-            below = self.folder is not None and not by_stem  # the name is all of the path below the folder
+            below = self.folder is not None and not by_stem  # the name must be the whole path below the folder
             alike = [
                 (path, whole)
                 for path, whole in index.get(folded[-1] if folded else "", [])
@@ -60,20 +60,20 @@ class FileNames:
             found = next((each for each in (whole_path, same_case, alike) if len(each) == 1), alike)
             if len(found) > 1:
                 both = " and ".join(source_name(path) for path, _ in found[:2])
-                raise SettingsError(f"{where}: {source_name(name)} may be {both}; write its folder and suffix")
+                raise SettingsError(f"{where}: {source_name(name)} may be {both}; add its folder and suffix")
             if found:
                 return Path(found[0][0]), by_stem
-        raise SettingsError(f"{where}: {source_name(name)} is not there; expected an image {self._place}")
+        raise SettingsError(f"{where}: {source_name(name)} not found; expected an image {self._place}")
 
     @property
     def _place(self) -> str:
-        table = "" if self.among is None else "of the table of scores"
+        table = "" if self.among is None else "in the table of scores"
         folder = "" if self.folder is None else f"below {self.folder}"
         return " ".join(filter(None, (table, folder)))
 
     @cached_property
     def _files(self) -> list[tuple[str, list[str]]]:
-        """Paths to choose from, and the parts of their names below the folder."""
+        """The paths to search, and the parts of their names below the folder."""
         if self.folder is None:
             return [(path, _parts(path)) for path in dict.fromkeys(self.among or ())]
         paths = find_images([str(self.folder)]).paths if self.among is None else dict.fromkeys(self.among)
@@ -99,5 +99,5 @@ class FileNames:
 
 
 def _parts(name: str) -> list[str]:
-    """Folders and file name, with either separator."""
+    """Split a name into folders and file name, by either separator."""
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]

@@ -1,4 +1,4 @@
-"""Scores against opinion scores: every metric, every pair of metrics, every group of images."""
+"""Compare scores with opinion scores, for every metric, pair of metrics and group of images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .scores import Scores
 
 @dataclass(frozen=True)
 class OpinionReport:
-    """How well metrics agree with opinion scores.
+    """Agreement of metrics with opinion scores.
 
-    A metric's figures are of the images that it scored; those of a pair, of the images that both scored.
+    Results for a metric are of the images that it scored; for a pair, of those that both scored.
 
     Attributes:
         agreements: by metric.
-        differences: by pair of metrics, SRCC of the first minus that of the second.
+        differences: by pair of metrics, SRCC of the first minus SRCC of the second.
         groups: by group and metric.
     """
 
@@ -43,11 +43,11 @@ class OpinionReport:
 
 
 def report_opinions(scores: Scores, ratings: Ratings, seed: int = 0) -> OpinionReport:
-    """Correlate scores with opinion scores, one of each per image: repeated ratings are averaged.
+    """Correlate scores with opinion scores per image, after averaging repeated ratings.
 
     Args:
-        scores: of all images of `ratings`, and perhaps others.
-        ratings: opinion scores, with groups or without.
+        scores: of at least the images in `ratings`.
+        ratings: opinion scores, with or without groups.
         seed: of the bootstraps.
 
     Raises:

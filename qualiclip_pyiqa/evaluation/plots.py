@@ -1,16 +1,16 @@
-"""Figures of an evaluation, drawn to files by matplotlib (the extra `plots`).
+"""Plot results of evaluations to files, with matplotlib (the extra `plots`).
 
-pyplot is not used, so that a caller's figures and backend stay as they are. Names are drawn letter by letter: none is
-taken for mathematics or TeX, and letters that no font has are written as `\\uXXXX`.
+pyplot is not used, so that the caller's figures and backend are unaffected. Names are drawn literally, not as mathtext
+or TeX, and characters that no font has are written as `\\uXXXX`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -23,11 +23,8 @@ from ..images.tensors import load_image
 from ..optional import require
 from .agreement import fitted_logistic
 
-#: Draws something to a file.
-Draw: TypeAlias = Callable[[Path], None]
-
-LONGEST = 1000  # pixels of a side of an image in a figure
-# Fonts with Chinese, Japanese and Korean letters, as systems have them.
+LONGEST = 1000  # pixels, the longest side of an image in a figure
+# Common fonts with Chinese, Japanese and Korean characters.
 CJK_FONTS = (
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
@@ -54,7 +51,7 @@ def _matplotlib(module: str) -> Any:
 
 
 def check(path: Path) -> None:
-    """Check what can be checked before there is anything to draw.
+    """Check that a plot can be written to a path, before there is anything to draw.
 
     Raises:
         SettingsError: matplotlib is not installed, or cannot write files of that suffix.
@@ -70,9 +67,9 @@ def scatter(path: Path, scores: Mapping[str, ArrayLike], opinions: Sequence[floa
 
     Args:
         path: file to write, whole or not at all.
-        scores: by metric; NaN where an image was not scored.
+        scores: by metric; NaN if an image was not scored.
         opinions: of the same images.
-        notes: what stands below a metric's name.
+        notes: text below the metric's name, by metric.
 
     Raises:
         SettingsError: the file cannot be written.
@@ -104,8 +101,8 @@ def levels(
 
     Args:
         path: file to write, whole or not at all.
-        means: by metric and type, at level 0 (pristine) and up.
-        falls: by metric and type, whether the line is solid.
+        means: by metric and type, from level 0 (pristine).
+        falls: by metric and type; lines are solid if true, else dotted.
 
     Raises:
         SettingsError: the file cannot be written.
@@ -113,7 +110,7 @@ def levels(
     types = list(next(iter(means.values())))
     columns = 6
     rows = -(-len(types) // columns)
-    # Several metrics have scales of their own.
+    # Several metrics may have different scales.
     figure, axes = _figure(rows, columns, (2.5 * columns, 2.2 * rows), sharex=True, sharey=len(means) == 1)
     for number, (metric, by_type) in enumerate(means.items()):
         for axis, name in zip(axes.flat, types, strict=False):
@@ -124,7 +121,7 @@ def levels(
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(types) :]:
         axis.set_axis_off()
-    # Older versions of matplotlib leave out labels that begin with "_".
+    # Older versions of matplotlib drop labels that begin with "_", so the names are set afterwards.
     lines, numbers = axes.flat[0].get_lines(), [str(number) for number in range(len(means))]
     legend = figure.legend(lines, numbers, loc="outside upper center", ncols=3, frameon=False)
     for text, metric in zip(legend.get_texts(), means, strict=True):
@@ -156,10 +153,11 @@ def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> 
     Args:
         path: file to write, whole or not at all.
         pairs: from top to bottom.
-        rules: how the images were read when they were scored.
+        rules: the reading rules used for scoring.
 
     Raises:
-        SettingsError: the file cannot be written. ImageError: an image cannot be read any more.
+        SettingsError: the file cannot be written.
+        ImageError: an image can no longer be read.
     """
     rules = rules or ReadRules()
     figure, axes = _figure(len(pairs), 2, (8, 3.4 * len(pairs)))
@@ -178,7 +176,7 @@ def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> 
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure without pyplot, and its axes (rows, columns)."""
+    """Create a figure without pyplot, and its axes (rows, columns)."""
     figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
     _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
@@ -198,15 +196,15 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _drawable(text: str) -> str:
-    """Text without letters that no font has, which matplotlib would warn of and draw as boxes."""
+    """Escape characters that no font has, which matplotlib would draw as boxes with a warning."""
     known = {ord("\n")}.union(*(points for _, points in _fonts()))
     return "".join(each if ord(each) in known else each.encode("unicode_escape").decode() for each in text)
 
 
 @cache
 def _fonts() -> list[tuple[str, frozenset[int]]]:
-    """Families to draw with, in the order in which a letter is looked up, and the code points that each has."""
+    """Return the font families to draw with, in order of preference, and the code points that each has."""
     manager = _matplotlib("font_manager")
     there = set(manager.get_font_names())
-    families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]  # matplotlib brings the first
+    families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]  # the first comes with matplotlib
     return [(family, frozenset(manager.get_font(manager.findfont(family)).get_charmap())) for family in families]

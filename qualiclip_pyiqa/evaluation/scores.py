@@ -1,4 +1,4 @@
-"""Scores of a set of images: computed here, or read from a table that `qualiclip score` wrote."""
+"""Scores of a set of images: compute them, or read them from a table of `qualiclip score`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..scoring.tables import Record, read_table
 from .agreement import Floats
 from .ratings import Ratings
 
-#: Passes records on, such as a progress bar; called with them and their number.
+#: Wraps an iterable of records, given their number, for example in a progress bar.
 Watch: TypeAlias = Callable[[Iterable[Record], int], Iterable[Record]]
 
 
 def unwatched(records: Iterable[Record], total: int) -> Iterable[Record]:
-    """Pass records on."""
+    """Return the records without a progress bar."""
     return records
 
 
@@ -34,11 +34,11 @@ class Scores:
 
     Attributes:
         paths: the images, each once.
-        values: (n,) by column, in the order of `paths`; NaN where the image was not scored.
+        values: (n,) by column, in the order of `paths`; NaN if the image was not scored.
         lower_better: whether a lower score is better, by column.
         errors: one line for each image that some metric could not score, by path.
-        settings: what the scores depend on besides the images, as `Scorer.describe` says it; None if not known.
-        directions: where `lower_better` is from; for people.
+        settings: as from `Scorer.describe`; None if unknown.
+        directions: the source of `lower_better`; for display.
     """
 
     paths: list[str]
@@ -46,7 +46,7 @@ class Scores:
     lower_better: dict[str, bool]
     errors: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
-    directions: str = "as the metrics say"
+    directions: str = "as stated by the metrics"
 
     def of(self, paths: Iterable[str | Path]) -> dict[str, Floats]:
         """Look up the scores of some of the images, by column."""
@@ -55,10 +55,10 @@ class Scores:
         return {column: values[rows] for column, values in self.values.items()}
 
     def known(self, ratings: Ratings) -> Ratings:
-        """Give rated files the paths that they have here.
+        """Replace the paths of rated images by their spelling in `paths`.
 
         Raises:
-            SettingsError: one is not among these images.
+            SettingsError: a rated image has no scores here.
         """
         spelled = {image_key(path): Path(path) for path in self.paths}
         keys = [image_key(str(path)) for path in ratings.paths]
@@ -72,12 +72,12 @@ class Scores:
 
 
 def score_images(scorer: Scorer, paths: Sequence[str | Path], watch: Watch = unwatched) -> Scores:
-    """Score images; one that cannot be scored is an entry of `errors` and stops nothing.
+    """Score images; those that cannot be scored become entries of `errors`.
 
     Args:
-        scorer: the metrics and how they read images.
+        scorer: the metrics and reading rules.
         paths: the images, each once.
-        watch: what the records pass through, such as a progress bar.
+        watch: wraps the records, for example in a progress bar.
     """
     names = [os.fspath(path) for path in paths]
     values = {column: np.full(len(names), np.nan) for column in scorer.columns}
@@ -91,12 +91,12 @@ def score_images(scorer: Scorer, paths: Sequence[str | Path], watch: Watch = unw
 
 
 def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
-    """Read a table that `qualiclip score` wrote.
+    """Read a table written by `qualiclip score`.
 
     Args:
-        table: `*.csv`, `*.jsonl` or `*.parquet`. Directions are those that `NAME.meta.json` beside it states; where
-            that is missing, those that the columns' names have in the registry of metrics.
-        columns: scores to read, or metrics whose scores to read. None: all.
+        table: `*.csv`, `*.jsonl` or `*.parquet`. Directions come from `NAME.meta.json` beside it; if that is missing,
+            they are guessed by the columns' names.
+        columns: the scores to read, or metrics, for all of their scores. None: all.
 
     Raises:
         SettingsError: not a table of scores, no such column, or an image with two different scores.
@@ -110,7 +110,7 @@ def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
         before = rows.setdefault(record.path, record)
         if before != record and before.error is None and record.error is None:
             raise SettingsError(
-                f"{table} has two rows of {source_name(record.path)} with other scores; expected one row per image"
+                f"{table} has two rows of {source_name(record.path)} with different scores; expected one per image"
             )
         if before.error is not None:
             rows[record.path] = record
@@ -126,22 +126,21 @@ def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
             if any(column not in row.scores for column in chosen)
         },
         settings=found.meta,
-        directions=f"by the names of the columns, since nothing beside {table} states that of {unknown[0]}"
+        directions=f"judging by column names, since no meta.json of {table} states that of {unknown[0]}"
         if unknown
-        else f"as stated beside {table}",
+        else f"as stated in the meta.json of {table}",
     )
 
 
 def _chosen(table: Path, names: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Columns by their own name, or by that of a metric of several attributes."""
+    """Find columns by their own names, or by that of a metric with several attributes."""
     chosen: dict[str, None] = {}
     for column in columns:
         found = [name for name in names if name == column] or [
             name for name in names if name.rpartition(".")[0] == column
         ]
         if not found:
-            raise SettingsError(
-                f"{table} has no scores {column!r}{did_you_mean(column, names)}; it has {', '.join(names) or 'none'}"
-            )
+            has = ", ".join(names) or "none"
+            raise SettingsError(f"{table} has no score {column!r}{did_you_mean(column, names)}; its scores: {has}")
         chosen |= dict.fromkeys(found)
     return list(chosen)

@@ -1,4 +1,4 @@
-"""Results of evaluations as lines of text, with tables in Markdown."""
+"""Format results of evaluations as lines of text, with tables in Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def number(value: float | None) -> str:
 
 
 def cell(name: str) -> str:
-    r"""Format a name as one cell of a table.
+    r"""Format a name as a table cell.
 
     Example:
         >>> cell("a|b.png")
@@ -30,7 +30,7 @@ def cell(name: str) -> str:
 
 
 def read_rule(settings: Mapping[str, Any] | None, name: str) -> bool | None:
-    """Look up a rule of reading, such as `ignore_orientation`, in what `Scorer.describe` says; None if it is not there.
+    """Look up a reading rule, such as `ignore_orientation`, in a scorer's description; None if it is absent.
 
     Example:
         >>> read_rule({"rules": {"ignore_orientation": True}}, "ignore_orientation")
@@ -43,22 +43,22 @@ def read_rule(settings: Mapping[str, Any] | None, name: str) -> bool | None:
 
 
 def reading(settings: Mapping[str, Any] | None) -> str:
-    """Say how EXIF orientation and ICC profiles were treated: both change scores, and published figures ignore both."""
-    said = {None: "not known", False: "applied, as viewers show images", True: "ignored, as in published figures"}
+    """State how EXIF orientation and ICC profiles were handled; both affect scores."""
+    said = {None: "unknown", False: "applied, as viewers show images", True: "ignored, as in published figures"}
     rules = (("EXIF orientation", "ignore_orientation"), ("ICC profiles", "ignore_profile"))
     return "; ".join(f"{what}: {said[read_rule(settings, name)]}" for what, name in rules)
 
 
 def opinions(report: OpinionReport, ratings: Ratings, column: str | None) -> list[str]:
-    """Format agreement with opinion scores; `column` is that of the groups."""
+    """Format agreement with opinion scores; `column` is the group column."""
     lines = _agreements(report.agreements)
     if len({each.n for each in report.agreements.values()}) > 1:
-        lines.append("the metrics did not score the same images: compare them by the differences below")
+        lines.append("the metrics scored different images; compare them by the differences below")
     for (first, second), difference in report.differences.items():
         low, high = difference.ci95
         lines += [
             "",
-            f"SRCC of {source_name(first)} minus that of {source_name(second)}: {difference.difference:+.4f} "
+            f"SRCC of {source_name(first)} minus SRCC of {source_name(second)}: {difference.difference:+.4f} "
             f"(95 % interval {low:+.4f} to {high:+.4f}, p = {difference.p:.3g}, paired bootstrap)",
         ]
     for group, part in report.groups.items():
@@ -80,7 +80,7 @@ def _agreements(found: Mapping[str, Agreement]) -> list[str]:
         if each.n < LEAST:
             lines.append(f"{source_name(name)}: too few images to correlate")
         elif each.srcc is None:
-            lines.append(f"{source_name(name)}: all scores or all opinion scores are equal, so there is no correlation")
+            lines.append(f"{source_name(name)}: no correlation, because all scores or all opinion scores are equal")
     return lines
 
 
@@ -92,9 +92,9 @@ def ladders(report: LadderReport) -> list[str]:
         levels = range(1, len(next(iter(found.values())).means))
         lines += [
             "",
-            f"{source_name(column)}, {report.photographs[column]} photographs: worse at every level for {falling} of "
-            f"{len(found)} types",
-            "in order: share of the pairs of levels of one photograph, pristine included, that are ranked as known",
+            f"{source_name(column)}, {report.photographs[column]} photographs: the mean gets worse at every level for "
+            f"{falling} of {len(found)} types",
+            "in order: share of correctly ranked pairs of levels of one photograph, pristine included",
             "",
             f"| type | pristine | {' | '.join(map(str, levels))} | falls | in order |",
             "|---" * (len(levels) + 4) + "|",
