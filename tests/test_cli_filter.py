@@ -136,7 +136,7 @@ def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (("-m", "niqe", "--above", 0.5), "has no score 'niqe'"),
         (("-m", "piqe", "--best", 20), "expected a share in 0..1"),
         (("-m", "piqe", "--best", 1, "-o", table), "exists already"),
-        (("-m", "piqe", "--best", 1, "-o", tmp_path / "x.txt"), "expected one in"),
+        (("-m", "piqe", "--best", 1, "-o", tmp_path / "x.txt"), "expected a table with one of"),
         (("-m", "piqe", "--above", 1, "--lower-better"), "--lower-better has no effect without --best"),
     ):
         assert keep(table, *arguments) == 2

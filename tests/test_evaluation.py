@@ -224,7 +224,7 @@ def test_command_with_ratings(rated: Path, tmp_path: Path, capsys: pytest.Captur
     assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] == pytest.approx(-mini["srcc"])
     assert evaluate(*command[:4], "--mos-column", "constant", "--json", out) == 0
     assert json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"] is None
-    assert "there is no correlation" in capsys.readouterr().out
+    assert ": no correlation, because all" in capsys.readouterr().out
 
 
 def test_command_with_a_data_set_of_pyiqa(
@@ -298,7 +298,9 @@ def test_split_and_direction_of_a_data_set_of_pyiqa(tmp_path: Path) -> None:
     pyiqas_layout(tmp_path, "gfiqa", f"img_name,mos,{split}", rows)
     found = pyiqa_ratings("gfiqa", tmp_path)  # pyiqa's configuration names no split, and its loaders would train
     assert [path.name for path in found.paths] == ["7.png", "8.png", "9.png"] and found.opinions == [7, 8, 9]
-    assert str(found).startswith("3 images (gfiqa, its test split; higher opinion scores are better, since")
+    assert str(found).startswith(
+        "3 images (gfiqa, its test split; higher opinion scores are better, as pyiqa does not state otherwise"
+    )
 
     # A full-reference data set whose opinion scores are better when lower.
     pyiqas_layout(tmp_path, "csiq", "ref_img,dist_img,dmos", [f"r.png,d{k}.png,0.{k}" for k in range(4)])
@@ -716,7 +718,7 @@ def test_rows_of_pyiqa_in_another_form_are_one_clear_error(
     dataset = types.SimpleNamespace(**({} if rows is None else {"paths_mos": rows}))
     monkeypatch.setattr("pyiqa.data.build_dataset", lambda options: dataset)
     with pytest.raises(
-        SettingsError, match=f"pyiqa {pyiqa.__version__} keeps the rows of its data set spaq in another"
+        SettingsError, match=f"pyiqa {pyiqa.__version__} stores the rows of its data set spaq in an unknown"
     ):
         pyiqa_ratings("spaq", tmp_path)
 
