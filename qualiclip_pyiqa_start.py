@@ -15,7 +15,16 @@ QUALICLIP_PYIQA_AUTOLOAD=0 disables `start`. pyiqa is then unchanged until `qual
 only the metrics whose names pyiqa lacks (`qualiclip-mini`, `clipiqa-sharpness`, ...).
 """
 
+from __future__ import annotations
+
 import sys
+
+TYPE_CHECKING = False  # type checkers take it for true; importing `typing` would cost time
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 CONFIGS = "pyiqa.default_model_configs"
 INFERENCE = "pyiqa.models.inference_model"
@@ -25,23 +34,23 @@ READS_ITSELF = (
 )
 
 
-def start():
+def start() -> None:
     """Call `arrange` at start-up, unless QUALICLIP_PYIQA_AUTOLOAD=0."""
     if _autoload():
         arrange()
 
 
-def arrange():
+def arrange() -> None:
     """Change pyiqa's two modules now or as soon as they are imported. Idempotent."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name, (change, needed) in _CHANGES.items():
         module = sys.modules.get(name)
-        if hasattr(module, needed):  # else it is still being imported, and the finder changes it
+        if module is not None and hasattr(module, needed):  # else it is still being imported, and the finder changes it
             change(module)
 
 
-def register_archs():
+def register_archs() -> None:
     """Register our classes with pyiqa, to be imported on first use (entry point of its group `pyiqa.archs`)."""
     from pyiqa.utils.registry import ARCH_REGISTRY
 
@@ -52,13 +61,13 @@ def register_archs():
         ARCH_REGISTRY.register_lazy(name, f"qualiclip_pyiqa.archs:{name}", override=True)
 
 
-def _autoload():
+def _autoload() -> bool:
     import os
 
     return os.environ.get("QUALICLIP_PYIQA_AUTOLOAD") != "0"
 
 
-def _add_entries(module):
+def _add_entries(module: ModuleType) -> None:
     # Only once per module, so as not to overwrite an entry that the user has changed since.
     if getattr(module, MARK, False):
         return
@@ -72,7 +81,7 @@ def _add_entries(module):
         _warn(f"could not add its metrics to pyiqa ({type(error).__name__}: {error}); reinstall it")
 
 
-def _wrap_forward(module):
+def _wrap_forward(module: ModuleType) -> None:
     try:
         model = module.InferenceModel
         forward = model.forward
@@ -86,7 +95,7 @@ def _wrap_forward(module):
         return
 
     @wraps(forward)
-    def forward_by_our_rules(self, target, *args, **kwargs):
+    def forward_by_our_rules(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(target, Tensor) and _is_ours(getattr(self, "net", None)):
             from qualiclip_pyiqa.images.tensors import as_batch
 
@@ -97,25 +106,30 @@ def _wrap_forward(module):
     model.forward = forward_by_our_rules
 
 
-def _is_ours(network):
+def _is_ours(network: object) -> bool:
     base = sys.modules.get("qualiclip_pyiqa.metrics.base")  # imported by every network of ours
     return base is not None and isinstance(network, base.BlindMetric)
 
 
-def _warn(message):
+def _warn(message: str) -> None:
     import warnings
 
     warnings.warn(f"qualiclip_pyiqa {message}", RuntimeWarning, stacklevel=3)
 
 
 # Module of pyiqa -> the change, and an attribute that the module has once it is executed.
-_CHANGES = {CONFIGS: (_add_entries, "DEFAULT_CONFIGS"), INFERENCE: (_wrap_forward, "InferenceModel")}
+_CHANGES: dict[str, tuple[Callable[[ModuleType], None], str]] = {
+    CONFIGS: (_add_entries, "DEFAULT_CONFIGS"),
+    INFERENCE: (_wrap_forward, "InferenceModel"),
+}
 
 
 class _Finder:
     """Meta path finder that delegates to the others and changes pyiqa's modules right after they are executed."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in _CHANGES:
             return None
         for finder in sys.meta_path:
@@ -128,7 +142,7 @@ class _Finder:
         change, _ = _CHANGES[name]
         execute = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             module.__dict__.pop(MARK, None)  # a reload rebuilds the table
             execute(module)
             change(module)

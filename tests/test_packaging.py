@@ -62,6 +62,7 @@ def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp
         held = archive.namelist()
         line = archive.read("qualiclip_pyiqa.pth").decode()
         start = archive.read("qualiclip_pyiqa.start").decode()
+        metadata = archive.read(next(name for name in held if name.endswith(".dist-info/METADATA"))).decode()
     top = {name.split("/")[0] for name in held}
     info = next(name for name in top if name.endswith(".dist-info"))
     assert top == {
@@ -72,6 +73,10 @@ def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp
     assert modules(ROOT) <= set(held)
     configs = (ROOT / "qualiclip_pyiqa" / "training" / "configs").glob("*.toml")
     assert {f"qualiclip_pyiqa/training/configs/{path.name}" for path in configs} <= set(held)
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/weights/LICENSE", "qualiclip_pyiqa/_weights/LICENSE"} <= set(
+        held
+    )
+    assert "License-Expression: Apache-2.0 AND CC-BY-SA-4.0" in metadata
     # One `import` line, as .pth files want it; and PEP 829's `module:function`.
     assert line.startswith("import ") and line.count("\n") == 1
     module, function = start.strip().split(":")
