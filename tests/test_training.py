@@ -1028,7 +1028,7 @@ FATES = """
 import os, signal, sys
 from pathlib import Path
 from qualiclip_pyiqa.commands import cli
-from qualiclip_pyiqa.training import checkpoint, losses, run as t
+from qualiclip_pyiqa.training import checkpoint, loop, losses
 
 place, delete = Path.replace, Path.unlink
 def die(*_):
@@ -1041,7 +1041,7 @@ run = Path(sys.argv[sys.argv.index("--out") + 1])
 for fate in (
     lambda: setattr(losses, "centre_loss", die),
     lambda: when_it_is_written("checkpoint-000000004"),
-    lambda: setattr(t, "recalibrate", die),
+    lambda: setattr(loop, "recalibrate", die),
     lambda: when_it_is_written("model.safetensors"),
     before_the_last_checkpoint_is_deleted,
 ):
