@@ -1,4 +1,4 @@
-"""Standard error, for messages and progress bars that no result may depend on."""
+"""Standard error for messages and progress bars, whose failures must not affect results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 class Screen:
-    """Standard error for messages and progress bars; what it does not take is dropped, and no result depends on it."""
+    """A standard error that drops output instead of raising, when it is closed or broken."""
 
     def write(self, text: str) -> int:
         if sys.stderr is not None:
@@ -30,10 +30,10 @@ class Screen:
 
 
 def drop_output(stream: TextIO) -> None:
-    """Send what a stream does not take nowhere; Python would try, and complain, once more when it exits."""
+    """Discard a broken stream's output; otherwise Python retries at exit, and reports the failure."""
     try:
         stream.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

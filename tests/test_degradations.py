@@ -481,7 +481,7 @@ def test_composition_is_its_types_one_after_the_other(picture: torch.Tensor) -> 
     with pytest.raises(SettingsError, match="jpeg, jpeg2000 cannot be composed; expected at most one"):
         degrade_all(picture, ("jpeg", "jpeg2000"), 1, 0)
     for level in (0, 1):
-        with pytest.raises(SettingsError, match="no degradation is called 'jpg'"):
+        with pytest.raises(SettingsError, match="unknown degradation 'jpg'"):
             degrade_all(picture, ("jpg",), level, 0)
 
 
@@ -509,7 +509,7 @@ def test_impossible_compositions_are_refused() -> None:
     for counts, weights in (((1, 1), only_jpeg), ((), {}), ((0, 0), {}), ((1,), dict.fromkeys(DEGRADATIONS, 0.0))):
         with pytest.raises(SettingsError, match="groups with a weight above zero"):
             draw_types(rng, counts, weights)
-    with pytest.raises(SettingsError, match="no degradation is called 'jpg'; expected one of gaussian_blur"):
+    with pytest.raises(SettingsError, match="unknown degradation 'jpg'; expected one of gaussian_blur"):
         draw_types(rng, (1,), {"jpg": 2.0})
 
 
@@ -569,7 +569,7 @@ def test_a_second_bank_is_a_table_of_its_own() -> None:
     assert torch.equal(degrade_all(x, ["invert"], 2, 0, bank), degrade(x, "invert", 2, 0, bank))
     assert draw_types(random.Random(0), [1], {}, bank) == ("invert",)
     assert contact.contact_sheet(x[0], bank=bank, cell=32).size == (190 + 6 * 34, 24 + 34)
-    with pytest.raises(SettingsError, match="no degradation is called 'jpeg'; expected one of invert"):
+    with pytest.raises(SettingsError, match="unknown degradation 'jpeg'; expected one of invert"):
         degrade(x, "jpeg", 1, 0, bank)
     with pytest.raises(SettingsError, match="group is 'colour'; expected one of brightness change"):
         Degradation("colour", (1, 2, 3, 4, 5), invert)

@@ -1,13 +1,13 @@
 """The degradation bank of QualiCLIP's training: 24 types in 7 groups, each at five levels.
 
 Types and levels are those of ARNIQA (Agnolucci et al., arXiv:2310.14918), by QualiCLIP's group, after KADID-10k (Lin et
-al., QoMEX 2019). Where these sources give a description rather than a formula, the formula is ours and stands in the
-function's docstring.
+al., QoMEX 2019). Where these sources describe a type without a formula, the formula is ours and is in the function's
+docstring.
 
 A degradation is one function and one row of the table `DEGRADATIONS`. The function takes
 
     x: images (N, 3, H, W), float, RGB in 0..1, which it must not change,
-    a strength, in a unit that its docstring names,
+    a strength, in the unit given in its docstring,
     the generators of its random choices,
 
 and returns new images of the same shape on the same device; `degrade` clamps them to 0..1.
@@ -15,7 +15,7 @@ and returns new images of the same shape on the same device; `degrade` clamps th
 Random choices: with one generator, geometry (angle, direction, positions) is drawn once and shared by the N images
 (`shared_choices`), while patterns (noise, displacement) are drawn for each image (`own_choices`). With N generators
 every image draws all of its choices from its own. Generators that are seeded alike at every level of a stack make its
-levels share their choices. Generators live on the CPU, so that all devices agree.
+levels share their choices. Generators are on the CPU, so that results agree on all devices.
 
 To add a bank, such as one of camera faults: write a module beside this one with the functions and a table
 `CAMERA: dict[str, Degradation]`, and pass it as `bank=` to `degrade`, `degrade_all`, `draw_types`, `contact_sheet` and

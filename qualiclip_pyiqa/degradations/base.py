@@ -1,4 +1,4 @@
-"""What every degradation is, and the random choices and filters that degradations share."""
+"""The definition of a degradation, and the random choices and filters that degradations share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import SettingsError
 from ..optional import require
 
 LEVELS = 5
-# Groups of all banks, in the order in which types of several groups are applied: the scene first, the file last.
+# Groups of all banks, in the order in which a composition applies them: from the scene to the file.
 GROUP_ORDER = (
     "brightness change",
     "color distortion",
@@ -51,12 +51,12 @@ class Degradation:
             raise SettingsError(f"degradation group is {self.group!r}; expected one of {', '.join(GROUP_ORDER)}")
 
     def ordered(self, i: int, j: int) -> bool:
-        """Whether level j is known to be worse than level i, each from 0 to 5."""
+        """Return whether level j is known to be worse than level i, each from 0 to 5."""
         return i < j and any(i in chain and j in chain for chain in self.chains)
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Pairs of levels (i, j) of which j is known to be worse, 0 being pristine."""
+        """Pairs of levels (i, j), 0 being pristine, where j is known to be worse."""
         return [(i, j) for i, j in combinations(range(LEVELS + 1), 2) if self.ordered(i, j)]
 
     @property
@@ -75,7 +75,7 @@ def known(bank: Bank, name: str) -> Degradation:
         SettingsError: the bank has no type of that name.
     """
     if name not in bank:
-        raise SettingsError(f"no degradation is called {name!r}; expected one of {', '.join(bank)}")
+        raise SettingsError(f"unknown degradation {name!r}; expected one of {', '.join(bank)}")
     return bank[name]
 
 

@@ -1,4 +1,4 @@
-"""Compositions: several types at one level, applied one after the other."""
+"""Compositions: several types applied in turn, at one level."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draw_types(
     Args:
         rng: source of every choice.
         counts: relative frequencies of one, two, three... types.
-        weights: how often a type is drawn relative to the others; 1 for types without an entry.
+        weights: relative frequencies of the types; 1 for types without an entry.
         bank: the types to draw from.
 
     Returns:
