@@ -107,7 +107,7 @@ def test_usage_errors_have_status_2_and_write_nothing(
     for arguments, message in (
         ([folder, "-m", "qualiclipmini", "-o", out], "did you mean 'qualiclip-mini'"),
         ([folder, "-o", tmp_path / "s.xls"], "expected a table with one of .csv"),
-        ([folder, "--resume"], "name it with -o"),
+        ([folder, "--resume"], "pass -o FILE"),
         ([empty, "-o", out], "no images in"),
         ([folder, "--precision", "fp8", "-o", out], "expected one of fp32"),
         ([folder, "--batch-size", "0", "-o", out], "batch_size is 0"),
