@@ -67,3 +67,15 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_link_goes_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_metric_of_the_architecture_page_is_one() -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    names: dict = {}
+    exec(block, names)
+    x = names["torch"].full((2, 3, 48, 64), 0.25)
+    assert names["Brightness"]()(x).flatten().tolist() == [0.25, 0.25]
+    (record,) = names["Scorer"]({"brightness": names["Brightness"]()}, device="cpu", workers=0).score([x[0]])
+    assert record.scores == {"brightness": 0.25}

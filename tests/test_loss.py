@@ -111,10 +111,14 @@ def test_refuses_what_it_cannot_be() -> None:
         QualityLoss(pyiqa.create_metric("psnr", device="cpu"))
 
     class Unbounded(nn.Module):
-        score_range = None
+        score_range: str | None = None
 
-    with pytest.raises(SettingsError, match="best score"):
-        QualityLoss(Unbounded())
+    for score_range in (None, "0", "0, inf", "0, nan", "low, high"):
+        Unbounded.score_range = score_range
+        with pytest.raises(SettingsError, match=f"score_range is {score_range!r}; expected .* best score"):
+            QualityLoss(Unbounded())
+    with pytest.raises(SettingsError, match=r"metric is 'qualiclip-mini'; expected a metric, such as pyiqa\.create"):
+        QualityLoss("qualiclip-mini")  # type: ignore[arg-type]
 
 
 def test_lower_better_metrics_keep_their_sign() -> None:

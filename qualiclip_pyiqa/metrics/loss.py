@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class QualityLoss(nn.Module):
         -> scalar: `best - mean score`, so `1 - mean score` for scores in 0..1; `mean score - best` if lower is better.
 
     Raises:
-        SettingsError: a full-reference metric, or one whose best score is unknown.
+        SettingsError: not a metric, a full-reference metric, or one whose best score is unknown or infinite.
 
     Example:
         >>> import pyiqa, torch
@@ -38,14 +39,23 @@ class QualityLoss(nn.Module):
 
     def __init__(self, metric: nn.Module) -> None:
         super().__init__()
+        if not isinstance(metric, nn.Module):
+            raise SettingsError(
+                f"metric is {metric!r}; expected a metric, such as pyiqa.create_metric('qualiclip-mini')"
+            )
         if getattr(metric, "metric_mode", "NR") != "NR":
             raise SettingsError(f"{getattr(metric, 'metric_name', metric)} needs a reference; expected an NR metric")
-        bounds = str(getattr(metric, "score_range", None)).split(",")
+        score_range = getattr(metric, "score_range", None)
+        bounds = str(score_range).split(",")
         self.lower_better = bool(getattr(metric, "lower_better", False))
         try:
             self.best = float(bounds[0] if self.lower_better else bounds[1])
         except (ValueError, IndexError):
-            raise SettingsError(f"score_range is {bounds}; expected a metric with a known best score") from None
+            self.best = math.nan
+        if not math.isfinite(self.best):
+            raise SettingsError(
+                f"score_range is {score_range!r}; expected a metric whose best score is known and finite"
+            )
         network = copy.deepcopy(getattr(metric, "net", metric)).eval().requires_grad_(False)
         # A tuple hides the network from parameters(), state_dict(), train(), DDP and FSDP.
         self._unregistered: tuple[nn.Module] = (network,)
