@@ -54,7 +54,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_table_summary_and_status(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_summary_and_status(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "s.csv"
     assert score(folder, "-m", "qualiclip-mini", "-m", "piqe", "-o", out) == 0
     with out.open(newline="") as file:
@@ -74,7 +76,10 @@ def test_table_summary_and_status(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "piqe (lower is better)" in captured.err
     assert "skipped in folders: 1 files without the suffix of an image" in captured.err
     assert "skipped in folders: 1 hidden entries" in captured.err
-    assert "5/5" in captured.err  # the progress bar
+    assert "\r" not in captured.err and "5/5" not in captured.err  # a progress bar is for terminals
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert score(folder, "-m", "qualiclip-mini", "-m", "piqe", "-o", out, "--resume") == 0
+    assert "5/5" in capsys.readouterr().err
 
 
 def test_stdout_and_stdin(

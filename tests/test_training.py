@@ -630,6 +630,7 @@ def test_the_result_does_not_depend_on_the_screen(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(full, "isatty", lambda: True)  # else there are no progress bars
         monkeypatch.setattr(sys, "stderr", full)
         assert trainer.train(short(), folder, tmp_path / "run").is_file()
 

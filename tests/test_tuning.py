@@ -421,6 +421,7 @@ def test_the_result_does_not_depend_on_the_screen(
 ) -> None:
     recipe = dataclasses.replace(QUICK["official"], epochs=1)
     with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(full, "isatty", lambda: True)  # else there are no progress bars
         monkeypatch.setattr(sys, "stderr", full)
         assert tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe, validation=0.4).is_file()
 

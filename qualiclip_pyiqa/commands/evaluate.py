@@ -159,7 +159,7 @@ def _scorer(arguments: argparse.Namespace, metrics: list[str]) -> Scorer:
 def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
     from tqdm import tqdm
 
-    return iter(tqdm(records, total=total, unit="image", file=Screen()))
+    return iter(tqdm(records, total=total, unit="image", file=Screen(), disable=None))
 
 
 def _settings(settings: Mapping[str, Any] | None, errors: Mapping[str, str]) -> dict[str, Any]:

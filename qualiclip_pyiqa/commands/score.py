@@ -153,7 +153,7 @@ def _fill(
     names = chain.from_iterable(files[path].names if path in files else [path] for path in found.paths)
     todo = [name for name in names if is_new(name)]
     total = summary.rows + len(failed) + len(todo)
-    with tqdm(total=total, initial=summary.rows, unit="image", file=Screen()) as bar:
+    with tqdm(total=total, initial=summary.rows, unit="image", file=Screen(), disable=None) as bar:
         for record in chain(failed, score(todo) if todo else ()):
             table.write([record])
             summary.add(record)

@@ -201,7 +201,7 @@ def _scores(metric: str, ratings: Ratings) -> list[float]:
 
     scores = []
     records = Scorer(metric, ignore_orientation=True, ignore_profile=True).score(ratings.paths)
-    for record in tqdm(records, desc=metric, total=len(ratings.paths), unit="image", file=Screen()):
+    for record in tqdm(records, desc=metric, total=len(ratings.paths), unit="image", file=Screen(), disable=None):
         if record.error is not None:
             raise ImageError(record.error)
         scores += record.scores.values()

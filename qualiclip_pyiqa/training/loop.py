@@ -145,7 +145,12 @@ class Run:
     def _train(self) -> None:
         config, progress = self.config, self.progress
         bar = tqdm(
-            total=config.steps, initial=progress.step, desc="steps", file=Screen(), disable=not self.main, unit="step"
+            total=config.steps,
+            initial=progress.step,
+            desc="steps",
+            file=Screen(),
+            disable=not self.main or None,
+            unit="step",
         )
         batches = self._batches(progress.step)
         began = time.monotonic() - progress.seconds

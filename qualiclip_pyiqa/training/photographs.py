@@ -98,7 +98,7 @@ def split_photographs(
         SettingsError: too few photographs, or `repeat` names what is not there. ImageError: one cannot be opened.
     """
     paths, smallest = list_photographs(pristine, exclude), config.smallest_photograph
-    watched = tqdm(paths, desc="photographs", file=Screen(), leave=False, disable=quiet)
+    watched = tqdm(paths, desc="photographs", file=Screen(), leave=False, disable=quiet or None)
     large = [path for path in watched if shorter_side(path) >= smallest]
     if len(large) < len(paths) and not quiet:
         log.warning("left out %d photographs with a side under %d pixels", len(paths) - len(large), smallest)
@@ -135,5 +135,5 @@ def read_photograph(path: Path) -> Tensor:
 
 def read_energies(paths: Sequence[Path], silent: bool = False) -> Tensor:
     """Compute `towers.mini.log_energies` of photographs as they are -> (N, ENERGIES)."""
-    watched = tqdm(paths, desc="undistorted", unit="image", file=Screen(), leave=False, disable=silent)
+    watched = tqdm(paths, desc="undistorted", unit="image", file=Screen(), leave=False, disable=silent or None)
     return torch.cat([log_energies(read_photograph(path)[None].float() / 255) for path in watched])

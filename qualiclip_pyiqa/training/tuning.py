@@ -120,7 +120,7 @@ def _learn(
     per_epoch = len(targets) // min(recipe.batch, len(targets))
     sums: dict[str, float] = {}
     step = 0
-    with tqdm(total=recipe.epochs * per_epoch, desc="tune", unit="step", file=Screen()) as bar:
+    with tqdm(total=recipe.epochs * per_epoch, desc="tune", unit="step", file=Screen(), disable=None) as bar:
         for draw, features in zip(_plan(len(targets), recipe), batches, strict=True):
             epoch, step = step // per_epoch, step + 1
             for group in optimiser.param_groups:
@@ -268,7 +268,9 @@ def _whole_features(net: PromptIQA, paths: Sequence[Path], what: str, mirror: bo
     device = net.prompt_features.device
     rows = [
         net.features((rgb.flip(-1) if mirror else rgb)[None].to(device))
-        for rgb in tqdm(_ahead(load_image, paths), what, len(paths), unit="image", file=Screen(), leave=False)
+        for rgb in tqdm(
+            _ahead(load_image, paths), what, len(paths), unit="image", file=Screen(), leave=False, disable=None
+        )
     ]
     return torch.cat(rows) if rows else torch.empty(0, device=device)
 

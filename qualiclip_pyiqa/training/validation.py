@@ -62,7 +62,7 @@ class Validation:
                 .mul(255)
                 .round()
                 .to(torch.uint8)
-                for name in tqdm(self.names, desc="validation set", file=Screen(), leave=False)
+                for name in tqdm(self.names, desc="validation set", file=Screen(), leave=False, disable=None)
             ]
         )
 
@@ -87,7 +87,7 @@ def rated_srcc(tower: nn.Module, aligned: Aligned, ratings: Ratings) -> float | 
     device = aligned.anchors.device
     scale = math.exp(aligned.logit_scale) / float(aligned.metadata["temperature"])
     scores = []
-    for path in tqdm(ratings.paths, desc="rated images", file=Screen(), leave=False):
+    for path in tqdm(ratings.paths, desc="rated images", file=Screen(), leave=False, disable=None):
         features = tower(load_image(path)[None].to(device))
         scores.append(float(positive_probabilities(features, aligned.anchors, scale).mean()))
     return correlations(scores, ratings)[0]
