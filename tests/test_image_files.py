@@ -30,8 +30,9 @@ from image_bytes import (
     with_chunks,
 )
 from PIL import Image, ImageCms, ImageFile
+from pyiqa import create_metric
 
-from qualiclip_pyiqa import Scorer, load_image
+from qualiclip_pyiqa import Scorer, as_batch, load_image
 from qualiclip_pyiqa.commands.cli import main
 from qualiclip_pyiqa.errors import ImageError
 from qualiclip_pyiqa.images import formats, jxl
@@ -94,6 +95,57 @@ def test_no_program_is_started_for_an_image(suffix: str, ghostscript: Path, tmp_
     assert main(["score", str(file), "-m", "qualiclip-mini", "-o", str(table), "--workers", "0"]) == 1
     assert "is not an image" in table.read_text()
     assert not ghostscript.exists()
+
+
+def test_no_program_is_started_for_a_pil_image(ghostscript: Path, tmp_path: Path) -> None:
+    """One that the caller opened, and that would be loaded here."""
+    file = tmp_path / "eps.jpg"
+    file.write_bytes(EPS)
+    metric, expected = create_metric("qualiclip-mini"), r"is not an image of a supported format \(EPS\)"
+    for use in (metric, load_image, as_batch, read_pixels):
+        with pytest.raises(ImageError, match=rf"eps\.jpg {expected}"), Image.open(file) as image:
+            use(image)  # type: ignore[operator]
+    with pytest.raises(ImageError, match=f"PIL image {expected}"):
+        load_image(Image.open(io.BytesIO(EPS)), allow_truncated=True)
+    for workers in (0, 1):
+        images = [Image.open(io.BytesIO(EPS)), Image.open(file)]
+        records = list(Scorer(["qualiclip-mini"], workers=workers).score(images))
+        assert len(records) == 2 and all("format (EPS)" in record.error for record in records)
+    assert not ghostscript.exists()
+
+
+def test_a_handler_of_another_package_is_not_called_for_a_pil_image() -> None:
+    """Pillow's stubs, such as HDF5, have no pixels of their own."""
+    from PIL import Hdf5StubImagePlugin
+
+    class Handler:
+        def open(self, image: Any) -> None:
+            image._size = (64, 64)
+
+        def load(self, image: Any) -> Image.Image:
+            raise AssertionError("was called")
+
+    Hdf5StubImagePlugin.register_handler(Handler())  # type: ignore[arg-type]
+    try:
+        image = Image.open(io.BytesIO(b"\x89HDF\r\n\x1a\n" + bytes(64)))
+        with pytest.raises(ImageError, match=r"supported format \(HDF5\)"):
+            load_image(image)
+    finally:
+        Hdf5StubImagePlugin.register_handler(None)
+
+
+def test_pil_images_of_other_formats_are_fine_once_loaded() -> None:
+    file = io.BytesIO()
+    Image.fromarray(GREY.astype(np.float32) / 255).save(file, "SPIDER")
+    image = Image.open(file)
+    with pytest.raises(ImageError, match=r"supported format \(SPIDER\); call its load"):
+        load_image(image)
+    image.load()
+    assert np.allclose(grey_of(image), GREY / 255)
+    several = io.BytesIO()
+    Image.fromarray(RGB).save(several, "MPO", save_all=True, append_images=[Image.fromarray(RGB)])
+    image = Image.open(several)
+    assert image.format == "MPO" and load_image(image).shape == (3, 40, 48)
 
 
 def test_pillow_opens_no_image_of_ours_by_itself() -> None:

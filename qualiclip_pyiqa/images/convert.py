@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..errors import ImageError, SettingsError, one_line
 from . import decode, jxl, png
-from .formats import RefusedError, open_image, plugin_format
+from .formats import RefusedError, check_opened, open_image, plugin_format
 
 MIN_SIDE = 32  # pixels; CLIP's ResNets halve an image five times
 EncodedSource: TypeAlias = str | os.PathLike[str] | bytes
@@ -90,6 +90,7 @@ def read_pixels(source: PixelSource, rules: ReadRules | None = None) -> np.ndarr
 
     if isinstance(source, Image.Image):
         with _one_line(name), decode.strictly():
+            check_opened(source)
             return decoded(source)
     with _opened(source, name) as file, _one_line(name), decode.strictly():
         return _read(file, name, rules, decoded)

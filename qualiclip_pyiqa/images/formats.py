@@ -111,6 +111,22 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
     raise RefusedError("is not an image of a supported format")
 
 
+def check_opened(image: Image.Image) -> None:
+    """Refuse to load an image that Pillow itself opened in a format that `open_image` does not try.
+
+    Images that are already loaded, that were never in a file, or that another package's plug-in opened, pass.
+
+    Raises:
+        RefusedError: loading it would run code that no listed format runs, such as Ghostscript for EPS.
+    """
+    waiting = isinstance(image, ImageFile.StubImageFile) or (isinstance(image, ImageFile.ImageFile) and image.tile)
+    # An MPO file is a JPEG file that is followed by others.
+    if waiting and is_pillows(type(image)) and image.format not in (*FORMATS, "MPO"):
+        raise RefusedError(
+            f"is not an image of a supported format ({image.format}); call its load() first if you trust it"
+        )
+
+
 def plugin_format(prefix: bytes) -> str | None:
     """Return which of `PLUGINS` a file is, judging by its first 64 bytes; None if it is none of them.
 
