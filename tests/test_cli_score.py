@@ -82,6 +82,24 @@ def test_table_summary_and_status(
     assert "5/5" in capsys.readouterr().err
 
 
+def test_summary_of_repeated_names_and_few_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s.csv"
+    pattern = folder / "nope*.jpg"
+    again = f"{folder}/./1.png"  # another spelling
+    assert score(folder, folder, folder / "0.png", again, folder / "sub", pattern, "-o", out, "--workers", 0) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(rows(out)) == 6 and rows(out)[0] == Record(str(pattern), error=f"no file matches the pattern {pattern}")
+    assert "left out: 3 repeated names (each image is scored once)" in lines
+    worst, best = (next(line for line in lines if line.startswith(f"  {what}: ")) for what in ("worst", "best"))
+    assert (worst.count(str(folder)), best.count(str(folder))) == (2, 3)
+    assert all((worst + best).count(str(row.path)) == 1 for row in rows(out)[1:])
+    assert score(folder / "0.png", "-o", tmp_path / "one.csv", "--workers", 0) == 0
+    said = capsys.readouterr().err
+    assert "worst" not in said and "best: " in said and "left out" not in said
+
+
 def test_stdout_and_stdin(
     folder: Path, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +130,8 @@ def test_usage_errors_have_status_2_and_write_nothing(
     for arguments, message in (
         ([folder, "-m", "qualiclipmini", "-o", out], "did you mean 'qualiclip-mini'"),
         ([folder, "-o", tmp_path / "s.xls"], "expected a table with one of .csv"),
+        (["nope*.jpg", "-o", out], "no file matches the pattern nope*.jpg"),
+        (["s3://bucket/photos", "-o", out], "s3://bucket/photos is a URL; pass --engine ray"),
         ([folder, "--resume"], "pass -o FILE"),
         ([empty, "-o", out], "no images in"),
         ([folder, "--precision", "fp8", "-o", out], "expected one of fp32"),

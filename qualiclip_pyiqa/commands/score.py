@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -85,13 +86,20 @@ def run(arguments: argparse.Namespace) -> int:
         check_suffix(arguments.output)
     elif arguments.resume:
         raise SettingsError("--resume needs the table to continue; pass -o FILE")
-    names = _names(arguments.paths, arguments.null)
+    if arguments.engine != "ray":
+        url = next((path for path in arguments.paths if "://" in path and not os.path.lexists(path)), None)
+        if url is not None:
+            raise SettingsError(f"{url} is a URL; pass --engine ray to score images in an object store")
+    unmatched: list[str] = []
+    names = _names(arguments.paths, arguments.null, unmatched)
     if arguments.engine == "ray":
         from ..scoring.ray import expand_urls
 
         names = expand_urls(names)
     found = find_images(names)
     if not found.paths and not found.unreadable:
+        if unmatched:
+            raise SettingsError(f"no file matches the pattern {source_name(unmatched[0])}")
         counts = {"files are not images": found.others, "entries are hidden": found.hidden}
         skipped = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         raise SettingsError(f"no images in {', '.join(arguments.paths)}{f' ({skipped})' if skipped else ''}")
@@ -105,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     summary = Summary(engine.columns, engine.lower_better)
     try:
         with _table(arguments, engine) as table:
-            _fill(table, found, files, engine.score, summary)
+            _fill(table, found, unmatched, files, engine.score, summary)
     except KeyboardInterrupt:
         kept = _how_to_resume(arguments.output, summary)
         say(f"qualiclip: stopped after {summary.rows} rows{kept}")
@@ -128,11 +136,12 @@ def _table(arguments: argparse.Namespace, engine: Engine) -> ScoreTable | CsvStr
 def _fill(
     table: ScoreTable | CsvStream,
     found: FoundPaths,
+    unmatched: Iterable[str],
     files: Mapping[str, ParquetImages],
     score: Score,
     summary: Summary,
 ) -> None:
-    """Score the images that the table lacks, each once."""
+    """Score the images that the table lacks, each once; patterns that match nothing become rows with an error."""
     from tqdm import tqdm
 
     done = set()
@@ -140,18 +149,21 @@ def _fill(
         done.add(table.key(record.path))
         summary.add(record)
 
-    def is_new(path: str) -> bool:
-        count = len(done)
-        done.add(table.key(path))
-        return len(done) > count
-
-    failed = [
-        Record(folder, error=f"{source_name(folder)} cannot be listed ({why}); expected a folder that can be read")
+    errors = {
+        folder: f"{source_name(folder)} cannot be listed ({why}); expected a folder that can be read"
         for folder, why in found.unreadable.items()
-        if is_new(folder)
-    ]
-    names = chain.from_iterable(files[path].names if path in files else [path] for path in found.paths)
-    todo = [name for name in names if is_new(name)]
+    } | {pattern: f"no file matches the pattern {source_name(pattern)}" for pattern in unmatched}
+    failed = [Record(path, error=error) for path, error in errors.items() if table.key(path) not in done]
+    todo = []
+    listed = set()
+    summary.repeated = found.repeated
+    for name in chain.from_iterable(files[path].names if path in files else [path] for path in found.paths):
+        key = table.key(name)
+        if key in listed:
+            summary.repeated += 1
+        elif key not in done:
+            todo.append(name)
+        listed.add(key)
     total = summary.rows + len(failed) + len(todo)
     with tqdm(total=total, initial=summary.rows, unit="image", file=Screen(), disable=None) as bar:
         for record in chain(failed, score(todo) if todo else ()):
@@ -191,13 +203,21 @@ def _how_to_resume(output: Path | None, summary: Summary) -> str:
     return f"; the rows in {output} are kept, --resume continues" if output and summary.rows else ""
 
 
-def _names(arguments: Iterable[str], null: bool) -> Iterator[str]:
-    """Yield the paths of the arguments, after expanding patterns, and `-` to the list on standard input."""
+def _names(arguments: Iterable[str], null: bool, unmatched: list[str]) -> Iterator[str]:
+    """Yield the paths of the arguments, after expanding patterns, and `-` to the list on standard input.
+
+    Patterns that match nothing are added to `unmatched` instead.
+    """
     for argument in arguments:
         if argument == "-":
             yield from _listed(sys.stdin.buffer.read(), null)
+            continue
+        names = matches(argument)
+        is_name = "://" in argument or not glob.has_magic(argument) or os.path.lexists(argument)
+        if names == [argument] and not is_name:
+            unmatched.append(argument)
         else:
-            yield from matches(argument)
+            yield from names
 
 
 def _listed(data: bytes, null: bool) -> list[str]:

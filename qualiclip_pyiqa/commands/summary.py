@@ -25,6 +25,7 @@ class Summary:
     def __init__(self, columns: Sequence[str], lower_better: Mapping[str, bool]) -> None:
         self.rows = 0
         self.errors = 0
+        self.repeated = 0  # names of images that other names name too
         self._lower_better = lower_better
         self._first_errors: list[str] = []
         self._scores = {column: array("d") for column in columns}
@@ -51,6 +52,8 @@ class Summary:
             yield f"skipped in folders: {others} files without the suffix of an image"
         if hidden:
             yield f"skipped in folders: {hidden} hidden entries (name them explicitly to score them)"
+        if self.repeated:
+            yield f"left out: {self.repeated} repeated names (each image is scored once)"
         for column, scores in self._scores.items():
             if scores:
                 yield from self._column(column, np.asarray(scores))
@@ -60,5 +63,8 @@ class Summary:
         marks = " ".join(f"{q:.0%} {v:.4f}" for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True))
         yield f"{column} ({better} is better): count {len(scores)}, mean {np.mean(scores):.4f}; quantiles {marks}"
         ranked = sorted(zip(scores, self._paths[column], strict=True), reverse=better == "lower")
-        for what, rows in (("worst", ranked[:EXTREMES]), ("best", ranked[::-1][:EXTREMES])):
-            yield f"  {what}: " + ", ".join(f"{score:.4f} {source_name(path)}" for score, path in rows)
+        worst = ranked[: min(EXTREMES, len(ranked) // 2)]
+        best = ranked[len(worst) :][::-1][:EXTREMES]
+        for what, rows in (("worst", worst), ("best", best)):
+            if rows:
+                yield f"  {what}: " + ", ".join(f"{score:.4f} {source_name(path)}" for score, path in rows)

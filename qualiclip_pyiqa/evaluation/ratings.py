@@ -138,6 +138,8 @@ def _read(table: Path, *wanted: str | None) -> tuple[list[str], str, list[tuple[
         raise _unreadable(table, error.strerror or error) from error
     except UnicodeDecodeError as error:
         raise _unreadable(table, error) from error
+    if not text.strip():
+        raise SettingsError(f"{table} is empty; expected a CSV file with a header, such as image,mos")
     try:
         names, delimiter = _header(text, wanted)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)

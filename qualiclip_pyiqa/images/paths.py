@@ -33,12 +33,14 @@ class FoundPaths:
         unreadable: folder that cannot be listed -> reason.
         others: number of files skipped in folders because their suffix is not an image's.
         hidden: number of hidden files and folders skipped in folders; a folder counts once.
+        repeated: number of names left out since they were found or given before.
     """
 
     paths: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     others: int = 0
     hidden: int = 0
+    repeated: int = 0
 
 
 def find_images(arguments: Iterable[str]) -> FoundPaths:
@@ -53,11 +55,16 @@ def find_images(arguments: Iterable[str]) -> FoundPaths:
     found = FoundPaths()
     seen: _Seen = set()
     paths: dict[str, None] = {}
+    folders: set[str] = set()
     for argument in arguments:
         if os.path.isdir(argument):
-            paths.update(dict.fromkeys(_walk(argument, found, seen)))
+            found.repeated += argument in folders
+            folders.add(argument)
+            names = list(_walk(argument, found, seen))
         else:
-            paths[argument] = None
+            names = [argument]
+        found.repeated += sum(name in paths for name in names)
+        paths.update(dict.fromkeys(names))
     found.paths = list(paths)
     return found
 
