@@ -39,7 +39,7 @@ def tower_of(name: str, state: dict[str, torch.Tensor], pos_embedding: bool) -> 
 
 
 def build(name: str, folder: Path, **more: object) -> OpenCLIPIQA:
-    return OpenCLIPIQA("clipiqa", **({"backbone": name, "weights": folder / f"{name}.pt"} | more)).eval()
+    return OpenCLIPIQA(**{"model_type": "clipiqa", "backbone": name, "weights": folder / f"{name}.pt", **more}).eval()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -201,7 +201,9 @@ def test_a_tower_for_one_size_is_refused(name: str) -> None:
 def test_what_cannot_be_is_one_clear_line(families_folder: Path, tmp_path: Path) -> None:
     def refused(kind: type[Exception], said: str, name: str, **more: object) -> None:
         with pytest.raises(kind, match=said) as caught:
-            OpenCLIPIQA(backbone=name, **({"weights": families_folder / f"{name}.pt"} | more))
+            OpenCLIPIQA(
+                **{"model_type": "clipiqa", "backbone": name, "weights": families_folder / f"{name}.pt", **more}
+            )
         assert "\n" not in str(caught.value)
 
     refused(SettingsError, "takes no learned context", "tiny-siglip", model_type="clipiqa+", pretrained=False)
