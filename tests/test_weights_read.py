@@ -62,8 +62,52 @@ def test_hostile_pickles_are_refused_and_not_run(kind: str, tmp_path: Path, monk
             archive.writestr(f"{root}/code/__torch__.py", "")
     message = refusal(lambda: read(file), str(file))
     assert not marker.exists()
-    if kind in ("zip.pth", "legacy.pth", "x.pt"):
-        assert "refused" in message and "system" in message
+    if not kind.startswith(("x.safetensors", "script")):
+        assert "is refused without executing any of it" in message
+        assert "system" in message or kind.startswith("bare")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("content", [{"a": 1}, CLIP_STATE, print])
+def test_a_pickle_that_torch_did_not_write_is_refused_in_one_plain_line(
+    content: Any, protocol: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = tmp_path / "model.pth"
+    file.write_bytes(pickle.dumps(content, protocol=protocol))
+    message = refusal(lambda: read(file), str(file))
+    assert "is refused without executing any of it" in message and "torch.save" in message
+    assert "weights_only" not in message and len(message) < len(str(file)) + 200
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_torch_cannot_read_safely_is_refused_in_one_plain_line(zipped: bool, tmp_path: Path) -> None:
+    file = tmp_path / "model.pth"
+    torch.save(CLIP_STATE, file, pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    message = refusal(lambda: read(file), str(file))
+    assert "is refused without executing any of it" in message and "Unsupported operand" in message
+    assert "weights_only" not in message and len(message) < len(str(file)) + 200
+
+
+def test_the_old_format_of_torch_is_read_whatever_its_protocol(tmp_path: Path) -> None:
+    for protocol in (2, 3):
+        file = tmp_path / f"{protocol}.pth"
+        torch.save(CLIP_STATE, file, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert set(read(file).tensors) == set(CLIP_STATE)
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"not found", b"\x80", b"PK\3\4 cut short", b"(lp0\n."])
+def test_other_files_are_said_to_be_no_weight_file(
+    content: bytes, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = tmp_path / "model.pth"
+    file.write_bytes(content)
+    message = refusal(lambda: read(file), str(file))
+    assert "is damaged or not a weight file" in message and "weights_only" not in message
+    assert not recwarn.list
 
 
 class Block(torch.nn.Module):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _MAX_ARCHIVE = 4 * 2**30  # bytes; OpenAI's largest archive has 1.3 GB
 _SMALL = 2**26  # bytes of tensors allowed in any file, however small
+# The number with which `torch.save` starts files of its old format, as pickle encodes it; at most 15 bytes precede it.
+_TORCH_MAGIC = b"\x8a\n" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,15 @@ def _read_torch(opened: OpenFile) -> Any:
 
     with _refuse_damaged(opened):
         opened.file.seek(0)
+        start = opened.file.read(32)
+        if not start.startswith(b"PK") and _TORCH_MAGIC not in start:  # torch.load would unpickle anything
+            if re.match(rb"\x80[\x02-\x05]", start):
+                raise WeightsError(
+                    f"{opened.path} is refused without executing any of it: it is a plain pickle; save the state dict "
+                    "with torch.save or as safetensors"
+                )
+            raise ValueError("neither safetensors nor written by torch.save")
+        opened.file.seek(0)
         zipped = zipfile.is_zipfile(opened.file)
         opened.file.seek(0)
         if not zipped:  # the legacy format cannot be memory-mapped
@@ -182,12 +193,12 @@ def _refuse_damaged(opened: OpenFile) -> Iterator[None]:
     except (WeightsError, MemoryError):
         raise
     except Exception as error:
-        # torch's message first explains at length how to disable the protection; only this line names the cause.
-        unsafe = re.search(r"(?i)unsupported (global|class)[^\n]*", str(error))
+        # torch's message first explains at length how to disable the protection; only one line names the cause.
+        unsafe = re.search(r"(?i)unsupported (global|class)[^\n]*|(?<=WeightsUnpickler error:)\s*[^\n]+", str(error))
         if unsafe and isinstance(error, pickle.UnpicklingError):
             raise WeightsError(
-                f"{opened.path} is refused without executing any of it: the pickle holds more than tensors "
-                f"({one_line(unsafe[0])[:300]})"
+                f"{opened.path} is refused without executing any of it: torch's safe unpickler does not accept it "
+                f"({one_line(unsafe[0].strip())[:300]})"
             ) from error
         cause = f"{type(error).__name__}: {reason(error)}".replace(opened.name, opened.path.name)
         raise WeightsError(f"{opened.path} is damaged or not a weight file ({cause}); fetch it again") from error
