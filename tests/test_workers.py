@@ -53,7 +53,7 @@ def pillow_as_it_was() -> Iterator[None]:
     Image.init()
     openers, names = dict(Image.OPEN), list(Image.ID)
     register_faults()
-    workers._no_workers.cache_clear()
+    workers._logged.clear()
     yield
     Image.ID[:] = names
     Image.OPEN.clear()
@@ -352,6 +352,25 @@ def test_a_plug_in_whose_import_fails_there_is_used_here(
     Image.register_open(FORMAT, shy.opener, accept_fault)
     assert all(map(is_grey, decoded([fault("kill")] * 3)))
     assert len(caplog.records) == 1 and ": RuntimeError: not here" in caplog.text
+
+
+def test_a_reason_is_logged_once_though_several_threads_find_it_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Slow(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            time.sleep(0.2)
+            return True
+
+    slow = Slow()
+    workers.logger.addFilter(slow)
+    try:
+        threads = [threading.Thread(target=workers._no_workers, args=("a reason",)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        workers.logger.removeFilter(slow)
+    assert len(caplog.records) == 1 and "a reason" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ the image that killed it is known. Workers never import torch or the user's main
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -32,6 +31,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 #: Seconds that a worker has to start, or the time per image if that is longer.
 START_TIMEOUT = 60.0
+
+_logged: dict[str, object] = {}  # reasons why no workers can be started, each logged once
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,10 @@ def usable_workers(wanted: int) -> int:
     return wanted
 
 
-@functools.cache  # log each reason once
 def _no_workers(why: str) -> int:
-    logger.warning("decoding in this process, without a time limit, because no workers can be started: %s", why)
+    this_call = object()
+    if _logged.setdefault(why, this_call) is this_call:  # atomic: several threads find the same reason at once
+        logger.warning("decoding in this process, without a time limit, because no workers can be started: %s", why)
     return 0
 
 
