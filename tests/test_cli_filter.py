@@ -102,8 +102,8 @@ def test_filter_keeps_rows_and_copies(
     assert keep(tmp_path / "s.csv", "--best", 1, "--copy", tmp_path / "more") == 1
     assert "cannot be copied" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "more").rglob("*") if path.is_file()]
-    assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "nowhere" / "k.csv") == 1
-    assert capsys.readouterr().err.endswith("k.csv cannot be written (No such file or directory)\n")
+    assert keep(tmp_path / "s.csv", "--best", 1, "-o", tmp_path / "nowhere" / "k.csv") == 2
+    assert capsys.readouterr().err.endswith("k.csv cannot be written: " + f"{tmp_path}/nowhere is not a folder\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for suffix in (".csv", ".jsonl", ".parquet"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))

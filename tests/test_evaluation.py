@@ -405,6 +405,8 @@ def test_names_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (("--gmad", "a", "a", "DIR"), "--gmad a is given twice; expected different metrics"),
+        (("--degradations", "DIR", "-m", "a", "-m", "a"), "-m a is given twice"),
         (("--gmad", "a", "b", "DIR", "-m", "piqe"), "-m has no effect with --gmad; leave it out"),
         (("--gmad", "a", "b", "DIR", "--images", "DIR"), "--images has no effect with --gmad"),
         (("--gmad", "a", "b", "DIR", "--limit", "3"), "--limit has no effect with --gmad"),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pyiqa
@@ -22,7 +23,7 @@ from synthetic import synthetic_photograph
 from test_archs import build
 
 from qualiclip_pyiqa import load_image
-from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.errors import SettingsError, WeightsError
 from qualiclip_pyiqa.scoring.description import describe_metric
 from qualiclip_pyiqa.scoring.network import BATCH_PIXELS, freezing
 from qualiclip_pyiqa.scoring.scorer import Scorer
@@ -375,12 +376,44 @@ def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (
+            URLError(ConnectionRefusedError(111, "Connection refused")),
+            WeightsError,
+            r"^metric brisque cannot be built \(URLError: <.*Connection refused>\); check the network, or",
+        ),
+        (ImportError("No module\nnamed 'x'"), SettingsError, r"\(ImportError: No module named 'x'\); see pyiqa's"),
+        (WeightsError("as it is"), WeightsError, "^as it is$"),
+    ],
+)
+def test_a_metric_of_another_package_that_cannot_be_built(
+    failure: Exception,
+    kind: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        print("Downloading")
+        raise failure
+
+    monkeypatch.setattr("pyiqa.create_metric", failing)
+    with pytest.raises(kind, match=message) as caught:
+        Scorer("brisque", device="cpu")
+    assert "\n" not in str(caught.value)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "Downloading\n")  # a table may be on standard output
+
+
+@pytest.mark.parametrize(
     ("metrics", "options", "message"),
     [
         ("qualiclip-min", {}, "did you mean 'qualiclip-mini'"),
         ("zzz", {}, "unknown metric 'zzz' "),
         ([], {}, "no metric was given"),
         ("psnr", {}, "needs a reference"),
+        ("nope.safetensors", {}, "nope.safetensors does not exist; expected a metric's name or"),
         (["qualiclip-mini", "qualiclip-mini"], {}, "two metrics have the same name"),
         ([5], {}, "metric is of type int"),
         ("qualiclip-mini", {"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),

@@ -81,6 +81,21 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in READ_OPTIONS if getattr(arguments, name) is not None}
 
 
+def check_output(path: Path) -> None:
+    """Raise SettingsError if a file cannot be written for want of its folder, or since it is a folder itself."""
+    if not path.parent.is_dir():
+        raise SettingsError(f"{path} cannot be written: {path.parent} is not a folder")
+    if path.is_dir():
+        raise SettingsError(f"{path} cannot be written: it is a folder")
+
+
+def check_different(option: str, names: Sequence[str]) -> None:
+    """Raise SettingsError if an option names the same metric twice."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingsError(f"{option} {twice} is given twice; expected different metrics")
+
+
 def refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> None:
     """Raise SettingsError if one of these options was given, because it has no effect `where`."""
     given = next((name for name in names if getattr(arguments, name) is not None), None)

@@ -11,7 +11,9 @@
     qualiclip weights verify [NAME...]               check local files; with --ratings, also published scores
     qualiclip --version                              versions of the package, pyiqa and torch
 
-Exit status: 0 success, 1 something is missing or wrong, 2 wrong usage, 130 stopped by Ctrl-C.
+Exit status: 0 success; 1 some images could not be scored, weights are missing, or a file could not be read or written
+to its end; 2 wrong usage, such as an unknown option or metric, or a file or folder that does not exist; 130 stopped by
+Ctrl-C.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from . import (
     add_metric_option,
     add_rating_options,
     add_read_options,
+    check_different,
+    check_output,
     rated,
     read_options,
     refuse,
@@ -109,11 +111,12 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("levels", "limit"):
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise SettingsError(f"--{name} is {number}; expected at least 1")
+    check_different("-m", arguments.metric or ())
+    if arguments.gmad is not None:
+        check_different("--gmad", arguments.gmad[:2])
     for path in (arguments.json, arguments.plot):
-        if path is not None and not path.parent.is_dir():
-            raise SettingsError(f"{path} cannot be written: {path.parent} is not a folder")
-        if path is not None and path.is_dir():
-            raise SettingsError(f"{path} cannot be written: it is a folder")
+        if path is not None:
+            check_output(path)
     if arguments.plot is not None:
         from ..evaluation import plots
 

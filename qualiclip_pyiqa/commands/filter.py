@@ -17,7 +17,7 @@ from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import guess_lower_better
 from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
-from . import Commands, refuse, say
+from . import Commands, check_output, refuse, say
 
 _COPY_ERRORS = 5  # errors printed
 
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         refuse(arguments, ["lower_better"], "without --best")
     if arguments.output is not None:
         check_suffix(arguments.output)
+        check_output(arguments.output)
         if arguments.output.exists():
             raise SettingsError(f"{arguments.output} exists already; choose another name")
     table = read_table(arguments.table)

@@ -20,7 +20,16 @@ from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_images, matches
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
 from ..screen import Screen
-from . import DEFAULT_METRIC, Commands, add_metric_option, add_read_options, read_options, say
+from . import (
+    DEFAULT_METRIC,
+    Commands,
+    add_metric_option,
+    add_read_options,
+    check_different,
+    check_output,
+    read_options,
+    say,
+)
 from .summary import Summary
 
 if TYPE_CHECKING:
@@ -84,12 +93,15 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         check_suffix(arguments.output)
+        check_output(arguments.output)
     elif arguments.resume:
         raise SettingsError("--resume needs the table to continue; pass -o FILE")
     if arguments.engine != "ray":
         url = next((path for path in arguments.paths if "://" in path and not os.path.lexists(path)), None)
         if url is not None:
             raise SettingsError(f"{url} is a URL; pass --engine ray to score images in an object store")
+    metrics = arguments.metric or [DEFAULT_METRIC]
+    check_different("-m", metrics)
     unmatched: list[str] = []
     names = _names(arguments.paths, arguments.null, unmatched)
     if arguments.engine == "ray":
@@ -109,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{next(iter(files))} is a Parquet file of images; score it without --engine ray, "
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
-    engine = _engine(arguments, arguments.metric or [DEFAULT_METRIC], files)
+    engine = _engine(arguments, metrics, files)
     summary = Summary(engine.columns, engine.lower_better)
     try:
         with _table(arguments, engine) as table:

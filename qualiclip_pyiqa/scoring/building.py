@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TextIO, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError, did_you_mean
+from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, reason
 from ..metrics.base import BlindMetric
 from ..metrics.prompt_iqa import OpenQualiCLIP
+from ..screen import Screen
 
 #: A name known to `pyiqa.create_metric`, the file of a model trained with this package, a metric or a network.
 MetricLike: TypeAlias = str | os.PathLike[str] | nn.Module
@@ -43,21 +46,24 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
     """Create metrics for `device` from names and files, and copy modules, so that the caller's stay unchanged.
 
     Raises:
-        SettingsError: an unknown metric, one that needs a reference, or an object that is not a metric.
-        WeightsError: a weight file is missing.
+        SettingsError: an unknown metric, one that needs a reference or another package, an object that is not a metric,
+            or no such file.
+        WeightsError: weights are missing or cannot be downloaded.
     """
     import pyiqa
 
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
         if isinstance(metric, str) and metric.endswith(".safetensors"):
+            if not Path(metric).exists():
+                raise SettingsError(f"{metric} does not exist; expected a metric's name or the file of a trained model")
             # Not by name, which is pyiqa's own metric if QUALICLIP_PYIQA_AUTOLOAD=0.
             own: nn.Module = OpenQualiCLIP("qualiclip", weights=metric)
         elif isinstance(metric, str):
             known = pyiqa.list_models()
             if metric not in known:
                 raise SettingsError(f"unknown metric {metric!r}{did_you_mean(metric, known)} (`pyiqa -ls` lists all)")
-            own = pyiqa.create_metric(metric, device=device)
+            own = _created(metric, device)
         elif isinstance(metric, nn.Module):
             own = _copied(metric)
         else:
@@ -68,6 +74,31 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
             raise SettingsError(f"{column} needs a reference image; expected no-reference metrics")
         built[column] = own
     return built
+
+
+def _created(name: str, device: torch.device) -> nn.Module:
+    """Create a metric of pyiqa; what other packages raise becomes this package's errors.
+
+    They print what they download, which must not get into a table on standard output.
+    """
+    import pyiqa
+
+    try:
+        with redirect_stdout(cast(TextIO, Screen())):
+            metric: nn.Module = pyiqa.create_metric(name, device=device)
+    except (SettingsError, PromptError, WeightsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise WeightsError(
+            f"metric {name} cannot be built ({type(error).__name__}: {reason(error)}); check the network, or put the "
+            f"files of its weights into {Path(torch.hub.get_dir()) / 'pyiqa'}"
+        ) from error
+    except Exception as error:
+        raise SettingsError(
+            f"metric {name} cannot be built ({type(error).__name__}: {reason(error)}); "
+            "see pyiqa's documentation for what it needs"
+        ) from error
+    return metric
 
 
 def blind_metric(metric: nn.Module) -> BlindMetric | None:
