@@ -82,6 +82,25 @@ def test_table_summary_and_status(
     assert "5/5" in capsys.readouterr().err
 
 
+def test_a_table_of_other_metrics_is_refused_before_they_are_built(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s.csv"
+    assert score(folder / "0.png", "-o", out, "--workers", 0) == 0
+    before = out.read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "__init__", None)
+        for metrics in (["piqe"], ["qualiclip-mini", "piqe"]):
+            options = [option for metric in metrics for option in ("-m", metric)]
+            assert score(folder, *options, "-o", out, "--resume") == 2
+            said = capsys.readouterr().err
+            assert f"s.csv has the scores qualiclip-mini, not {', '.join(metrics)}; resume with" in said
+    assert out.read_bytes() == before
+    assert score(folder, "-o", out, "--resume", "--workers", 0) == 0
+    assert len(rows(out)) == 5
+
+
 def test_summary_of_repeated_names_and_few_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ import argparse
 import glob
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -18,7 +18,7 @@ from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_images, matches
-from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix
+from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_meta
 from ..screen import Screen
 from . import (
     DEFAULT_METRIC,
@@ -102,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise SettingsError(f"{url} is a URL; pass --engine ray to score images in an object store")
     metrics = arguments.metric or [DEFAULT_METRIC]
     check_different("-m", metrics)
+    if arguments.resume:
+        _check_columns(arguments.output, metrics)
     unmatched: list[str] = []
     names = _names(arguments.paths, arguments.null, unmatched)
     if arguments.engine == "ray":
@@ -137,6 +139,24 @@ def run(arguments: argparse.Namespace) -> int:
     for line in summary.lines(found.others, found.hidden):
         say(line)
     return int(summary.errors > 0)
+
+
+def _check_columns(table: Path, metrics: Sequence[str]) -> None:
+    """Refuse to resume a table of other metrics before they are built; `ScoreTable` checks the rest."""
+    meta = read_meta(table) if table.is_file() and table.stat().st_size else None
+    if meta is None:
+        return
+
+    def scored_by(column: str, metric: str) -> bool:
+        return column == metric or column.startswith(f"{metric}.")
+
+    columns = list(meta["columns"])
+    known = all(any(scored_by(column, metric) for metric in metrics) for column in columns)
+    if not known or not all(any(scored_by(column, metric) for column in columns) for metric in metrics):
+        raise SettingsError(
+            f"{table} has the scores {', '.join(columns)}, not {', '.join(metrics)}; "
+            "resume with the same metrics, or choose another name"
+        )
 
 
 def _table(arguments: argparse.Namespace, engine: Engine) -> ScoreTable | CsvStream:
