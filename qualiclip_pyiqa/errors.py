@@ -43,6 +43,17 @@ def reason(error: BaseException, limit: int = 300) -> str:
     return one_line(error)[:limit].rstrip(". ") or type(error).__name__
 
 
+def kind_of(value: object) -> str:
+    """Return the name of a value's type with its article.
+
+    Example:
+        >>> kind_of(3), kind_of([])
+        ('an int', 'a list')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'niqe'?"` for the end of an error message, or `""` if no known name is similar.
 

@@ -186,8 +186,23 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="cannot be read"):
         load_image("a\0b.png")
-    with pytest.raises(ImageError, match="is a list"):
-        load_image([1, 2])  # type: ignore[arg-type]
+    for several in (["a.png", "b.png"], ("a.png",)):
+        with pytest.raises(ImageError, match=r"image is a (list|tuple); .*; for several images use Scorer"):
+            load_image(several)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"image is an int; expected a path, .* or a tensor$"):
+        load_image(3)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"^image path is empty; expected an image file"):
+        load_image("")
+
+
+def test_advice_for_a_file_is_not_that_for_an_array() -> None:
+    for values in (200.0, -3.0):
+        content = encoded(Image.fromarray(np.full((40, 40), values, np.float32)), "TIFF")
+        with pytest.raises(ImageError, match=r"expected 0\.\.1") as caught:
+            load_image(content)
+        assert "store" in str(caught.value) and "pass" not in str(caught.value) and "clamp" not in str(caught.value)
+    with pytest.raises(ImageError, match="divide by 255, or pass uint8"):
+        load_image(Image.fromarray(np.full((40, 40), 200.0, np.float32)))
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_every_kind_of_source(photos: list[Path], expected: list[float]) -> None
     assert close(records[:8], [expected[3]] * 8)
     assert [record.path for record in records[:3]] == [str(path), str(path), None]
     assert [record.error is None for record in records] == [True] * 8 + [False] * 3
-    assert "shape (2, 40, 40)" in records[8].error and "is a int" in records[9].error and "bytes" in records[10].error
+    assert "shape (2, 40, 40)" in records[8].error and "is an int" in records[9].error and "bytes" in records[10].error
 
 
 def test_several_devices_that_are_not_the_cpu() -> None:

@@ -163,6 +163,10 @@ def test_files_that_cannot_be_used_are_errors_not_skipped(folder: Path, monkeypa
     assert "did you mean" not in refusal(lambda: find.find("zzz"), "no weight file 'zzz'")
     refusal(lambda: find.find(folder / "no.pth"), "no.pth")
     refusal(lambda: find.find(folder), "is a folder")
+    for wrong in ("", 3, b"x", ["QualiCLIP"]):
+        for use in (find.find, find.locate, read):
+            message = refusal(lambda use=use, wrong=wrong: use(wrong))
+            assert message == f"weights is {wrong!r}; expected a path or a record's name"
     (folder / "QualiCLIP.pth").mkdir()
     refusal(lambda: find.find("QualiCLIP"), "QualiCLIP.pth", "is a folder")
     (folder / "QualiCLIP.pth").rmdir()

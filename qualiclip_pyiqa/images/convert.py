@@ -19,7 +19,7 @@ from typing import BinaryIO, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, SettingsError, one_line
+from ..errors import ImageError, SettingsError, kind_of, one_line
 from . import decode, jxl, png
 from .formats import RefusedError, check_opened, open_image, plugin_format
 
@@ -86,7 +86,7 @@ def read_pixels(source: PixelSource, rules: ReadRules | None = None) -> np.ndarr
     def decoded(image: Image.Image) -> np.ndarray:
         _check_pixels(decode.stored_size(image), name, rules)
         array = decode.to_array(image, rules.ignore_orientation, rules.allow_truncated, rules.ignore_profile)
-        return _checked(array, name)
+        return _checked(array, name, of_file=image is not source)
 
     if isinstance(source, Image.Image):
         with _one_line(name), decode.strictly():
@@ -144,18 +144,21 @@ def check_size(height: int, width: int, name: str) -> None:
         raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
 
 
-def check_range(low: float, high: float, name: str) -> None:
+def check_range(low: float, high: float, name: str, of_file: bool = False) -> None:
     """Raise `ImageError` unless floating-point values are in 0..1.
 
     Args:
         low: smallest value; NaN if any value is.
         high: largest value; NaN if any value is.
         name: of the image, for the error.
+        of_file: whether the values are those of a file, which the caller cannot convert first.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
     if low < 0 or high > 1:
         advice = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
+        if of_file:
+            advice = "store the file with values in 0..1, or with 8 or 16 bits"
         raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {advice}")
 
 
@@ -166,9 +169,12 @@ def _opened(source: EncodedSource, name: str) -> Iterator[BinaryIO]:
         yield io.BytesIO(source)
         return
     if not isinstance(source, str | os.PathLike):
+        several = "; for several images use Scorer" if isinstance(source, list | tuple) else ""
         raise ImageError(
-            f"image is a {type(source).__name__}; expected a path, bytes, a PIL image, a NumPy array or a tensor"
+            f"image is {kind_of(source)}; expected a path, bytes, a PIL image, a NumPy array or a tensor{several}"
         )
+    if not os.fspath(source):  # pathlib would take it for the working directory
+        raise ImageError("image path is empty; expected an image file")
     path = Path(os.fsdecode(source))
     try:
         mode = path.stat().st_mode
@@ -243,7 +249,7 @@ def _check_limit(size: tuple[int, int], name: str, rules: ReadRules) -> None:
         )
 
 
-def _checked(array: np.ndarray, name: str) -> np.ndarray:
+def _checked(array: np.ndarray, name: str, of_file: bool = False) -> np.ndarray:
     """Return a checked copy of an array."""
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ImageError(f"{name} has shape {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
@@ -251,7 +257,7 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
         raise ImageError(f"{name} has dtype {array.dtype}; expected uint8, uint16, or floating point in 0..1")
     check_size(array.shape[0], array.shape[1], name)
     if array.dtype.kind == "f":
-        check_range(float(array.min()), float(array.max()), name)
+        check_range(float(array.min()), float(array.max()), name, of_file)
     # torch needs native byte order; shared memory could be read-only, or change later.
     dtype = np.float64 if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
     return np.array(array, dtype=dtype, order="C")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, kind_of
 from ..images.convert import MIN_SIDE, check_size
 
 # How `metric(path)` and, by default, `Scorer` read images.
@@ -167,7 +167,7 @@ class BlindMetric(nn.Module):
     def _check_images(self, x: Tensor) -> Tensor:
         """Validate images and expand grey ones to (N, 3, H, W)."""
         if not isinstance(x, Tensor):
-            raise ImageError(f"image is a {type(x).__name__}; expected a tensor (N, 3, H, W), see `as_batch`")
+            raise ImageError(f"image is {kind_of(x)}; expected a tensor (N, 3, H, W), see `as_batch`")
         if x.dim() != 4 or x.shape[1] not in (1, 3):
             raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
         if not x.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -102,10 +103,16 @@ def published() -> list[dict[str, Any]]:
 
 
 def find_record(name_or_path: str | Path | WeightRecord) -> WeightRecord | None:
-    """Return the record that an argument stands for; None for a user's own file."""
+    """Return the record that an argument stands for; None for a user's own file.
+
+    Raises:
+        WeightsError: neither a record, a name nor a path.
+    """
     if isinstance(name_or_path, WeightRecord):
         return name_or_path
-    return None if isinstance(name_or_path, Path) else manifest().get(name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
+        raise WeightsError(f"weights is {name_or_path!r}; expected a path or a record's name")
+    return manifest().get(name_or_path) if isinstance(name_or_path, str) else None
 
 
 def openai_record(backbone: str) -> WeightRecord:

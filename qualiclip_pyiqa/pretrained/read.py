@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WeightsError, one_line, reason
+from ..errors import WeightsError, kind_of, one_line, reason
 from .files import OpenFile, WeightFile
 from .find import resolve
 from .layouts import check_layout
@@ -111,7 +111,7 @@ def _tensors(opened: OpenFile, loaded: Any) -> dict[str, Tensor]:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
     if not isinstance(loaded, Mapping):
-        raise WeightsError(f"{path} holds a {type(loaded).__name__}; expected tensors by name")
+        raise WeightsError(f"{path} holds {kind_of(loaded)}; expected tensors by name")
     total = 0
     for key, value in loaded.items():
         if not isinstance(value, torch.Tensor):
