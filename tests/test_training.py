@@ -491,7 +491,7 @@ def test_commands_take_the_model_file_as_a_metric(
     arguments = ["--degradations", str(folder), "--limit", "1", "--json", str(tmp_path / "levels.json")]
     assert cli.main(["evaluate", "-m", str(toy), *arguments]) == 0
     assert str(toy) in (tmp_path / "levels.json").read_text()
-    assert cli.main(["score", str(folder), "-m", str(tmp_path / "none.safetensors"), "-o", str(table)]) == 1
+    assert cli.main(["score", str(folder), "-m", str(tmp_path / "none.safetensors"), "-o", str(table)]) == 2
     assert "none.safetensors" in capsys.readouterr().err
 
 
