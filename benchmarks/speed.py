@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def on_cpu(folder: Path, options: argparse.Namespace) -> list[Row]:
-    rate = multiply_adds_per_second()
+    rate = multiply_adds_per_second(512 if options.quick else 4096)
     rows: list[Row] = []
     for name, count, height, width, wanted, wanted_compiled in CPU_CASES[:1] if options.quick else CPU_CASES:
         ours = pyiqa.create_metric(name, device="cpu").net
@@ -113,16 +113,16 @@ def on_cpu(folder: Path, options: argparse.Namespace) -> list[Row]:
     own, upstreams = common.medians(create, options.repeat)
     created = {"seconds": own, "pyiqa, seconds": upstreams, "ratio": upstreams / own, "at least": 4.0}
     rows.append({"case": "create_metric('qualiclip')", **created})
-    height, width = (64, 64) if options.quick else (2160, 3840)
-    own_mib, their_mib = (peak_memory(which, folder, height, width) for which in ("ours", "pyiqa"))
-    rows.append({"case": f"extra memory, 1x{height}x{width}", "MiB": own_mib, "pyiqa, MiB": their_mib})
-    if not options.quick:  # the image's own 1,144 MiB included
-        mib = peak_memory("ours", folder, 10000, 10000)
-        rows.append({"case": "extra memory, 1x10000x10000, its 1144 MiB included", "MiB": mib})
-    return rows
+    if options.quick:
+        mib = peak_memory("ours", folder, 64, 64)
+        return [*rows, {"case": "extra memory, 1x64x64", "MiB": mib}]
+    own_mib, their_mib = (peak_memory(which, folder, 2160, 3840) for which in ("ours", "pyiqa"))
+    rows.append({"case": "extra memory, 1x2160x3840", "MiB": own_mib, "pyiqa, MiB": their_mib})
+    mib = peak_memory("ours", folder, 10000, 10000)  # the image's own 1,144 MiB included
+    return [*rows, {"case": "extra memory, 1x10000x10000, its 1144 MiB included", "MiB": mib}]
 
 
-def multiply_adds_per_second(size: int = 4096) -> float:
+def multiply_adds_per_second(size: int) -> float:
     a, b = torch.rand(size, size), torch.rand(size, size)
     (seconds,) = common.medians([lambda: a @ b], 5)
     return size**3 / seconds

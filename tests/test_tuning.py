@@ -373,7 +373,7 @@ def test_pyiqas_own_class_takes_the_result(
 ) -> None:
     assert cli.main(command(rated_folder, tmp_path, "-m", metric, "--device", "cpu", *options)) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{tmp_path}/params.pth\n" and "loss=" in captured.err
+    assert captured.out == f"{tmp_path}/params.pth\n" and f"{COUNT} images" in captured.err
     assert expected.items() <= log_of(tmp_path)[0]["recipe"].items()
 
     ours = pyiqa.create_metric(metric, device="cpu", pretrained=str(tmp_path / "params.pth"))

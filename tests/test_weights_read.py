@@ -68,7 +68,7 @@ def test_hostile_pickles_are_refused_and_not_run(kind: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("content", [{"a": 1}, CLIP_STATE, print])
+@pytest.mark.parametrize("content", [{"a": 1}, CLIP_STATE, len])
 def test_a_pickle_that_torch_did_not_write_is_refused_in_one_plain_line(
     content: Any, protocol: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
