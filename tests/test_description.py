@@ -99,9 +99,9 @@ def test_a_replaced_model_file_is_not_mixed_in(tmp_path: Path, capsys: pytest.Ca
     import safetensors
     from safetensors.torch import load_file, save_file
 
-    import qualiclip_pyiqa
+    from qualiclip_pyiqa.pretrained.find import find
 
-    embedded = next(Path(qualiclip_pyiqa.__file__).parents[1].glob("weights/qualiclip-mini.safetensors"))
+    embedded = find("qualiclip-mini")
     model = tmp_path / "model.safetensors"
     model.write_bytes(embedded.read_bytes())
     photos = [picture(tmp_path / "in" / f"{name}.png") for name in "ab"]

@@ -345,7 +345,7 @@ def test_a_plug_in_whose_import_fails_there_is_used_here(
             return Image.new("RGB", (48, 40), (128, 127, 99))
         """)
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     import shy
 
     monkeypatch.setenv("SHY", "1")
