@@ -6,7 +6,7 @@ import codecs
 import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -26,7 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # the block's own error matters
+            part.unlink(missing_ok=True)
         raise
 
 

@@ -39,3 +39,8 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
         second.write_text("second")
     assert path.read_text() == "first"  # it ended last
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_name_that_cannot_be_is_the_error_of_the_block() -> None:
+    with pytest.raises(ValueError, match="mine"), replacing(Path("a\0b")):
+        raise ValueError("mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from pathlib import Path
@@ -182,6 +183,13 @@ HEADER = "path,width,height,clipiqa,error"
         ("t.jsonl", '{"path": 7, "clipiqa": 1}\n', "column 'path': 7 is not text"),
         ("t.jsonl", '{"path": "a", "width": true, "clipiqa": 1}\n', "column 'width': True is not a number"),
         ("t.jsonl", "[" * 100_000, "line 1: "),
+        (
+            "t.csv",
+            f"{HEADER}\na,1,1,0.5,\nx\0y.jpg,1,1,0.5,\n",
+            r"line 3, column 'path': 'x\\x00y.jpg' is not a file name",
+        ),
+        ("t.jsonl", '{"path": "a\\u0000", "clipiqa": 1}\n', r"line 1, column 'path': 'a\\x00' is not a file name"),
+        ("t.jsonl", '{"path": "\\ud83d.jpg", "clipiqa": 1}\n', r"column 'path': '\\ud83d.jpg' is not a file name"),
         ("t.jsonl", '{"path": "a", "error": {}, "clipiqa": 1}\n', "column 'error': {} is not text"),
     ],
 )
@@ -227,6 +235,20 @@ def test_what_is_written_can_be_read_however_long(tmp_path: Path) -> None:
             table.write([long, ROWS[0]])
         first, second = read_table(tmp_path / f"t{suffix}")
         assert str(first.error).endswith("... (200031 more characters)") and second == ROWS[0]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_text_that_no_encoding_has_is_escaped(suffix: str, tmp_path: Path) -> None:
+    """Half a surrogate pair, as JSON may contain, and bytes that are not UTF-8, in errors and names of columns."""
+    row = {"path": "a.png", "caf\udce9": 0.5, "\ud83d": 0.25, "error": "piqe: \ud83d"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    target = tmp_path / f"u{suffix}"
+    assert cli.main(["filter", str(tmp_path / "t.jsonl"), "-m", "\ud83d", "--above", "0", "-o", str(target)]) == 0
+    (written,) = read_table(target)
+    assert (
+        list(written.scores.values()) == [0.5, 0.25]
+        and "ud83d" in (written.error or "").encode("ascii", "backslashreplace").decode()
+    )
 
 
 def test_empty_json_lines(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import SettingsError
-from .record import Record
+from .record import Record, is_file_name, storable
 
 BEFORE, AFTER = ("path", "width", "height"), ("error",)
 FIXED = (*BEFORE, *AFTER)
@@ -101,7 +101,7 @@ def read_record(path: Path, where: str, cells: Mapping[str, object], columns: Se
             score = number(cells.get(name))
             if score is not None:
                 scores[name] = score
-        image = _text(cells.get(name := "path"))
+        image = _file_name(cells.get(name := "path"))
         width = _side(cells.get(name := "width"))
         height = _side(cells.get(name := "height"))
         wrong = _text(cells.get(name := "error"))
@@ -118,7 +118,7 @@ def write_cells(record: Record, columns: Sequence[str]) -> dict[str, object]:
         kept = _LONGEST - len("... (999999999 more characters)")  # room for any count, so that it is not cut again
         error = f"{error[:kept]}... ({len(error) - kept} more characters)"
     return {
-        "path": record.path,
+        "path": None if record.path is None else storable(record.path),
         "width": record.width,
         "height": record.height,
         **{column: record.scores.get(column) for column in columns},
@@ -168,6 +168,13 @@ def _side(cell: object) -> int | None:
     if value < 1 or not value.is_integer():
         raise ValueError(f"{value:g} is not a number of pixels")
     return int(value)
+
+
+def _file_name(cell: object) -> str | None:
+    path = _text(cell)
+    if path is not None and not is_file_name(path):
+        raise ValueError(f"{shown(repr(path))} is not a file name")
+    return path
 
 
 def _text(cell: object) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...files import best_delimiter, text_codec
 from .cells import check_names, not_scores
+from .record import storable
 
 
 class CsvRows:
@@ -62,4 +63,4 @@ def csv_line(cells: Iterable[object], delimiter: str = ",") -> bytes:
     text = io.StringIO()
     # Python 3.11 quotes only the characters of the line terminator: "\r\n" protects a carriage return in a name.
     csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
-    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
+    return storable(text.getvalue().removesuffix("\r\n")).encode("utf-8", "surrogateescape") + b"\n"

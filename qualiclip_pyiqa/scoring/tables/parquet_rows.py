@@ -81,15 +81,14 @@ def write_parquet(
     pyarrow = require_pyarrow()
     text, side, score = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
     schema = pyarrow.schema(
-        [("path", text), ("width", side), ("height", side), *((c, score) for c in columns), ("error", text)],
+        [("path", text), ("width", side), ("height", side), *((utf8(c), score) for c in columns), ("error", text)],
         metadata=None if meta is None else {_META_KEY: json.dumps(meta).encode()},
     )
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         rows = iter(records)
         while batch := list(islice(rows, _BATCH)):
-            cells = [write_cells(record, columns) for record in batch]
-            for row in cells:
-                for name in ("path", "error"):
-                    value = row[name]
-                    row[name] = utf8(value) if isinstance(value, str) else None
+            cells = [
+                {utf8(name): utf8(value) if isinstance(value, str) else value for name, value in row.items()}
+                for row in (write_cells(record, columns) for record in batch)
+            ]
             writer.write_table(pyarrow.Table.from_pylist(cells, schema=schema))

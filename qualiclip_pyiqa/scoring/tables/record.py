@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+# NUL, and halves of surrogate pairs other than Python's escapes of bytes: no file name has them.
+_NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,23 @@ def utf8(path: str) -> str:
         'latin\\udce9.png'
     """
     return path.encode("utf-8", "backslashreplace").decode()
+
+
+def is_file_name(path: str) -> bool:
+    r"""Return whether an image file may have this path.
+
+    Example:
+        >>> is_file_name("latin\udce9.png"), is_file_name("a\0b.png"), is_file_name("\ud83d.png")
+        (True, False, False)
+    """
+    return not _NO_NAME.search(path)
+
+
+def storable(text: str) -> str:
+    r"""Replace by backslash escapes what no file name has and no encoding of a table can store.
+
+    Example:
+        >>> storable("\ud83d.png")
+        '\\ud83d.png'
+    """
+    return _NO_NAME.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
