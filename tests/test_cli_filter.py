@@ -73,6 +73,14 @@ def keep(table: Path, *arguments: object) -> int:
         (("-m", "qualiclip-mini", "--best", 0.25), "9 6"),
         (("-m", "piqe", "--best", 0.25), "1 1.5"),  # lower is better
         (("-m", "piqe", "--best", 0), ""),
+        (
+            (
+                "-m",
+                "piqe",
+                "--above=-1",
+            ),
+            "3 1 4 1.5 9 2 6",
+        ),
         (("-m", "piqe", "--best", 1), "3 1 4 1.5 9 2 6"),
     ],
 )
@@ -138,9 +146,38 @@ def test_filter_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (("-m", "piqe", "--best", 1, "-o", table), "exists already"),
         (("-m", "piqe", "--best", 1, "-o", tmp_path / "x.txt"), "expected a table with one of"),
         (("-m", "piqe", "--above", 1, "--lower-better"), "--lower-better has no effect without --best"),
+        (("-m", "piqe", "--above", 1, "--copy", table), f"{table} is not a folder; expected one for the copies"),
+        (
+            ("-m", "piqe", "--above", 1, "--copy", table / "sub"),
+            f"{table} is not a folder; expected one for the copies",
+        ),
     ):
         assert keep(table, *arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("filter", "t.csv", "--above", "nan"),
+        ("filter", "t.csv", "--below", "NaN"),
+        ("filter", "t.csv", "--best", "nan"),
+        ("score", "in", "--decode-timeout", "nan"),
+        ("tune", "-m", "clipiqa+", "--ratings", "r.csv", "--out", "r", "--validation", "nan"),
+        ("tune", "-m", "clipiqa+", "--ratings", "r.csv", "--out", "r", "--mos-range", "1", "nan"),
+        ("tune", "-m", "clipiqa+", "--ratings", "r.csv", "--out", "r", "--learning-rate", "nan"),
+        ("tune", "-m", "clipiqa+", "--ratings", "r.csv", "--out", "r", "--seed", "-1"),
+        ("train", "--config", "mini", "--pristine", "in", "--out", "r", "--seed", "-1"),
+        ("evaluate", "--ratings", "r.csv", "--seed", "-1"),
+        ("evaluate", "--degradations", "in", "--seed", str(2**64)),
+    ],
+)
+def test_numbers_that_cannot_be_meant(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"'{arguments[-1]}' is not a" in last and last.startswith(f"qualiclip {arguments[0]}: error: argument ")
 
 
 def test_the_direction_is_the_table_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 #: Passed to every command's `add_parser`.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+_SEEDS = 2**32  # number of seeds; more fit into 64 bits, but seeds are added to
 DEFAULT_METRIC = "qualiclip-mini"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
 READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout")
@@ -26,6 +28,24 @@ def say(line: str) -> None:
     screen = Screen()
     screen.write(f"{line}\n")
     screen.flush()
+
+
+def a_number(text: str) -> float:
+    """Parse the number of an option: any but NaN, with which every comparison is false."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
+def a_seed(text: str) -> int:
+    """Parse the seed of an option: an integer that torch and NumPy take."""
+    if not text.isascii() or not text.isdigit() or int(text) >= _SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; expected an integer from 0 to 2**32 - 1")
+    return int(text)
 
 
 def add_metric_option(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +92,7 @@ def add_read_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
     parser.add_argument(
-        "--decode-timeout", type=float, metavar="SECONDS", help="give up on an image after this time (default: 60)"
+        "--decode-timeout", type=a_number, metavar="SECONDS", help="give up on an image after this time (default: 60)"
     )
 
 

@@ -18,6 +18,7 @@ from . import (
     RATING_OPTIONS,
     READ_OPTIONS,
     Commands,
+    a_seed,
     add_metric_option,
     add_rating_options,
     add_read_options,
@@ -69,7 +70,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--group", metavar="COLUMN", help="also evaluate each value of this column separately")
     parser.add_argument("--levels", type=int, metavar="N", help="--gmad: pairs per defender (default: 4)")
     parser.add_argument("--limit", type=int, metavar="N", help="--degradations: maximum number of photographs")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the bootstrap or the degradations (default: 0)")
+    parser.add_argument("--seed", type=a_seed, metavar="N", help="seed of bootstrap or degradations (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the results to a file, such as plot.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")

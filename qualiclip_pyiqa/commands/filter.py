@@ -17,7 +17,7 @@ from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import guess_lower_better
 from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
-from . import Commands, check_output, refuse, say
+from . import Commands, a_number, check_output, refuse, say
 
 _COPY_ERRORS = 5  # errors printed
 
@@ -34,9 +34,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("table", type=Path, metavar="TABLE", help=".csv, .jsonl or .parquet")
     parser.add_argument("-m", "--metric", metavar="METRIC", help="the score to select by, if the table has several")
     rule = parser.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--above", type=float, metavar="X", help="scores of at least X")
-    rule.add_argument("--below", type=float, metavar="X", help="scores of at most X")
-    rule.add_argument("--best", type=float, metavar="SHARE", help="the best share, 0..1, in the score's direction")
+    rule.add_argument("--above", type=a_number, metavar="X", help="scores of at least X; a negative one as --above=-1")
+    rule.add_argument("--below", type=a_number, metavar="X", help="scores of at most X")
+    rule.add_argument("--best", type=a_number, metavar="SHARE", help="the best share, 0..1, in the score's direction")
     parser.add_argument(
         "--lower-better",
         action=argparse.BooleanOptionalAction,
@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_output(arguments.output)
         if arguments.output.exists():
             raise SettingsError(f"{arguments.output} exists already; choose another name")
+    if arguments.copy is not None:
+        _check_folder(arguments.copy)
     table = read_table(arguments.table)
     metric = _metric(arguments, table)
     records = list(table)
@@ -126,6 +128,13 @@ def _lower_better(metric: str, arguments: argparse.Namespace, table: Table) -> b
 
 def _direction(lower_better: bool) -> str:
     return "lower" if lower_better else "higher"
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise SettingsError if no folder can be made here because of a file."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path) or path == path.parent)
+    if not there.is_dir():
+        raise SettingsError(f"{source_name(there)} is not a folder; expected one for the copies")
 
 
 def _copy(kept: Sequence[Record], folder: Path) -> int:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..optional import require
-from . import RATING_OPTIONS, Commands, add_rating_options, rated, refuse, say
+from . import RATING_OPTIONS, Commands, a_seed, add_rating_options, rated, refuse, say
 
 NEEDED = ("accelerate", "kornia", "scipy", "tensorboard")  # the extra `train`
 
@@ -34,7 +34,7 @@ def add_parser(commands: Commands) -> None:
         help="photographs to train on; images that a manifest.csv in it marks as held out are not used",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--seed", type=int, default=0, help="decides all that is drawn at random (default: 0)")
+    parser.add_argument("--seed", type=a_seed, default=0, help="decides all that is drawn at random (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in RUN")
     parser.add_argument("--exclude", type=Path, metavar="LIST", help="text file of photographs not to train on")
     parser.add_argument("--start", type=Path, metavar="FILE", help="model of an earlier run to begin from")

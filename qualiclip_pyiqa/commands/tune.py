@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import SettingsError
 from ..metrics.registry import with_context
 from ..optional import require
-from . import Commands, add_rating_options, rated, say
+from . import Commands, a_number, a_seed, add_rating_options, rated, say
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,13 +28,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--mos-range",
         nargs=2,
-        type=float,
+        type=a_number,
         metavar=("LOW", "HIGH"),
         help="opinion scores that become 0 and 1 (default: the range of the training images)",
     )
     parser.add_argument(
         "--validation",
-        type=float,
+        type=a_number,
         default=0.2,
         metavar="SHARE",
         help="share of the images that is held out and watched; 0 holds out none (default: 0.2)",
@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="weights in place of the metric's own")
     own = parser.add_argument_group("settings in place of the recipe's")
-    own.add_argument("--learning-rate", type=float, metavar="X")
+    own.add_argument("--learning-rate", type=a_number, metavar="X")
     own.add_argument("--loss", choices=("mse", "mse+plcc"))
     own.add_argument("--crop", type=int, metavar="N", help="side of random crops in pixels; 0: whole images")
     own.add_argument("--context-length", type=int, dest="n_ctx", metavar="N", help="tokens of a context")
@@ -56,7 +56,7 @@ def add_parser(commands: Commands) -> None:
     )
     own.add_argument("--epochs", type=int, metavar="N")
     own.add_argument("--batch", type=int, metavar="N")
-    own.add_argument("--seed", type=int, metavar="N")
+    own.add_argument("--seed", type=a_seed, metavar="N")
 
 
 def run(arguments: argparse.Namespace) -> int:
