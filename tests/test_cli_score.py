@@ -158,6 +158,7 @@ def test_usage_errors_have_status_2_and_write_nothing(
         ([folder, "-o", tmp_path / "nowhere" / "s.csv"], "nowhere is not a folder"),
         ([folder, "-o", folder_called_csv], "it is a folder"),
         ([folder, "--resume"], "pass -o FILE"),
+        ([folder, "-0", "-o", out], "-0 has no effect without - for a list"),
         ([empty, "-o", out], "no images in"),
         ([folder, "--precision", "fp8", "-o", out], "expected one of fp32"),
         ([folder, "--batch-size", "0", "-o", out], "batch_size is 0"),

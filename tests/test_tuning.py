@@ -280,6 +280,7 @@ def test_ratings_that_nothing_is_learned_from(tiny_folder: Path, ratings: Rating
     fails("0.2 of 1 images are 0 to validate on", first)
     fails("validation is 1; expected a share", ratings, 1.0)
     fails("the MOS range is 5 to 1", ratings, 0, (5.0, 1.0))
+    fails("the MOS range is 1 to inf", ratings, 0, (1.0, math.inf))
     fails("from 1 to 5, outside the MOS range 1 to 4", ratings, 0, (1.0, 4.0))
     fails("of 15 images are smaller than the crop of 66 pixels .* a side of 64", ratings, 0, crop=66, kind=ImageError)
     damaged = tmp_path / "damaged.png"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SettingsError
+from ..scoring.tables import writing
 from ..screen import Screen
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ def say(line: str) -> None:
     screen = Screen()
     screen.write(f"{line}\n")
     screen.flush()
+
+
+def put(line: object) -> None:
+    """Print a result on standard output."""
+    with writing("standard output"):
+        print(line)
 
 
 def a_number(text: str) -> float:

@@ -23,13 +23,16 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..scoring.allocator import keep_freed_memory
 from ..scoring.tables import writing
-from ..screen import drop_output
-from . import evaluate, filter, say, score, train, tune, weights
+from ..screen import drop_output, replace_closed_streams
+from . import evaluate, filter, put, say, score, train, tune, weights
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 # Commands that run networks.
 _KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune")
@@ -37,18 +40,22 @@ _KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; `argv` is the command line without the program's name."""
+    replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack a file name's characters
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="qualiclip: %(levelname)s: %(message)s", level=logging.WARNING)
-    arguments = _parser().parse_args(argv)
-    if arguments.command in _KEEP_FREED_MEMORY:
-        keep_freed_memory()
-    run: Callable[[argparse.Namespace], int] = arguments.run
     try:
+        try:
+            arguments = _parser().parse_args(argv)
+        except SystemExit:  # after --help, --version or wrong usage
+            _flush()
+            raise
+        if arguments.command in _KEEP_FREED_MEMORY:
+            keep_freed_memory()
+        run: Callable[[argparse.Namespace], int] = arguments.run
         status = run(arguments)
-        with writing("standard output"):
-            sys.stdout.flush()
+        _flush()
         return status
     except (SettingsError, PromptError) as error:
         say(f"qualiclip: {error}")
@@ -69,6 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _flush() -> None:
+    with writing("standard output"):
+        sys.stdout.flush()
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and through it those of the commands, whose help is an error if it cannot be written."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        with writing("standard output"):
+            print(self.format_help(), end="", file=file)
+
+
 class _Version(argparse.Action):
     """The option `--version`, which looks up versions only when used."""
 
@@ -77,7 +97,7 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         others = ", ".join(f"{name} {_version(name)}" for name in ("pyiqa", "torch"))
-        print(f"qualiclip-pyiqa {_version('qualiclip-pyiqa')} ({others}, Python {sys.version.split()[0]})")
+        put(f"qualiclip-pyiqa {_version('qualiclip-pyiqa')} ({others}, Python {sys.version.split()[0]})")
         parser.exit()
 
 
@@ -89,7 +109,9 @@ def _version(package: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qualiclip", description="Blind image quality by CLIP-IQA and QualiCLIP.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="qualiclip", description="Blind image quality by CLIP-IQA and QualiCLIP."
+    )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in (score, filter, evaluate, train, tune, weights):

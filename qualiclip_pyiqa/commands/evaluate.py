@@ -24,6 +24,7 @@ from . import (
     add_read_options,
     check_different,
     check_output,
+    put,
     rated,
     read_options,
     refuse,
@@ -134,7 +135,7 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> int:
                 write(path)
             except Exception as failure:  # noqa: BLE001 - raised below
                 failures.append(failure)
-    print("\n".join(result.lines))
+    put("\n".join(result.lines))
     if result.errors:
         say(f"qualiclip: {len(result.errors)} of {result.images} images were left out:")
         for error in list(result.errors.values())[:SHOWN]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import os
 import sys
@@ -96,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_output(arguments.output)
     elif arguments.resume:
         raise SettingsError("--resume needs the table to continue; pass -o FILE")
+    if arguments.null and "-" not in arguments.paths:
+        raise SettingsError("-0 has no effect without - for a list on standard input; leave it out")
     if arguments.engine != "ray":
         url = next((path for path in arguments.paths if "://" in path and not os.path.lexists(path)), None)
         if url is not None:
@@ -242,7 +245,7 @@ def _names(arguments: Iterable[str], null: bool, unmatched: list[str]) -> Iterat
     """
     for argument in arguments:
         if argument == "-":
-            yield from _listed(sys.stdin.buffer.read(), null)
+            yield from _listed(_standard_input(), null)
             continue
         names = matches(argument)
         is_name = "://" in argument or not glob.has_magic(argument) or os.path.lexists(argument)
@@ -250,6 +253,17 @@ def _names(arguments: Iterable[str], null: bool, unmatched: list[str]) -> Iterat
             unmatched.append(argument)
         else:
             yield from names
+
+
+def _standard_input() -> bytes:
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror or error
+        raise OSError(f"standard input cannot be read ({why})") from error
+    if not data:
+        raise SettingsError("the list on standard input is empty; expected names of images")
+    return data
 
 
 def _listed(data: bytes, null: bool) -> list[str]:

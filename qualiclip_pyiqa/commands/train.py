@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..optional import require
-from . import RATING_OPTIONS, Commands, a_seed, add_rating_options, rated, refuse, say
+from . import RATING_OPTIONS, Commands, a_seed, add_rating_options, put, rated, refuse, say
 
 NEEDED = ("accelerate", "kornia", "scipy", "tensorboard")  # the extra `train`
 
@@ -74,5 +74,5 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"qualiclip: {error}")
         return 1
     if os.environ.get("RANK", "0") == "0":  # one of several processes prints
-        print(path)
+        put(path)
     return 0

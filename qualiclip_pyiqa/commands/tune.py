@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import SettingsError
 from ..metrics.registry import with_context
 from ..optional import require
-from . import Commands, a_number, a_seed, add_rating_options, rated, say
+from . import Commands, a_number, a_seed, add_rating_options, put, rated, say
 
 
 def add_parser(commands: Commands) -> None:
@@ -89,5 +89,5 @@ def run(arguments: argparse.Namespace) -> int:
         validation=arguments.validation,
         mos_range=None if arguments.mos_range is None else tuple(arguments.mos_range),
     )
-    print(path)
+    put(path)
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError, WeightsError, did_you_mean
 from ..screen import Screen
-from . import Commands, say
+from . import Commands, put, say
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
@@ -90,7 +90,7 @@ def _list(_: argparse.Namespace) -> int:
         rows.append((record.name, record.file, record.licence, commercial, known, where))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        put("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 
@@ -104,7 +104,7 @@ def _path(arguments: argparse.Namespace) -> int:
             say(f"qualiclip: {record.file} is not here; get it with: qualiclip weights get {record.name}")
             status = 1
         else:
-            print(found.path)
+            put(found.path)
     return status
 
 
@@ -112,7 +112,7 @@ def _get(arguments: argparse.Namespace) -> int:
     from ..pretrained.find import find
 
     for record in _records(arguments.names):
-        print(find(record))
+        put(find(record))
     return 0
 
 
@@ -127,12 +127,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     for record in _records(arguments.names) if arguments.names else manifest().values():
         found = locate(record)
         if found is None:
-            print(f"{record.name}: not here")
+            put(f"{record.name}: not here")
             wrong |= bool(arguments.names)
             continue
         said, ok = _verdict(record, found.path)
         wrong |= not ok
-        print(f"{record.name}: {said}; {found.path}")
+        put(f"{record.name}: {said}; {found.path}")
     if all(scoring):
         wrong |= _compare_scores(arguments)
     return int(wrong)
@@ -181,7 +181,7 @@ def _compare_scores(arguments: argparse.Namespace) -> bool:
         difference = found.srcc - row["srcc"]
         differs = row["verified"] and abs(difference) > SRCC_TOLERANCE
         far |= differs
-        print(
+        put(
             f"{row['metric']} on {dataset}, {found.n} images: SRCC {found.srcc:.4f} PLCC {found.plcc:.4f}; "
             f"published SRCC {row['srcc']} PLCC {row.get('plcc', '-')} ({row['source']}); "
             f"difference {difference:+.4f}{' DIFFERS' if differs else ''}"

@@ -222,8 +222,8 @@ def _check_range(training: Ratings, low: float, high: float, given: bool) -> Non
     smallest, largest = min(training.opinions), max(training.opinions)
     if smallest == largest:
         raise SettingsError(f"all opinion scores to learn from are {smallest:g}; expected at least two values")
-    if given and not low < high:
-        raise SettingsError(f"the MOS range is {low:g} to {high:g}; expected the lower end first")
+    if given and not -math.inf < low < high < math.inf:
+        raise SettingsError(f"the MOS range is {low:g} to {high:g}; expected two finite numbers, the lower one first")
     if not low <= smallest <= largest <= high:
         raise SettingsError(
             f"opinion scores are from {smallest:g} to {largest:g}, outside the MOS range {low:g} to {high:g}; "

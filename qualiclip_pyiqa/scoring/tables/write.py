@@ -7,6 +7,7 @@ grow: rows are stored as JSON lines in `NAME.parquet.part` until the table is cl
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -289,7 +290,8 @@ def writing(name: object) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"{name} cannot be written ({error.strerror or error})") from error
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror or error
+        raise OSError(f"{name} cannot be written ({why})") from error
 
 
 def _open_to_append(path: Path) -> tuple[BinaryIO, bool]:
