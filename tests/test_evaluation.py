@@ -414,6 +414,11 @@ def test_names_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
         (("--gmad", "a", "b", "DIR", "--levels", "-1"), "--levels is -1; expected at least 1"),
         (("--degradations", "DIR", "--limit", "0"), "--limit is 0; expected at least 1"),
         (("--degradations", "DIR", "--limit", "-1"), "--limit is -1; expected at least 1"),
+        (("--gmad", "a", "b", "DIR", "--bank", "camera"), "--bank has no effect with --gmad"),
+        (
+            ("--degradations", "DIR", "--bank", "kamera"),
+            "unknown degradation bank 'kamera'; expected one of kadid, camera",
+        ),
         (("--degradations", "DIR", "--images", "DIR"), "--images has no effect with --degradations"),
         (("--degradations", "DIR", "--group", "x"), "--group has no effect with --degradations"),
         (("--degradations", "DIR", "--no-lower-better"), "--lower-better has no effect with --degradations"),

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 # Options without effect, by kind of evaluation.
 USELESS: dict[str, tuple[str, ...]] = {
-    "ratings": ("levels", "limit"),
-    "dataset": (*(name for name in RATING_OPTIONS if name != "images"), "group", "levels", "limit"),
+    "ratings": ("levels", "limit", "bank"),
+    "dataset": (*(name for name in RATING_OPTIONS if name != "images"), "group", "levels", "limit", "bank"),
     "degradations": (*RATING_OPTIONS, "group", "levels", "scores", "decode_timeout"),
-    "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "seed", "scores"),
+    "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "bank", "seed", "scores"),
 }
 SHOWN = 10  # errors printed; all are in the JSON
 
@@ -71,6 +71,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--group", metavar="COLUMN", help="also evaluate each value of this column separately")
     parser.add_argument("--levels", type=int, metavar="N", help="--gmad: pairs per defender (default: 4)")
     parser.add_argument("--limit", type=int, metavar="N", help="--degradations: maximum number of photographs")
+    parser.add_argument("--bank", metavar="NAME", help="--degradations: kadid (default) or camera")
     parser.add_argument("--seed", type=a_seed, metavar="N", help="seed of bootstrap or degradations (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the results to a file, such as plot.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
@@ -250,16 +251,19 @@ def _draw_scatter(path: Path, scores: Scores, ratings: Ratings, report: OpinionR
 
 
 def _degradations(arguments: argparse.Namespace) -> Result:
+    from ..degradations.banks import bank_of
     from ..evaluation import text
     from ..evaluation.ladders import score_degraded
     from ..optional import require
 
     require("kornia", "eval", "--degradations")
+    name = arguments.bank or "kadid"
+    bank = bank_of([name])
     paths, errors = _images(arguments.degradations)
     if arguments.limit is not None:
         paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
     scorer = _scorer(arguments, arguments.metric or [DEFAULT_METRIC])
-    report = score_degraded(scorer, paths, arguments.seed, _bar)
+    report = score_degraded(scorer, paths, arguments.seed, _bar, bank)
     settings = scorer.describe()
 
     def draw(path: Path) -> None:
@@ -272,7 +276,7 @@ def _degradations(arguments: argparse.Namespace) -> Result:
         )
 
     errors |= report.errors
-    numbers = {**_settings(settings, errors), "metrics": report.as_dict()}
+    numbers = {**_settings(settings, errors), "bank": name, "metrics": report.as_dict(bank)}
     return Result(numbers, [text.reading(settings), *text.ladders(report)], draw, len(paths), errors)
 
 

@@ -17,9 +17,8 @@ Random choices: with one generator, geometry (angle, direction, positions) is dr
 every image draws all of its choices from its own. Generators that are seeded alike at every level of a stack make its
 levels share their choices. Generators are on the CPU, so that results agree on all devices.
 
-To add a bank, such as one of camera faults: write a module beside this one with the functions and a table
-`CAMERA: dict[str, Degradation]`, and pass it as `bank=` to `degrade`, `degrade_all`, `draw_types`, `contact_sheet` and
-`score_degraded`. Functions and rows need nothing of this module; what they share is in `base`.
+To add a bank, write a module beside this one with the functions and a table, as `camera` is, and name it in `banks`.
+`degrade`, `degrade_all`, `draw_types`, `contact_sheet` and `score_degraded` take a table as `bank=`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw a contact sheet of a degradation bank: every type at every level.
 
-python -m qualiclip_pyiqa.degradations.sheet PHOTO -o sheet.png
+python -m qualiclip_pyiqa.degradations.sheet PHOTO [--bank camera] -o sheet.png
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..errors import ImageError, SettingsError
 from ..files import replacing
 from ..images.tensors import load_image
 from .bank import DEGRADATIONS, degrade
+from .banks import BANKS
 from .base import LEVELS, Bank
 
 TOP, LEFT, GAP = 24, 190, 2  # pixels: headings, labels, and between cells
@@ -59,17 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="python -m qualiclip_pyiqa.degradations.sheet",
-        description="Draw the contact sheet of the degradation bank: every type at every level.",
+        description="Draw the contact sheet of a degradation bank: every type at every level.",
     )
     parser.add_argument("photo", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("sheet.png"))
+    parser.add_argument("--bank", choices=BANKS, default="kadid", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     suffix = arguments.output.suffix.lower()
     try:
         if Image.registered_extensions().get(suffix) not in Image.SAVE:
             raise SettingsError(f"{arguments.output} has no suffix of an image format; expected such as .png")
-        sheet = contact_sheet(load_image(arguments.photo), arguments.seed)
+        sheet = contact_sheet(load_image(arguments.photo), arguments.seed, bank=BANKS[arguments.bank])
         with replacing(arguments.output) as part:
             sheet.save(part, Image.registered_extensions()[suffix])
     except (ImageError, SettingsError) as error:

@@ -13,8 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..degradations.bank import DEGRADATIONS
-from ..degradations.base import GROUP_ORDER, LEVELS
+from ..degradations.banks import BANKS, bank_of
+from ..degradations.base import GROUP_ORDER, LEVELS, Bank
 from ..degradations.compose import draw_types
 from ..errors import SettingsError, did_you_mean
 
@@ -99,6 +99,8 @@ class Config:
     hidden: int = 0
     dim: int = 0
     dropout: float = 0.0  # dropout of the pooled statistics in each head
+    # Stacks
+    banks: tuple[str, ...] = ("kadid",)  # banks whose degradation types are drawn
 
     def __post_init__(self) -> None:
         self._check_tower()
@@ -158,20 +160,28 @@ class Config:
         self._need(bool(self.crops) and min(self.crops) >= 32, "crops", "sizes of at least 32")
         some = bool(self.types) and min(self.types) >= 0 and sum(self.types) > 0
         self._need(some, "types", "frequencies of 1, 2, ... types")
+        good_banks = bool(self.banks) and set(self.banks) <= set(BANKS) and len(set(self.banks)) == len(self.banks)
+        self._need(good_banks, "banks", f"one or more of {', '.join(BANKS)}, each once")
         for copies in self.repeat.values():
             self._need(copies >= 1 and copies == int(copies), "repeat", "whole numbers of at least 1")
         for name, weight in self.type_weights.items():
-            self._need(name in DEGRADATIONS, "type_weights", f"degradation types as keys, not {name!r}")
+            expected = f"types of the banks {', '.join(self.banks)} as keys, not {name!r}"
+            self._need(name in self.bank, "type_weights", expected)
             self._need(weight >= 0, "type_weights", "weights of at least 0")
         for name, factor in self.severity.items():
             self._need(name in GROUP_ORDER, "severity", f"groups as keys ({', '.join(GROUP_ORDER)}), not {name!r}")
             self._need(factor >= 0, "severity", "factors of at least 0")
-        draw_types(random.Random(0), self.types, self.type_weights)  # raises if types are drawn from too few groups
+        draw_types(random.Random(0), self.types, self.type_weights, self.bank)  # raises if there are too few groups
 
     @property
     def smallest_photograph(self) -> int:
         """Smallest allowed shorter side of a photograph, in pixels."""
         return max(*self.crops, self.recalibrate_crop if self.recalibrate else 0, 32)
+
+    @property
+    def bank(self) -> Bank:
+        """The degradation types to draw from."""
+        return bank_of(self.banks)
 
     @property
     def digest(self) -> str:

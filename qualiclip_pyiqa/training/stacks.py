@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..degradations.bank import DEGRADATIONS, jpeg
+from ..degradations.bank import jpeg
+from ..degradations.banks import ALL_TYPES
 from ..degradations.base import LEVELS, blur
 from ..degradations.compose import degrade_all, draw_types
 from ..towers.statistics import laplacian
@@ -121,7 +122,7 @@ class Stack:
         out = []
         for level, seeds in zip(self.levels, self.seeds, strict=True):
             # Rounded to 8 bits, like the pixels of a file.
-            x = (degrade_all(crops, self.types, level, seeds) * 255).round() / 255
+            x = (degrade_all(crops, self.types, level, seeds, ALL_TYPES) * 255).round() / 255
             if x.shape[-1] > self.size:
                 x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
             if self.quality is not None:
@@ -131,16 +132,16 @@ class Stack:
 
     def ordered(self) -> list[list[bool]]:
         """Return a matrix of whether level j is worse than level i for every type, at [i][j]."""
-        return [[all(DEGRADATIONS[t].ordered(i, j) for t in self.types) for j in self.levels] for i in self.levels]
+        return [[all(ALL_TYPES[t].ordered(i, j) for t in self.types) for j in self.levels] for i in self.levels]
 
     @property
     def monotone(self) -> bool:
         """Whether a higher level of these types is always worse."""
-        return all(DEGRADATIONS[name].monotone for name in self.types)
+        return all(ALL_TYPES[name].monotone for name in self.types)
 
     def severity(self, config: Config) -> list[float]:
         """Return the margin multiplier per level, for each prompt pair; 0 for pairs not trained on these types."""
-        groups = {DEGRADATIONS[name].group for name in self.types}
+        groups = {ALL_TYPES[name].group for name in self.types}
         severity = max(config.severity.get(group, 1.0) for group in groups)
         if config.pairs == "mean":
             return [severity]
@@ -192,7 +193,7 @@ class Stacks(Dataset[list[Stack]]):
         if rng.random() < config.bokeh:
             region = _bokeh(rng, region, taken)
         crops = _two_crops(rng, _camera(rng, region, config.camera), taken)
-        types = draw_types(rng, config.types, config.type_weights)
+        types = draw_types(rng, config.types, config.type_weights, config.bank)
         levels = ([0] if config.pristine else []) + sorted(rng.sample(range(1, LEVELS + 1), config.levels))
         seeds: list[int | tuple[int, int]] = []
         for _ in levels:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..degradations.bank import DEGRADATIONS, degrade
+from ..degradations.bank import degrade
 from ..degradations.base import LEVELS
 from ..evaluation.ladders import behaviour
 from ..evaluation.ratings import Ratings
@@ -54,11 +54,12 @@ class Validation:
             top, left = (rng.randint(0, side - size) for side in photograph.shape[1:])
             crops.append(photograph[:, top : top + size, left : left + size].float() / 255)
         pristine = torch.stack(crops)
-        self.names = [name for name in DEGRADATIONS if config.type_weights.get(name, 1.0) > 0]
+        self.bank = config.bank
+        self.names = [name for name in self.bank if config.type_weights.get(name, 1.0) > 0]
         self.pristine = (pristine * 255).round().to(torch.uint8)
         self.degraded = torch.stack(
             [
-                torch.stack([degrade(pristine, name, level, seed) for level in range(1, LEVELS + 1)], dim=1)
+                torch.stack([degrade(pristine, name, level, seed, self.bank) for level in range(1, LEVELS + 1)], dim=1)
                 .mul(255)
                 .round()
                 .to(torch.uint8)
@@ -74,7 +75,7 @@ class Validation:
         for name, images in zip(self.names, self.degraded, strict=True):
             q = differences(tower, aligned, images.flatten(0, 1)).mean(1).unflatten(0, images.shape[:2])
             ladder = torch.cat([pristine[:, None], q], dim=1)
-            found = behaviour(name, ladder)
+            found = behaviour(name, ladder, bank=self.bank)
             accuracy[name] = found.in_order
             falling += found.falls
         return accuracy, falling / len(self.names)
