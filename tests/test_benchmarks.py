@@ -20,6 +20,7 @@ ARGUMENTS = {
     "mini": ["--pristine", "pristine", "--ratings", "rated/dmos.csv", "--images", "rated"],
     "onednn": [],
     "rounding": [],
+    "severity": ["--pristine", str(PHOTOS), "--write", "out/severities.toml"],
     "speed": [],
     "startup": [],
     "tiles": ["--images", str(PHOTOS)],

@@ -1,4 +1,4 @@
-"""The bank of camera faults: what holds for every type, and formulas where they can be seen."""
+"""The bank of camera faults: what holds for every type, formulas where they can be seen, the severity of levels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import random
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from synthetic import synthetic_photograph
 
+from qualiclip_pyiqa.degradations import severity as severity_table
 from qualiclip_pyiqa.degradations import sheet as contact
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS, degrade, jpeg
 from qualiclip_pyiqa.degradations.banks import ALL_TYPES, BANKS, bank_of
 from qualiclip_pyiqa.degradations.base import LEVELS
 from qualiclip_pyiqa.degradations.camera import CAMERA, FULL_WELL, READ_NOISE
 from qualiclip_pyiqa.degradations.compose import degrade_all, draw_types
+from qualiclip_pyiqa.degradations.severity import severity
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.training.config import load_config, make_config
@@ -389,3 +392,33 @@ def test_contact_sheet_of_the_bank(tmp_path: Path) -> None:
     assert contact.main([str(photo), "--bank", "camera", "-o", str(sheet)]) == 0
     with Image.open(sheet) as drawn:
         assert drawn.size == (190 + 6 * 162, 24 + 12 * 162)
+
+
+# ---------------------------------------------------------------- severity
+
+
+def test_severities_are_of_the_levels_as_they_are() -> None:
+    text = Path(severity_table.__file__).with_name("severities.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    assert list(table) == list(ALL_TYPES)
+    for name, row in table.items():
+        assert tuple(row["levels"]) == ALL_TYPES[name].levels, f"{name}: run benchmarks/severity.py again"
+        assert len(row["severity"]) == LEVELS and all(0 <= each <= 1 for each in row["severity"])
+        # Pristine is 0, and so is a level that is the identity.
+        values = [0.0, *row["severity"]]
+        for chain in ALL_TYPES[name].chains:
+            assert all(values[a] < values[b] for a, b in itertools.pairwise(chain)), (name, values)
+    assert text.startswith("# Written by `python benchmarks/severity.py ")
+
+
+def test_severity_of_levels_and_between_them() -> None:
+    for name in ("jpeg", "haze"):
+        row = [severity(name, level) for level in range(LEVELS + 1)]
+        assert row[0] == 0
+        assert severity(name, 2.5) == pytest.approx((row[2] + row[3]) / 2)
+        assert severity(name, 0.5) == pytest.approx(row[1] / 2)
+    with pytest.raises(SettingsError, match="unknown degradation 'jpg'"):
+        severity("jpg", 1)
+    for level in (-1, 5.1, float("nan")):
+        with pytest.raises(SettingsError, match="expected a number from 0 to 5"):
+            severity("jpeg", level)

@@ -27,6 +27,7 @@ from test_cli_score import picture
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
+from qualiclip_pyiqa.degradations.camera import CAMERA
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.evaluation import plots
 from qualiclip_pyiqa.evaluation.agreement import agreement, compare, fitted_logistic, logistic
@@ -361,6 +362,9 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
         pairs = [p for p in combinations(range(6), 2) if DEGRADATIONS[name].ordered(*p)]
         right = sum(each["means"][i] > each["means"][j] for i, j in pairs)
         assert each["in_order"] == pytest.approx(right / len(pairs)), name
+    assert evaluate("--degradations", folder, "--limit", 1, "--bank", "camera", "--json", out) == 0
+    written = json.loads(out.read_text())
+    assert written["bank"] == "camera" and list(written["metrics"]["qualiclip-mini"]["types"]) == list(CAMERA)
 
 
 def test_command_with_gmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
