@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -142,11 +143,29 @@ def test_paired_comparison() -> None:
 
 @pytest.mark.parametrize(
     ("x", "y", "message"),
-    [([1, 2], [1, 2], "at least 3"), ([1, 2, 3], [1, 2], "3 scores and 2"), ([1, 2, np.nan], [1, 2, 3], "not finite")],
+    [
+        ([1, 2], [1, 2], "at least 3"),
+        ([1, 2, 3], [1, 2], "3 scores and 2"),
+        ([1, 2, np.nan], [1, 2, 3], "not finite"),
+        ([1, 2, 3], [1, 2, -1e101], "beyond 1e\\+100"),
+    ],
 )
 def test_what_cannot_be_correlated(x: list[float], y: list[float], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         agreement(x, y)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-150, 1e-30, 1e30, 1e99])
+def test_units_of_scores_and_opinions_do_not_matter(unit: float) -> None:
+    x, y = np.array([0.1, 0.4, 0.3, 0.9, 0.7, 0.2]), np.array([1.0, 3, 4, 7, 5, 2])
+    with warnings.catch_warnings(), np.errstate(all="raise", under="ignore"):
+        warnings.simplefilter("error")
+        plain, scaled = agreement(x, y), agreement(x * unit, y * unit)
+        compared = compare(x * unit, x[::-1] * unit, y * unit)
+    assert compared is not None and math.isfinite(compared.difference)
+    assert scaled.srcc == plain.srcc and scaled.krcc == plain.krcc
+    assert scaled.plcc == pytest.approx(plain.plcc, abs=1e-12)
+    assert all(value is None or np.isfinite(value).all() for value in scaled.as_dict().values())
 
 
 def test_gmad_pairs() -> None:
@@ -446,20 +465,28 @@ def test_no_output_depends_on_another_one(
     rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
-        raise SettingsError("the disk is full")
+        raise OSError("the disk is full")
 
     monkeypatch.setattr(plots, "scatter", full)
     out = tmp_path / "e.json"
     command = ["--ratings", rated / "mos.csv", "--images", rated, "-m", "piqe"]
-    assert evaluate(*command, "--json", out, "--plot", tmp_path / "e.png") == 2
+    assert evaluate(*command, "--json", out, "--plot", tmp_path / "e.png") == 1
     assert json.loads(out.read_text())["metrics"]["piqe"]["n"] == 16
     said = capsys.readouterr()
     assert "| piqe | 16 |" in said.out and said.err.endswith("qualiclip: the disk is full\n")
+    # Of several outputs that fail, each is said.
+    monkeypatch.setattr("qualiclip_pyiqa.commands.evaluate.check_output", lambda _: None)
+    nowhere = tmp_path / "none" / "e.json"
+    assert evaluate(*command, "--json", nowhere, "--plot", tmp_path / "e.png") == 1
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"qualiclip: {nowhere} cannot be written (No such file or directory)",
+        "qualiclip: the disk is full",
+    ]
     # What cannot be written at all does not keep the rest from being shown and drawn.
     monkeypatch.undo()
     monkeypatch.setattr("qualiclip_pyiqa.commands.evaluate.replacing", full)
     plot = tmp_path / "drawn.png"
-    assert evaluate(*command, "--json", out, "--plot", plot) == 2
+    assert evaluate(*command, "--json", out, "--plot", plot) == 1
     said = capsys.readouterr()
     assert "| piqe | 16 |" in said.out and "the disk is full" in said.err and plot.stat().st_size > 1000
 
@@ -811,7 +838,7 @@ def test_a_plot_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with pytest.raises(SettingsError, match=r"p\.png cannot be written \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"p\.png cannot be written \(No space left on device\)"):
         plots.scatter(tmp_path / "p.png", {"m": range(6)}, range(6), {"m": ""})
     assert not list(tmp_path.iterdir())
 

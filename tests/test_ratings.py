@@ -136,6 +136,7 @@ def test_names_that_are_not_utf8(folder: Path) -> None:
         ("image;mos\na.png;1,5\n", r"line 2: mos is '1,5'; expected a number with a decimal point"),
         ("image,mos\na.png,\n", r"line 2: mos is ''; expected a number"),
         ("image,mos\na.png,inf\n", r"line 2: mos is 'inf'; expected a finite number"),
+        ("image,mos\na.png,-1e308\n", r"line 2: mos is '-1e308'; expected a number between -1e\+100 and 1e\+100"),
         ("image,mos\na.png\n", r"line 2: mos is ''; expected a number"),
         ("image,mos\nc d,e.png,3\n", r"line 2 has 3 cells; expected 2 as in the header"),
         ("image,mos\n,3\n", r"line 2 has no image name"),

@@ -1000,7 +1000,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_last_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "write_safetensors", full)
-        with pytest.raises(SettingsError, match=r"cannot be written \(No space .*\); make room, then pass --resume"):
+        with pytest.raises(OSError, match=r"cannot be written \(No space .*\); make room, then pass --resume"):
             trainer.train(short(), folder, run)
     assert steps_kept(run) == 2
     resumed = trainer.train(short(), folder, run, resume=True)

@@ -327,7 +327,7 @@ def test_a_stopped_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe)
     error = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(SettingsError, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
         tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
     with pytest.raises(SettingsError, match=r"log\.jsonl/run cannot be created"):

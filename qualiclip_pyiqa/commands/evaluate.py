@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SettingsError
 from ..files import replacing
 from ..images.convert import source_name
+from ..scoring.tables import writing
 from ..screen import Screen
 from . import (
     DEFAULT_METRIC,
@@ -143,17 +144,18 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> int:
             say(f"  {error}")
         if len(result.errors) > SHOWN:
             say(f"  ... and {len(result.errors) - SHOWN} more; --json FILE lists all")
+    # A failure that is not one of an output keeps its traceback.
+    failures.sort(key=lambda failure: not isinstance(failure, OSError | SettingsError))
+    for each in failures[:-1]:
+        say(f"qualiclip: {each}")
     if failures:
-        raise failures[0]
+        raise failures[-1]
     return int(bool(result.errors))
 
 
 def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
-    try:
-        with replacing(path) as part:
-            part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror or error})") from error
+    with writing(path), replacing(path) as part:
+        part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 def _scorer(arguments: argparse.Namespace, metrics: list[str]) -> Scorer:

@@ -23,6 +23,7 @@ from ..optional import require
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+LARGEST = 1e100  # of a score or opinion score: the squares of larger ones overflow
 LEAST = 3  # images, the minimum for a meaningful correlation
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -65,7 +66,7 @@ def agreement(scores: ArrayLike, opinions: ArrayLike, opposite: bool = False, se
         seed: of the bootstrap.
 
     Raises:
-        SettingsError: fewer than three images, numbers that are not finite, or SciPy is not installed.
+        SettingsError: fewer than three images, numbers that are not finite or beyond 1e100, or SciPy is not installed.
 
     Example:
         >>> found = agreement([0.1, 0.4, 0.3, 0.9], [70, 40, 50, 10], opposite=True)
@@ -173,8 +174,13 @@ def _stats() -> ModuleType:
 
 def _pearson(x: Floats, y: Floats) -> float:
     # Like `scipy.stats.pearsonr`, without its warnings and p-value.
-    x, y = x - x.mean(), y - y.mean()
+    x, y = _near_one(x - x.mean()), _near_one(y - y.mean())
     return float(np.clip(np.dot(x / np.linalg.norm(x), y / np.linalg.norm(y)), -1, 1))
+
+
+def _near_one(x: Floats) -> Floats:
+    """Scale numbers, of which some is not 0, by a power of two, so that their squares neither overflow nor vanish."""
+    return np.ldexp(x, -np.frexp(np.abs(x).max())[1])
 
 
 def _columns(scores: ArrayLike, opinions: ArrayLike) -> tuple[Floats, Floats]:
@@ -183,6 +189,8 @@ def _columns(scores: ArrayLike, opinions: ArrayLike) -> tuple[Floats, Floats]:
         raise SettingsError(f"{x.size} scores and {y.size} opinion scores; expected equal numbers of at least {LEAST}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise SettingsError("some scores or opinion scores are not finite; leave these images out")
+    if max(np.abs(x).max(), np.abs(y).max()) > LARGEST:
+        raise SettingsError(f"some scores or opinion scores are beyond {LARGEST:g}; leave these images out")
     return x, y
 
 

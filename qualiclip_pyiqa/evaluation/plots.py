@@ -21,6 +21,7 @@ from ..files import replacing
 from ..images.convert import ReadRules, source_name
 from ..images.tensors import load_image
 from ..optional import require
+from ..scoring.tables import writing
 from .agreement import fitted_logistic
 
 LONGEST = 1000  # pixels, the longest side of an image in a figure
@@ -72,7 +73,7 @@ def scatter(path: Path, scores: Mapping[str, ArrayLike], opinions: Sequence[floa
         notes: text below the metric's name, by metric.
 
     Raises:
-        SettingsError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
@@ -105,7 +106,7 @@ def levels(
         falls: by metric and type; lines are solid if true, else dotted.
 
     Raises:
-        SettingsError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     types = list(next(iter(means.values())))
     columns = 6
@@ -156,7 +157,7 @@ def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> 
         rules: the reading rules used for scoring.
 
     Raises:
-        SettingsError: the file cannot be written.
+        OSError: the file cannot be written.
         ImageError: an image can no longer be read.
     """
     rules = rules or ReadRules()
@@ -188,11 +189,8 @@ def _save(figure: Any, path: Path) -> None:
         text.set_parse_math(False)
         text.set_usetex(False)
         text.set_fontfamily(families)
-    try:
-        with replacing(path) as part:
-            figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror or error})") from error
+    with writing(path), replacing(path) as part:
+        figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")
 
 
 def _drawable(text: str) -> str:

@@ -14,6 +14,7 @@ from ..errors import SettingsError, did_you_mean
 from ..files import DELIMITERS, best_delimiter, text_codec
 from ..images.convert import source_name
 from ..images.identity import image_key
+from .agreement import LARGEST
 from .names import FileNames
 
 # Column names in published data sets, in lower case; the first one found is used.
@@ -226,6 +227,10 @@ def _number(table: Path, line: int, column: str, cell: str) -> float:
         raise SettingsError(f"{table}, line {line}: {column} is {cell!r}; expected a number{comma}") from None
     if not math.isfinite(number):
         raise SettingsError(f"{table}, line {line}: {column} is {cell!r}; expected a finite number")
+    if abs(number) > LARGEST:
+        raise SettingsError(
+            f"{table}, line {line}: {column} is {cell!r}; expected a number between {-LARGEST:g} and {LARGEST:g}"
+        )
     return number
 
 

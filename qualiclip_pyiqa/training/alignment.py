@@ -198,4 +198,4 @@ def save(
     try:
         write_safetensors(path, tensors, metadata)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror}); make room, then pass --resume") from error
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); make room, then pass --resume") from error

@@ -121,7 +121,7 @@ def write_checkpoint(folder: Path, state: State) -> Path:
     """Write a checkpoint, whole or not at all, then delete earlier ones.
 
     Raises:
-        SettingsError: the file cannot be written; the earlier checkpoint remains.
+        OSError: the file cannot be written; the earlier checkpoint remains.
     """
     progress = state.progress
     path = folder / f"checkpoint-{progress.step:09d}-{progress.run[:8]}.safetensors"
@@ -134,7 +134,7 @@ def write_checkpoint(folder: Path, state: State) -> Path:
     try:
         write_safetensors(path, state.model_tensors() | state.optimiser_tensors(), metadata)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror}); make room, then pass --resume") from error
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); make room, then pass --resume") from error
     delete_checkpoints(folder, but=path)
     return path
 

@@ -331,4 +331,4 @@ def _save(net: PromptIQA, target: Path) -> None:
         with replacing(target) as part:
             part.write_bytes(content.getbuffer())
     except OSError as error:
-        raise SettingsError(f"{target} cannot be written ({error.strerror}); make room and repeat") from error
+        raise OSError(f"{target} cannot be written ({error.strerror or error}); make room and repeat") from error
