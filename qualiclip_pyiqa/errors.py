@@ -54,6 +54,16 @@ def kind_of(value: object) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words; `plural` if it is not the noun with an s.
+
+    Example:
+        >>> counted(1, "image"), counted(2, "image"), counted(0, "entry", "entries")
+        ('1 image', '2 images', '0 entries')
+    """
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'niqe'?"` for the end of an error message, or `""` if no known name is similar.
 

@@ -12,7 +12,7 @@ import pytest
 from test_cli_score import command, picture, rows, start
 
 from qualiclip_pyiqa.commands import cli
-from qualiclip_pyiqa.scoring.tables import Record, meta_path, read_meta, write_table
+from qualiclip_pyiqa.scoring.tables import Record, ScoreTable, meta_path, read_meta, write_table
 
 META: dict[str, Any] = {
     "columns": {"qualiclip-mini": {"lower_better": False}, "piqe": {"lower_better": True}},
@@ -225,6 +225,39 @@ def test_the_described_score_is_meant_where_there_is_one(tmp_path: Path, capsys:
     assert "has the scores mos, piqe; choose one with -m" in capsys.readouterr().err
 
 
+def test_a_column_that_one_cell_keeps_from_being_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("path,m\na.png,1\nb.png,?\n")
+    assert keep(table, "--above", 0) == 2
+    assert capsys.readouterr().err == (
+        f"qualiclip: {table} has no column of scores (not scores: 'm': line 3: '?' is not a number)\n"
+    )
+    table.write_text("path,m,n,o\na.png,1,2,3\nb.png,?,2,3\n")
+    assert keep(table, "--above", 0) == 2
+    assert "the scores n, o; choose one with -m (not scores: 'm': line 3: '?' is not" in capsys.readouterr().err
+
+
+def test_rows_of_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in `evaluate --scores`: it is one image, unless its scores differ."""
+    monkeypatch.chdir(tmp_path)
+    rows_of = [Record(path, 48, 40, {"piqe": 1, "niqe": n}) for n, path in enumerate(("a.png", "b.png", "./a.png"))]
+    write_table("t.csv", ["piqe", "niqe"], rows_of)
+    assert keep(Path("t.csv"), "-m", "piqe", "--above", 0) == 0
+    assert capsys.readouterr().out == "a.png\nb.png\n"
+    assert keep(Path("t.csv"), "-m", "niqe", "--above", 2) == 2
+    assert "t.csv has two rows of ./a.png with different scores; expected one per image" in capsys.readouterr().err
+
+
+def test_an_unfinished_parquet_table_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.parquet"
+    table = ScoreTable(path, ["piqe"])
+    table.write([Record("a.png", 48, 40, {"piqe": 1})])
+    assert keep(path, "--above", 0) == 2
+    err = capsys.readouterr().err
+    assert f"{path.name}.part beside it has the rows of an unfinished run; complete it with --resume" in err
+    assert keep(Path(f"{path}.part"), "--above", 0) == 0
+
+
 def test_one_image_that_cannot_be_copied_keeps_no_other_from_it(
     folder: Path, scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +266,7 @@ def test_one_image_that_cannot_be_copied_keeps_no_other_from_it(
     assert sorted(path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()) == ["1.png", "deep.jpg"]
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"qualiclip: {folder}/0.png cannot be copied to {tmp_path}/kept (No such file or directory)",
-        "qualiclip: 1 of 3 images were not copied",
+        "qualiclip: 1 of 3 images not copied",
     ]
 
 

@@ -22,6 +22,7 @@ from faults import as_nobody, workers_of
 from PIL import Image
 
 from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.errors import counted
 from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record, read_table
@@ -74,8 +75,8 @@ def test_table_summary_and_status(
     assert f"  best: {max(scores):.4f} {table[int(np.argmax(scores))]['path']}" in captured.err
     assert f"  worst: {min(scores):.4f} {table[int(np.argmin(scores))]['path']}" in captured.err
     assert "piqe (lower is better)" in captured.err
-    assert "skipped in folders: 1 files without the suffix of an image" in captured.err
-    assert "skipped in folders: 1 hidden entries" in captured.err
+    assert "skipped in folders: 1 file without the suffix of an image" in captured.err
+    assert "skipped in folders: 1 hidden entry (those that are named are scored)" in captured.err
     assert "\r" not in captured.err and "5/5" not in captured.err  # a progress bar is for terminals
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert score(folder, "-m", "qualiclip-mini", "-m", "piqe", "-o", out, "--resume") == 0
@@ -154,6 +155,7 @@ def test_usage_errors_have_status_2_and_write_nothing(
         (["nope*.jpg", "-o", out], "no file matches the pattern nope*.jpg"),
         (["s3://bucket/photos", "-o", out], "s3://bucket/photos is a URL; pass --engine ray"),
         ([folder, "-m", "piqe", "-m", "piqe", "-o", out], "-m piqe is given twice"),
+        ([folder, "-m", folder / "notes.txt", "-o", out], "notes.txt is a file, but no .safetensors; expected"),
         ([folder, "-m", "nope.safetensors", "-o", out], "nope.safetensors does not exist; expected a metric's name"),
         ([folder, "-o", tmp_path / "nowhere" / "s.csv"], "nowhere is not a folder"),
         ([folder, "-o", folder_called_csv], "it is a folder"),
@@ -283,7 +285,7 @@ def test_a_table_is_extended(folder: Path, tmp_path: Path, capsys: pytest.Captur
         out = tmp_path / f"s{suffix}"
         for path, total in ((folder / "sub", 1), (twins[0], 2), (twins[1], 2 if suffix == ".parquet" else 3)):
             assert score(path, "-o", out, "--resume", "--workers", 0) == 0
-            assert f"{total} images: {total} scored" in capsys.readouterr().err
+            assert f"{counted(total, 'image')}: {total} scored" in capsys.readouterr().err
             assert len(rows(out)) == total  # in Parquet the twins have the same name
 
 
@@ -386,6 +388,7 @@ def test_a_full_disk_is_said_and_the_rows_before_are_kept(
     (tmp_path / "full.csv").symlink_to("/dev/full")
     assert score(folder, "-o", tmp_path / "full.csv") == 1
     assert capsys.readouterr().err.endswith("full.csv cannot be written (No space left on device)\n")
+    assert not (tmp_path / "full.csv.meta.json").exists()
 
 
 def test_what_is_no_fault_of_the_table_is_not_said_to_be(
@@ -467,7 +470,7 @@ def test_one_row_an_image_however_it_was_spelled(
         assert suffix == ".parquet" or out.read_bytes() == before
     capsys.readouterr()
     assert score(*relative[2:], "--workers", 0) == 0
-    assert "1 images: 1 scored" in capsys.readouterr().err
+    assert "1 image: 1 scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])

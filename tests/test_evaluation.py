@@ -280,7 +280,7 @@ def test_command_with_a_data_set_of_pyiqa(
     assert found["srcc"] == pytest.approx(by_pyiqa["metrics"]["qualiclip-mini"]["srcc"])
     table.write_text("\n".join(table.read_text().splitlines()[:-2]) + "\n")
     assert cli.main(["evaluate", *arguments]) == 2
-    assert "2 of 16 rated images are not in the table of scores, such as" in capsys.readouterr().err
+    assert "2 of 16 rated images not in the table of scores, such as" in capsys.readouterr().err
     assert evaluate("--dataset", "spaq", "--images", root) == 0
     assert "16 images (spaq, all of it; higher opinion scores are better, as pyiqa states)" in capsys.readouterr().out
     for arguments, message in (
@@ -370,7 +370,7 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
     # A photograph that cannot be read is left out, and the others have the figures they had.
     (folder / "unreadable.png").write_bytes(b"broken")
     assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 1
-    assert "1 of 3 images were left out:" in capsys.readouterr().err
+    assert "1 of 3 images left out:" in capsys.readouterr().err
     written = json.loads(out.read_text())
     assert written["metrics"]["qualiclip-mini"] == numbers
     assert list(written["left_out"]) == [str(folder / "unreadable.png")]
@@ -404,7 +404,7 @@ def test_command_with_gmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("qualiclip_pyiqa.images.paths.find_images", lambda folders: found)
     assert evaluate(*command, "--json", out) == 1
     said = capsys.readouterr().err
-    assert "2 of 13 images were left out:" in said and "locked cannot be listed (Permission denied)" in said
+    assert "2 of 13 images left out:" in said and "locked cannot be listed (Permission denied)" in said
     assert json.loads(out.read_text())["pairs"] == pairs
     assert evaluate("--gmad", "piqe", "piqe", tmp_path / "photos", "--levels", 2) == 2
     assert evaluate("--gmad", "qualiclip-mini", "piqe", tmp_path / "photos") == 2
@@ -528,7 +528,7 @@ def test_images_that_cannot_be_scored_are_left_out_and_named(
     command = ["--ratings", table, "--images", table.parent, "-m", "piqe", "--group", "camera"]
     assert evaluate(*command, "--json", out, "--plot", plot) == 1
     said = capsys.readouterr()
-    assert "3 of 16 images were left out:" in said.err and "13.png" in said.err and plot.is_file()
+    assert "3 of 16 images left out:" in said.err and "13.png" in said.err and plot.is_file()
     written = json.loads(out.read_text())
     assert sorted(Path(path).name for path in written["left_out"]) == ["00.png", "13.png", "22.png"]
     assert (
@@ -742,7 +742,7 @@ def test_tables_of_scores_that_do_not_fit(rated: Path, tmp_path: Path, capsys: p
     wrong = table(*rows[:3], "in/3.png,,,,,,in/3.png is broken")
     arguments = ["--ratings", mos, "--scores", wrong, "-m", "niqe", "--json", out]
     assert cli.main(["evaluate", *map(str, arguments)]) == 1
-    assert "1 of 4 images were left out:\n  in/3.png is broken" in capsys.readouterr().err
+    assert "1 of 4 images left out:\n  in/3.png is broken" in capsys.readouterr().err
     written = json.loads(out.read_text())
     assert {name: each["n"] for name, each in written["metrics"].items()} == {"niqe.a": 3, "niqe.b": 3}
     assert written["left_out"] == {"in/3.png": "in/3.png is broken"}

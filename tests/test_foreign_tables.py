@@ -169,7 +169,9 @@ HEADER = "path,width,height,clipiqa,error"
     [
         ("t.csv", "path,path,clipiqa\na,b,1\n", "two columns are called 'path'"),
         ("t.csv", "image,clipiqa\na,1\n", "no column 'path'; its columns are image, clipiqa"),
-        ("t.csv", "", "no column 'path'"),
+        ("t.csv", "", r"\(it is empty\)"),
+        ("t.csv", "\n\n", r"\(it is empty\)"),
+        ("t.csv", f"{HEADER}\na\n", "line 2 has 1 cell for 5 columns"),
         ("t.csv", f"{HEADER}\na,160.5,1,0.5,\n", r"line 2, column 'width': 160\.5 is not a number of pixels"),
         ("t.csv", f"{HEADER}\na,-3,1,0.5,\n", "-3 is not a number of pixels"),
         ("t.csv", f"{HEADER}\na,1,x,0.5,\n", "line 2, column 'height': 'x' is not a number"),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, counted
 from ..files import replacing
 from ..images.convert import source_name
 from ..scoring.tables import writing
@@ -139,7 +139,7 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> int:
                 failures.append(failure)
     put("\n".join(result.lines))
     if result.errors:
-        say(f"qualiclip: {len(result.errors)} of {result.images} images were left out:")
+        say(f"qualiclip: {len(result.errors)} of {counted(result.images, 'image')} left out:")
         for error in list(result.errors.values())[:SHOWN]:
             say(f"  {error}")
         if len(result.errors) > SHOWN:
@@ -312,7 +312,7 @@ def _gmad(arguments: argparse.Namespace) -> Result:
     paths, errors = _images(Path(folder))
     if len(paths) < images_needed(levels):
         raise SettingsError(
-            f"{len(paths)} images in {folder}; a gMAD competition at {levels} levels needs at least "
+            f"{counted(len(paths), 'image')} in {folder}; a gMAD competition at {levels} levels needs at least "
             f"{images_needed(levels)}"
         )
     scorer = _scorer(arguments, [first, second])

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, counted
 from ..files import replacing
 from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import guess_lower_better
 from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
+from ..scoring.tables.cells import shown
 from . import Commands, a_number, check_output, refuse, say
 
 _COPY_ERRORS = 5  # errors printed
@@ -61,17 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
     metric = _metric(arguments, table)
     records = list(table)
     scored = [record for record in records if metric in record.scores]
+    _check_repeated(scored, metric, table)
     kept = _pick(scored, metric, arguments, table)
     if arguments.output is not None:
         write_table(arguments.output, table.columns, kept, table.meta)
-    say(f"{len(kept)} of {len(scored)} scored images kept; {len(records) - len(scored)} without a score left out")
+    without = len(records) - len(scored)
+    say(f"{len(kept)} of {counted(len(scored), 'scored image')} kept; {without} without a score left out")
     lost = [name for name, why in table.others.items() if why != "an index"]
     if arguments.output is not None and lost:
         say(f"columns that are not scores were not written to {arguments.output}: {', '.join(lost)}")
     if arguments.output is None and arguments.copy is None:
         end = b"\0" if arguments.null else b"\n"
         with writing("standard output"):
-            sys.stdout.buffer.write(b"".join(os.fsencode(record.path or "") + end for record in kept))
+            sys.stdout.buffer.write(b"".join(os.fsencode(path) + end for path in _paths(kept)))
             sys.stdout.buffer.flush()
     return 0 if arguments.copy is None else _copy(kept, arguments.copy)
 
@@ -83,7 +86,9 @@ def _metric(arguments: argparse.Namespace, table: Table) -> str:
         for columns in (table.columns, described):
             if len(columns) == 1:
                 return columns[0]
-        raise SettingsError(f"{table.path} has the scores {_listed(table)}; choose one with -m")
+        if not table.columns:
+            raise SettingsError(f"{table.path} has no column of scores{_why_not(table)}")
+        raise SettingsError(f"{table.path} has the scores {_listed(table)}; choose one with -m{_why_not(table)}")
     if name in table.others:
         raise SettingsError(f"{table.path} has no scores in column {name!r} ({table.others[name]})")
     if name not in table.columns:
@@ -91,8 +96,33 @@ def _metric(arguments: argparse.Namespace, table: Table) -> str:
     return name
 
 
+def _why_not(table: Table) -> str:
+    """Return why other columns hold no scores, since one cell is enough."""
+    others = [f"{name!r}: {why}" for name, why in table.others.items() if why != "an index"]
+    return f" (not scores: {shown('; '.join(others), 300)})" if others else ""
+
+
 def _listed(table: Table) -> str:
     return ", ".join(table.columns) or "(none)"
+
+
+def _check_repeated(scored: Sequence[Record], metric: str, table: Table) -> None:
+    """Raise SettingsError if an image has two scores: then it may be good enough and not."""
+    scores: dict[str, float] = {}
+    for record in scored:
+        if record.path and scores.setdefault(image_key(record.path), record.scores[metric]) != record.scores[metric]:
+            raise SettingsError(
+                f"{table.path} has two rows of {source_name(record.path)} with different scores; expected one per image"
+            )
+
+
+def _paths(records: Sequence[Record]) -> list[str]:
+    """Return the path of each image, once, as its first row spells it."""
+    paths: dict[str, str] = {}
+    for record in records:
+        if record.path:
+            paths.setdefault(image_key(record.path), record.path)
+    return list(paths.values())
 
 
 def _pick(scored: list[Record], metric: str, arguments: argparse.Namespace, table: Table) -> list[Record]:
@@ -142,7 +172,7 @@ def _copy(kept: Sequence[Record], folder: Path) -> int:
 
     Nothing is overwritten, and no copy is partial. Errors are printed at the end, and make the exit status 1.
     """
-    paths = list({image_key(record.path): Path(record.path) for record in kept if record.path}.values())
+    paths = [Path(path) for path in _paths(kept)]
     if not paths:
         return 0
     parents = [os.path.normpath(Path.cwd() / path.parent) for path in paths]
@@ -165,5 +195,5 @@ def _copy(kept: Sequence[Record], folder: Path) -> int:
     for line in errors[:_COPY_ERRORS]:
         say(f"qualiclip: {line}")
     if errors:
-        raise ImageError(f"{len(errors)} of {len(paths)} images were not copied")
+        raise ImageError(f"{len(errors)} of {counted(len(paths), 'image')} not copied")
     return 0

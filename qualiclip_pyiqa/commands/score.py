@@ -14,7 +14,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, SettingsError, counted
 from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
@@ -117,8 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not found.paths and not found.unreadable:
         if unmatched:
             raise SettingsError(f"no file matches the pattern {source_name(unmatched[0])}")
-        counts = {"files are not images": found.others, "entries are hidden": found.hidden}
-        skipped = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        counts = {
+            counted(found.others, "file that is no image", "files that are no images"): found.others,
+            counted(found.hidden, "hidden entry", "hidden entries"): found.hidden,
+        }
+        skipped = ", ".join(what for what, count in counts.items() if count)
         raise SettingsError(f"no images in {', '.join(arguments.paths)}{f' ({skipped})' if skipped else ''}")
     files = {path: ParquetImages(path) for path in found.paths if is_parquet(path)}
     if files and arguments.engine == "ray":
@@ -133,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             _fill(table, found, unmatched, files, engine.score, summary)
     except KeyboardInterrupt:
         kept = _how_to_resume(arguments.output, summary)
-        say(f"qualiclip: stopped after {summary.rows} rows{kept}")
+        say(f"qualiclip: stopped after {counted(summary.rows, 'row')}{kept}")
         return 130
     except BrokenPipeError:
         raise

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ..errors import counted
 from ..images.convert import source_name
 from ..scoring.tables import Record
 
@@ -43,17 +44,18 @@ class Summary:
 
     def lines(self, others: int, hidden: int) -> Iterator[str]:
         """Yield the lines of the summary; `others` and `hidden` count skipped entries, see `FoundPaths`."""
-        yield f"{self.rows} images: {self.rows - self.errors} scored, {self.errors} with an error"
+        yield f"{counted(self.rows, 'image')}: {self.rows - self.errors} scored, {self.errors} with an error"
         for error in self._first_errors:
             yield f"  {error}"
         if self.errors > len(self._first_errors):
             yield f"  ... and {self.errors - len(self._first_errors)} more; see the column `error`"
         if others:
-            yield f"skipped in folders: {others} files without the suffix of an image"
+            yield f"skipped in folders: {counted(others, 'file')} without the suffix of an image"
         if hidden:
-            yield f"skipped in folders: {hidden} hidden entries (name them explicitly to score them)"
+            entries = counted(hidden, "hidden entry", "hidden entries")
+            yield f"skipped in folders: {entries} (those that are named are scored)"
         if self.repeated:
-            yield f"left out: {self.repeated} repeated names (each image is scored once)"
+            yield f"left out: {counted(self.repeated, 'repeated name')} (each image is scored once)"
         for column, scores in self._scores.items():
             if scores:
                 yield from self._column(column, np.asarray(scores))

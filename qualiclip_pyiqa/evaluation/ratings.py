@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import SettingsError, did_you_mean
+from ..errors import SettingsError, counted, did_you_mean
 from ..files import DELIMITERS, best_delimiter, text_codec
 from ..images.convert import source_name
 from ..images.identity import image_key
@@ -75,9 +75,9 @@ class Ratings:
         direction = "lower" if self.lower_better else "higher"
         images = len(set(self.images))
         count = (
-            f"{images} images"
+            counted(images, "image")
             if images == len(self.paths)
-            else f"{len(self.paths)} rows of {images} images, whose opinion scores are averaged"
+            else f"{len(self.paths)} rows of {counted(images, 'image')}, whose opinion scores are averaged"
         )
         return f"{count} ({self.columns}; {direction} opinion scores are better, {self.because})"
 
@@ -151,7 +151,7 @@ def _read(table: Path, *wanted: str | None) -> tuple[list[str], str, list[tuple[
     for line, cells in rows:
         if any(cell.strip() for cell in cells[len(names) :]):
             raise SettingsError(
-                f"{table}, line {line} has {len(cells)} cells; expected {len(names)} as in the header "
+                f"{table}, line {line} has {counted(len(cells), 'cell')}; expected {len(names)} as in the header "
                 "(quote names that contain the delimiter)"
             )
         cells += [""] * (len(names) - len(cells))

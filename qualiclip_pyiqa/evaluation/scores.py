@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import SettingsError, did_you_mean
+from ..errors import SettingsError, counted, did_you_mean
 from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import guess_lower_better
@@ -65,7 +65,7 @@ class Scores:
         missing = [path for path, key in zip(ratings.paths, keys, strict=True) if key not in spelled]
         if missing:
             raise SettingsError(
-                f"{len(missing)} of {len(keys)} rated images are not in the table of scores, such as "
+                f"{len(missing)} of {counted(len(keys), 'rated image')} not in the table of scores, such as "
                 f"{source_name(missing[0])}"
             )
         return replace(ratings, paths=[spelled[key] for key in keys])

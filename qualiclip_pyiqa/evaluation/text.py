@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from ..images.convert import source_name
 from .agreement import LEAST, Agreement
 from .gmad import Duel
@@ -63,7 +64,7 @@ def opinions(report: OpinionReport, ratings: Ratings, column: str | None) -> lis
         ]
     for group, part in report.groups.items():
         count = len(ratings.mean_opinions(group))
-        lines += ["", f"{column} = {source_name(group) or '(empty)'}, {count} images", *_agreements(part)]
+        lines += ["", f"{column} = {source_name(group) or '(empty)'}, {counted(count, 'image')}", *_agreements(part)]
     return lines
 
 
@@ -89,10 +90,11 @@ def ladders(report: LadderReport) -> list[str]:
     lines: list[str] = []
     for column, found in report.behaviours.items():
         falling = sum(each.falls for each in found.values())
+        photographs = counted(report.photographs[column], "photograph")
         levels = range(1, len(next(iter(found.values())).means))
         lines += [
             "",
-            f"{source_name(column)}, {report.photographs[column]} photographs: the mean gets worse at every level for "
+            f"{source_name(column)}, {photographs}: the mean gets worse at every level for "
             f"{falling} of {len(found)} types",
             "in order: share of correctly ranked pairs of levels of one photograph, pristine included",
             "",

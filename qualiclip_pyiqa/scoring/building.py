@@ -61,6 +61,10 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
             own: nn.Module = OpenQualiCLIP("qualiclip", weights=metric)
         elif isinstance(metric, str):
             known = pyiqa.list_models()
+            if metric not in known and Path(metric).is_file():
+                raise SettingsError(
+                    f"{metric} is a file, but no .safetensors; expected a metric's name or the file of a trained model"
+                )
             if metric not in known:
                 raise SettingsError(f"unknown metric {metric!r}{did_you_mean(metric, known)} (`pyiqa -ls` lists all)")
             own = _created(metric, device)

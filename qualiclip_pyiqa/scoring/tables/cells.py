@@ -49,6 +49,8 @@ def not_scores(path: Path, why: object) -> SettingsError:
 
 def check_names(path: Path, names: Sequence[str]) -> tuple[str, ...]:
     """Return the columns of a file. Raise SettingsError unless they contain `path` and no duplicates."""
+    if not names:
+        raise not_scores(path, "it is empty")
     if "path" not in names:
         raise not_scores(path, f"no column 'path'; its columns are {shown(', '.join(names))}")
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from ...errors import counted
 from ...files import best_delimiter, text_codec
 from .cells import check_names, not_scores
 from .record import storable
@@ -39,7 +40,7 @@ class CsvRows:
             if len(cells) != len(self.names):
                 raise not_scores(
                     self.path,
-                    f"line {number} has {len(cells)} cells for {len(self.names)} columns; "
+                    f"line {number} has {counted(len(cells), 'cell')} for {counted(len(self.names), 'column')}; "
                     "if a run was stopped there, continue it with --resume",
                 )
             yield f"line {number}", dict(zip(self.names, cells, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from .json_rows import JsonRows
 from .meta import lower_better_of, read_meta
 from .parquet_rows import ParquetRows
 from .record import Record
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 PART = ".part"  # suffix of an unfinished Parquet table's rows in JSON lines
@@ -60,13 +63,25 @@ def read_table(path: str | Path) -> Table:
         rows = open_rows(path)
         columns, others, _ = find_scores(rows)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror or error}); expected a table of scores") from error
+        raise SettingsError(
+            f"{path} cannot be read ({error.strerror or error}); {_unfinished(path) or 'expected a table of scores'}"
+        ) from error
+    if unfinished := _unfinished(path):
+        logger.warning("%s lacks rows: %s", path, unfinished)
     meta = read_meta(path)
     described = meta["columns"] if meta else {}
     broken = next((name for name in others if name in described), None)
     if broken is not None:
         raise not_scores(path, f"column {broken!r}, {others[broken]}")
     return Table(path, columns, others, meta, rows)
+
+
+def _unfinished(path: Path) -> str:
+    """Describe the rows that a killed run has left beside a Parquet table; empty if there are none."""
+    part = path.with_name(path.name + PART)
+    if path.suffix != ".parquet" or not part.is_file():
+        return ""
+    return f"{part.name} beside it has the rows of an unfinished run; complete it with --resume, or read that file"
 
 
 def open_rows(path: Path) -> Rows:

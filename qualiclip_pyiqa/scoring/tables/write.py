@@ -71,6 +71,7 @@ class ScoreTable:
             raise SettingsError(f"{left[0]} exists already; pass --resume to continue it, or choose another name")
         self._names: tuple[str, ...] = (*FIXED[:3], *self.columns, *FIXED[3:])
         self._delimiter = ","
+        self._described = False  # whether there is a description of this run alone
         with writing(self.path):
             self._file, created = _open_to_append(self._growing)
             try:
@@ -81,6 +82,8 @@ class ScoreTable:
                 self._file.close()
                 if created and empty:
                     self._growing.unlink(missing_ok=True)
+                if empty and self._described:
+                    meta_path(self.path).unlink(missing_ok=True)
                 raise
 
     def rows(self) -> Iterator[Record]:
@@ -185,6 +188,7 @@ class ScoreTable:
             self.meta = before
         if self.meta != before or not rows:
             write_meta(self.path, self.meta)
+            self._described = not rows
 
     def _line(self, record: Record) -> bytes:
         cells = write_cells(record, self.columns)
