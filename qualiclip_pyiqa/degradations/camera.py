@@ -119,8 +119,8 @@ def overexposure(x: Tensor, stops: float, generators: Generators) -> Tensor:
 def flare(x: Tensor, amount: float, generators: Generators) -> Tensor:
     """Add a bright light's stray light to linear light: `amount` * (0.25 + spot) * colour.
 
-    The even part is veiling glare, as ISO 9358 defines it. The spot is a Gaussian at a random place of the image, with
-    a sigma of 0.25 to 0.5 of its shorter side, and a warm colour: 1, 0.8 to 1, 0.6 to 1.
+    The even part is veiling glare (the term of ISO 9358; the formula is ours). The spot is a Gaussian at a random place
+    of the image, with a sigma of 0.25 to 0.5 of its shorter side, and a warm colour: 1, 0.8 to 1, 0.6 to 1.
     """
     h, w = x.shape[-2:]
     down, across, spread, green, blue = shared_choices(generators, 5).to(x)[:, :, None, None, None].unbind(1)
