@@ -9,7 +9,8 @@ Two modules of pyiqa are changed, at once if they are imported already, else rig
 - `pyiqa.models.inference_model`: `InferenceModel.forward` is wrapped, as pyiqa has no hook for reading images. Inputs
   other than tensors (paths, bytes, PIL images, arrays) to our networks are read by `qualiclip_pyiqa.as_batch`, so
   `metric(path)`, the `pyiqa` command and `Scorer` agree. Tensors and other networks go straight to pyiqa's method. The
-  wrapper costs less than a microsecond.
+  wrapper costs less than a microsecond. `InferenceModel.__init__` is wrapped too: where our table has no range of
+  scores, as for `fitted`, the network's file decides range and direction.
 
 QUALICLIP_PYIQA_AUTOLOAD=0 disables `start`. pyiqa is then unchanged until `qualiclip_pyiqa` is imported, which adds
 only the metrics whose names pyiqa lacks (`qualiclip-mini`, `clipiqa-sharpness`, ...).
@@ -57,7 +58,7 @@ def register_archs() -> None:
     # pyiqa loads this entry point when it builds a network, so its InferenceModel must have been imported by now.
     if any(isinstance(finder, _Finder) for finder in sys.meta_path) and INFERENCE not in sys.modules:
         _warn(f"does not find {INFERENCE} in this version of pyiqa: {READS_ITSELF}")
-    for name in ("OpenCLIPIQA", "OpenQualiCLIP"):
+    for name in ("FittedIQA", "OpenCLIPIQA", "OpenQualiCLIP"):
         ARCH_REGISTRY.register_lazy(name, f"qualiclip_pyiqa.archs:{name}", override=True)
 
 
@@ -84,7 +85,7 @@ def _add_entries(module: ModuleType) -> None:
 def _wrap_forward(module: ModuleType) -> None:
     try:
         model = module.InferenceModel
-        forward = model.forward
+        forward, init = model.forward, model.__init__
         if getattr(forward, MARK, False):
             return
         from functools import wraps
@@ -104,6 +105,15 @@ def _wrap_forward(module: ModuleType) -> None:
 
     setattr(forward_by_our_rules, MARK, True)
     model.forward = forward_by_our_rules
+
+    @wraps(init)
+    def init_with_the_network_s_range(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        network: Any = getattr(self, "net", None)
+        if _is_ours(network) and getattr(self, "score_range", None) is None:
+            self.score_range, self.lower_better = network.score_range, network.lower_better
+
+    model.__init__ = init_with_the_network_s_range
 
 
 def _is_ours(network: object) -> bool:

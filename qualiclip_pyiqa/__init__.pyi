@@ -1,4 +1,5 @@
 # The public names, read by type checkers and, at run time, by lazy_loader.
+from .archs import FittedIQA as FittedIQA
 from .archs import OpenCLIPIQA as OpenCLIPIQA
 from .archs import OpenQualiCLIP as OpenQualiCLIP
 from .errors import ImageError as ImageError

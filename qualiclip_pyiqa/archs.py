@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .metrics.fitted import FittedIQA
 from .metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 
-__all__ = ["OpenCLIPIQA", "OpenQualiCLIP", "PromptIQA"]
+__all__ = ["FittedIQA", "OpenCLIPIQA", "OpenQualiCLIP", "PromptIQA"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qualiclip_pyiqa.errors import PromptError
 from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES, QUALITY_SETS, prompt_set_names, resolve_prompts
-from qualiclip_pyiqa.metrics.registry import METRICS, metric_spec
+from qualiclip_pyiqa.metrics.registry import METRICS, PromptSpec, metric_spec
 
 words = st.text("abcdefghij", min_size=1, max_size=6)
 pair = st.tuples(words.map("good {}".format), words.map("bad {}".format))
@@ -69,4 +69,5 @@ def test_every_attribute_has_a_metric_and_unknown_metrics_get_a_neighbour() -> N
     with pytest.raises(ValueError, match="did you mean 'qualiclip'"):
         metric_spec("quali-clip")
     for spec in METRICS.values():
-        resolve_prompts(spec.prompts)
+        if isinstance(spec, PromptSpec):
+            resolve_prompts(spec.prompts)

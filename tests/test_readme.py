@@ -23,6 +23,8 @@ def metrics_table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for spec in METRICS.values():
+        if not spec.records:  # a metric of the user's own file
+            continue
         attribute = spec.name.removeprefix("clipiqa-")
         name, summary = f"`{spec.name}`", spec.summary
         if attribute in ATTRIBUTES:

@@ -61,7 +61,8 @@ def add_metric_option(parser: argparse.ArgumentParser) -> None:
         "--metric",
         action="append",
         metavar="METRIC",
-        help=f"NR metric of pyiqa, or a model.safetensors from `qualiclip train` (default: {DEFAULT_METRIC})",
+        help="NR metric of pyiqa, or a .safetensors file of `qualiclip train` or `qualiclip fit` "
+        f"(default: {DEFAULT_METRIC})",
     )
 
 

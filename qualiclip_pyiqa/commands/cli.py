@@ -5,6 +5,7 @@
     qualiclip evaluate -m METRIC --ratings CSV ...   agreement with opinion scores, degradations, gMAD competitions
     qualiclip train --config NAME --pristine DIR ... train a model without opinion scores
     qualiclip tune -m METRIC --ratings CSV ...       learn a prompt context from opinion scores
+    qualiclip fit -m TOWER --ratings CSV ... -o FILE fit a metric to opinion scores, in a minute
     qualiclip weights list                           every weight file, its licence, and where it was found
     qualiclip weights path NAME...                   path of a weight file, or of all files of a metric
     qualiclip weights get NAME...                    the same, downloading missing files
@@ -29,13 +30,13 @@ from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..scoring.allocator import keep_freed_memory
 from ..scoring.tables import writing
 from ..screen import drop_output, replace_closed_streams
-from . import evaluate, filter, put, say, score, train, tune, weights
+from . import evaluate, filter, fit, put, say, score, train, tune, weights
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 # Commands that run networks.
-_KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune")
+_KEEP_FREED_MEMORY = ("score", "evaluate", "train", "tune", "fit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (score, filter, evaluate, train, tune, weights):
+    for command in (score, filter, evaluate, train, tune, fit, weights):
         command.add_parser(commands)
     return parser
 

@@ -67,6 +67,8 @@ def _records(names: Sequence[str]) -> list[WeightRecord]:
     for name in names:
         if name in manifest():
             keys.append(name)
+        elif name in METRICS and not METRICS[name].records:
+            raise SettingsError(f"{name} has no weight file of its own: it is given yours, made with `qualiclip fit`")
         elif name in METRICS:
             keys += METRICS[name].records
         else:

@@ -176,6 +176,12 @@ class BlindMetric(nn.Module):
         return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
 
 
+def pixel_statistics(tower: nn.Module, name: str) -> list[float] | None:
+    """Return a tower's `mean` or `std` for RGB in 0..1; None for a tower without pixel normalisation."""
+    values = getattr(tower, name, None)
+    return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
+
+
 def _window_starts(side: int, tile: int) -> list[int]:
     """Return the first pixels of the fewest windows of `tile` pixels that cover `side`, evenly spread."""
     count = -(-side // tile)

@@ -23,7 +23,7 @@ from ..pretrained.verify import provenance
 from ..towers import backbones
 from ..towers.base import freeze
 from ..towers.text import TextTower
-from .base import BlindMetric
+from .base import BlindMetric, pixel_statistics
 from .prompt_learner import FreshContext, PromptLearner, load_learner
 from .prompts import Prompts, PromptsLike, resolve_prompts
 from .registry import METRICS, PromptSpec, metric_spec, with_context
@@ -194,8 +194,8 @@ class PromptIQA(BlindMetric):
         return super().describe() | {
             "backbone": self.origin.backbone,
             "activation": self.origin.activation,
-            "pixel_mean": self._pixel_statistics("mean"),
-            "pixel_std": self._pixel_statistics("std"),
+            "pixel_mean": pixel_statistics(self.tower, "mean"),
+            "pixel_std": pixel_statistics(self.tower, "std"),
             "prompts": self.prompts.as_dict(),
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
@@ -203,11 +203,6 @@ class PromptIQA(BlindMetric):
             "weights": provenance(self.origin.file),
             "context": None if self.context_file is None else provenance(self.context_file),
         }
-
-    def _pixel_statistics(self, name: str) -> list[float] | None:
-        """Return the tower's `mean` or `std` for RGB in 0..1; None for a tower without pixel normalisation."""
-        values = getattr(self.tower, name, None)
-        return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
 
     def _set_features(self, prompts: Prompts, features: Tensor) -> None:
         """Store prompt features (2P, D) and the membership matrix (P, A): 1 where a pair belongs to an attribute."""

@@ -14,6 +14,7 @@ QUALICLIP_PAPER = (
     "Agnolucci, Galteri, Bertini: Quality-Aware Image-Text Alignment for Opinion-Unaware Image Quality Assessment, "
     "2024, arXiv:2403.11176"
 )
+FITTED_PAPER = "none: ridge regression on the statistics of an image tower"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,11 @@ class MetricSpec:
     Attributes:
         name: argument of `pyiqa.create_metric`, and the architecture's `model_type`.
         arch: class in `qualiclip_pyiqa.archs`, registered in pyiqa under the same name.
-        weights: record of `weights/manifest.toml` that holds the tower.
+        weights: record of `weights/manifest.toml` that holds the tower; "" if the user passes a file.
         summary: one line for tables.
         paper: reference of the method.
-        score_range: lowest and highest score.
-        lower_better: whether a lower score means a better image.
+        score_range: lowest and highest score; "" if the user's file decides it.
+        lower_better: whether a lower score means a better image, unless the user's file decides it.
     """
 
     name: str
@@ -41,20 +42,16 @@ class MetricSpec:
     @property
     def records(self) -> tuple[str, ...]:
         """All records of `weights/manifest.toml` that the metric needs."""
-        return (self.weights,)
+        return (self.weights,) if self.weights else ()
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the architecture that decide the score."""
-        return {"model_type": self.name, "weights": self.weights}
+        return {"model_type": self.name} | ({"weights": self.weights} if self.weights else {})
 
     def entry(self) -> dict[str, Any]:
         """Return the metric's entry in pyiqa's table of configurations."""
-        return {
-            "metric_opts": {"type": self.arch, **self.options()},
-            "metric_mode": "NR",
-            "score_range": self.score_range,
-            "lower_better": self.lower_better,
-        }
+        scale = {"score_range": self.score_range, "lower_better": self.lower_better} if self.score_range else {}
+        return {"metric_opts": {"type": self.arch, **self.options()}, "metric_mode": "NR", **scale}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +172,14 @@ _TABLE: tuple[MetricSpec, ...] = (
         context="CLIPIQA+_ViTL14_512",
         pos_embedding=True,
         summary="the same on ViT-L/14",
+    ),
+    MetricSpec(
+        name="fitted",
+        arch="FittedIQA",
+        weights="",
+        score_range="",
+        summary="ridge regression on a tower's statistics, from your file of `qualiclip fit`",
+        paper=FITTED_PAPER,
     ),
     *(
         _clipiqa(name=f"clipiqa-{attribute}", prompts=attribute, summary=f"zero-shot: {positive} / {negative}")

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 OWN_FORMAT = "qualiclip-pyiqa/1"
 OWN_METADATA = ("backbone", "tower", "prompts")
+FITTED_FORMAT = "qualiclip-pyiqa-fitted/1"
+FITTED_METADATA = ("backbone", "tower", "fit")
+OWN_FORMATS = (OWN_FORMAT, FITTED_FORMAT)
 # Tensor keys that a layout requires; a final dot marks a prefix.
 REQUIRED = {
     "openai-clip": ("visual.", "logit_scale"),
     "qualiclip": ("clip_model.visual.", "clip_model.logit_scale", "prompts_features"),
     "context": ("prompt_learner.ctx",),
     "qualiclip-pyiqa": ("visual.", "prompts_features", "logit_scale"),
+    "qualiclip-pyiqa-fitted": ("visual.", "regression", "images"),
 }
+_FORMATS = {"qualiclip-pyiqa": (OWN_FORMAT, OWN_METADATA), "qualiclip-pyiqa-fitted": (FITTED_FORMAT, FITTED_METADATA)}
 CONTEXT_LAYOUTS = ("context", "context-tensor", "params")
 
 # Well above any real model, but small enough that a hostile file cannot define a network that exhausts memory.
@@ -55,6 +60,16 @@ def own_metadata(path: Path, metadata: Mapping[str, str]) -> OwnMetadata:
     missing = [key for key in OWN_METADATA if key not in metadata]
     if missing:
         raise WeightsError(f"{path} lacks metadata {', '.join(missing)}; expected a model trained with this package")
+    tower = tower_metadata(path, metadata)
+    return OwnMetadata(metadata["backbone"], tower, _texts(path, metadata["prompts"]), _temperature(path, metadata))
+
+
+def tower_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Validate the keywords of the image tower that `backbone` names.
+
+    Raises:
+        WeightsError: see `own_metadata`.
+    """
     backbone = metadata["backbone"]
     checks = _MINI if backbone == "mini" else _CLIP
     tower = _json(path, "tower", metadata["tower"])
@@ -71,7 +86,7 @@ def own_metadata(path: Path, metadata: Mapping[str, str]) -> OwnMetadata:
             raise _wrong(path, f"tower.{key}", value, expected)
     if backbone == "mini":
         _check_mini(path, tower)
-    return OwnMetadata(backbone, tower, _texts(path, metadata["prompts"]), _temperature(path, metadata))
+    return tower
 
 
 def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], layout: str | None) -> None:
@@ -86,7 +101,8 @@ def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     if layout is None:
         layout = "openai-clip"
         if metadata.get("format", "").startswith("qualiclip-pyiqa"):
-            layout = "qualiclip-pyiqa"
+            layout = metadata["format"].partition("/")[0]
+            layout = layout if layout in _FORMATS else "qualiclip-pyiqa"
         elif "prompts_features" in state:
             layout = "qualiclip"
         elif "prompt_learner.ctx" in state:
@@ -95,13 +111,14 @@ def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     missing = [
         key for key in required if not (any(k.startswith(key) for k in state) if key.endswith(".") else key in state)
     ]
-    if layout == "qualiclip-pyiqa":
+    if layout in _FORMATS:
+        expected, keys = _FORMATS[layout]
         found = metadata.get("format", "none")
-        if found != OWN_FORMAT:
+        if found != expected:
             raise WeightsError(
-                f"{path} has format {found[:80]!r}; expected {OWN_FORMAT!r}: for a newer file update qualiclip-pyiqa"
+                f"{path} has format {found[:80]!r}; expected {expected!r}: for a newer file update qualiclip-pyiqa"
             )
-        missing += [f"metadata {key!r}" for key in OWN_METADATA if key not in metadata]
+        missing += [f"metadata {key!r}" for key in keys if key not in metadata]
     if missing:
         some = ", ".join(list(state)[:3])[:200] or "nothing"
         raise WeightsError(f"{path} is not of layout {layout}: it lacks {', '.join(missing)} (it holds {some}, ...)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError, WeightsError
 from .files import WeightFile
-from .layouts import OWN_FORMAT, OwnMetadata, own_metadata
+from .layouts import FITTED_FORMAT, OWN_FORMAT, OwnMetadata, own_metadata
 from .manifest import WeightRecord, find_record
 from .read import read
 
@@ -63,18 +63,15 @@ class ModelOrigin:
 
 
 @dataclass(frozen=True)
-class LoadedModel(ModelOrigin):
-    """A model with the tensors of its weight file.
+class LoadedTower(ModelOrigin):
+    """An image tower with the tensors of its weight file.
 
     Attributes:
-        logit_scale: natural logarithm of the factor on the cosines.
-        state: tensors under CLIP's names, memory-mapped if the format allows it.
-        stored_features: prompt features in the file by text, (D,) each, not normalised.
+        state: tensors under CLIP's names, memory-mapped if the format allows it; those of the image tower start with
+            `visual.`.
     """
 
-    logit_scale: float
     state: Mapping[str, Tensor] = field(repr=False)
-    stored_features: Mapping[str, Tensor] = field(repr=False)
 
     @property
     def origin(self) -> ModelOrigin:
@@ -112,6 +109,19 @@ class LoadedModel(ModelOrigin):
             load_into(tower, visual, str(self.path))
             return tower
         return backbones.image_tower(self.tower_definition(), visual, pos_embedding, str(self.path))
+
+
+@dataclass(frozen=True)
+class LoadedModel(LoadedTower):
+    """A model with the tensors of its weight file.
+
+    Attributes:
+        logit_scale: natural logarithm of the factor on the cosines.
+        stored_features: prompt features in the file by text, (D,) each, not normalised.
+    """
+
+    logit_scale: float
+    stored_features: Mapping[str, Tensor] = field(repr=False)
 
     @property
     def has_text_tower(self) -> bool:
@@ -164,12 +174,17 @@ def _load(
 ) -> LoadedModel:
     found = read(weights)
     path, state = found.file.path, dict(found.tensors)
+    if found.metadata.get("format") == FITTED_FORMAT:
+        raise WeightsError(
+            f"{path} is a metric of `qualiclip fit`, without prompts; use it by its path where a metric's name is "
+            "expected, or create_metric('fitted', weights=FILE)"
+        )
     rows = state.pop("prompts_features", None)
     own = OwnMetadata(backbone, {}, (), None)
     if found.metadata.get("format") == OWN_FORMAT:
         own = own_metadata(path, found.metadata)
         openai = False  # its metadata names the activation
-        _check_backbone(path, own.backbone)
+        check_backbone(path, own.backbone)
     elif rows is not None:
         state = {key.removeprefix("clip_model."): value for key, value in state.items()}
         own = replace(own, texts=upstream_texts)
@@ -178,7 +193,7 @@ def _load(
         file=found.file,
         backbone=own.backbone,
         openai=openai or found.from_openai,
-        activation=_activation(own, openai or found.from_openai),
+        activation=activation_of(own.backbone, openai or found.from_openai, own.tower),
         temperature=own.temperature,
         tower_options=own.tower,
         upstream_texts=upstream_texts,
@@ -188,7 +203,8 @@ def _load(
     )
 
 
-def _check_backbone(path: Path, backbone: str) -> None:
+def check_backbone(path: Path, backbone: str) -> None:
+    """Raise WeightsError if a file's metadata names a backbone that is unknown."""
     from ..towers import backbones
 
     try:
@@ -221,8 +237,9 @@ def _features_by_text(path: Path, rows: Tensor | None, texts: Sequence[str]) -> 
     return dict(zip(texts, rows, strict=True))
 
 
-def _activation(own: OwnMetadata, openai: bool) -> str:
-    return "none" if own.backbone == "mini" else _definition(own.backbone, openai, own.tower).activation
+def activation_of(backbone: str, openai: bool, options: Mapping[str, Any]) -> str:
+    """Name the activation of an image tower's blocks; see `ModelOrigin`."""
+    return "none" if backbone == "mini" else _definition(backbone, openai, options).activation
 
 
 def _definition(backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:

@@ -91,6 +91,22 @@ def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) 
         )
 
 
+def stored_format(path: str | Path) -> str:
+    """Return the format that a safetensors file's metadata names; "" for a file of another kind or without one.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or damaged.
+    """
+    from safetensors import safe_open
+
+    path, _ = resolve(Path(path))
+    with OpenFile(path) as opened:
+        if not _is_safetensors(opened):
+            return ""
+        with _refuse_damaged(opened), safe_open(opened.name, framework="pt") as file:
+            return str((file.metadata() or {}).get("format", ""))
+
+
 def _openai_conversions() -> dict[int, str]:
     """Map size to sha256 for the conversions of OpenAI's weights on the hub."""
     return {r.hf_size: r.hf_sha256 for r in manifest().values() if r.layout == "openai-clip" and r.hf_size}

@@ -22,7 +22,7 @@ from ..errors import WeightsError, reason
 from ..files import replacing
 from . import folders
 from .files import OpenFile, WeightFile
-from .layouts import OWN_FORMAT
+from .layouts import OWN_FORMATS
 from .manifest import SHA256, WeightRecord, manifest, record_of
 
 VERIFY_VARIABLE = "QUALICLIP_PYIQA_VERIFY"
@@ -250,14 +250,14 @@ def provenance(file: WeightFile) -> dict[str, Any]:
                 known = known_hash(record, opened)
         found = _compare(record, known, sha256)
     out |= {"check": found.kind, "check_detail": str(found)}
-    if record is None or (file.format == OWN_FORMAT and found.kind != VERIFIED):
+    if record is None or (file.format in OWN_FORMATS and found.kind != VERIFIED):
         return out | {"record": None} | _own_terms(file)
     terms = ("licence", "licence_url", "commercial_use", "source", "citation")
     return {**out, "record": record.name, **{key: getattr(record, key) for key in terms}}
 
 
 def _own_terms(file: WeightFile) -> dict[str, str]:
-    own = file.format == OWN_FORMAT
+    own = file.format in OWN_FORMATS
     return {
         "licence": (file.licence if own else "") or "unknown",
         "source": (file.source or "unknown") if own else "the user's own file",

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, reason
 from ..metrics.base import BlindMetric
+from ..metrics.fitted import FittedIQA
 from ..metrics.prompt_iqa import OpenQualiCLIP
+from ..pretrained.layouts import FITTED_FORMAT
+from ..pretrained.read import stored_format
 from ..screen import Screen
 
 #: A name known to `pyiqa.create_metric`, the file of a model trained with this package, a metric or a network.
@@ -57,8 +60,7 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
         if isinstance(metric, str) and metric.endswith(".safetensors"):
             if not Path(metric).exists():
                 raise SettingsError(f"{metric} does not exist; expected a metric's name or the file of a trained model")
-            # Not by name, which is pyiqa's own metric if QUALICLIP_PYIQA_AUTOLOAD=0.
-            own: nn.Module = OpenQualiCLIP("qualiclip", weights=metric)
+            own: nn.Module = metric_of_file(metric)
         elif isinstance(metric, str):
             known = pyiqa.list_models()
             if metric not in known and Path(metric).is_file():
@@ -78,6 +80,18 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
             raise SettingsError(f"{column} needs a reference image; expected no-reference metrics")
         built[column] = own
     return built
+
+
+def metric_of_file(path: str) -> BlindMetric:
+    """Load a metric of `qualiclip train` or `qualiclip fit`.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of another kind.
+    """
+    if stored_format(path) == FITTED_FORMAT:
+        return FittedIQA(weights=path)
+    # Not by name, which is pyiqa's own metric if QUALICLIP_PYIQA_AUTOLOAD=0.
+    return OpenQualiCLIP("qualiclip", weights=path)
 
 
 def _created(name: str, device: torch.device) -> nn.Module:

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import WeightsError
+from .statistics import std
+
+# Raise it when the values of any tower's `statistics` change: cached ones are then computed again.
+STATISTICS_VERSION = 1
 
 _COUNTER = "num_batches_tracked"
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -53,6 +57,27 @@ class Tower(nn.Module):
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool the output of `forward_features` into image features (N, D)."""
         raise NotImplementedError
+
+    def places(self, features: Tensor) -> Tensor:
+        """View the output of `forward_features` as (N, C, L), without tokens that belong to no place."""
+        return features.flatten(2)
+
+    def statistics(self, rgb: Tensor) -> Tensor:
+        """Compute what a regression on opinion scores takes, in one pass.
+
+        Mean and standard deviation over places of `forward_features`, and the image feature of `forward_head`. A tower
+        of another kind has this method too; its result depends on the image alone and grows neither with its size nor
+        with the batch.
+
+        Shape:
+            rgb: (N, 3, H, W), RGB in 0..1, H and W at least 32 -> (N, S), S = 2 C + D, float32 or float64.
+        """
+        features = self.forward_features(rgb)
+        image = self.forward_head(features)
+        with torch.autocast(rgb.device.type, enabled=False):
+            precise = torch.promote_types(features.dtype, torch.float32)
+            places = self.places(features).to(precise)
+            return torch.cat([places.mean(dim=-1), std(places), image.to(precise)], dim=1)
 
     def normalise(self, rgb: Tensor) -> Tensor:
         """Apply the weights' pixel normalisation to RGB in 0..1; the result is channels-last."""

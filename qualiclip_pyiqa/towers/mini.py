@@ -236,6 +236,10 @@ class MiniTower(nn.Module):
             heads = zip(self.heads, self.blocks, strict=True)
             return torch.cat([head(torch.cat([inputs[name] for name in block], dim=1)) for head, block in heads], dim=1)
 
+    def statistics(self, rgb: Tensor) -> Tensor:
+        """Compute what a regression on opinion scores takes, all outputs of `forward_features` in a row: (N, S)."""
+        return torch.cat(list(self.forward_features(rgb).values()), dim=1)
+
     def feature_maps(self, rgb: Tensor) -> Iterator[Tensor]:
         """Yield the map of each stage, (N, C, h, w); h and w of stage k are H / 2^k and W / 2^k, rounded up."""
         x = self.stem(_with_high_pass(F.pad(rgb, (0, 0, 1, 1), mode="replicate")))

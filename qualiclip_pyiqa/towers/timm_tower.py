@@ -39,6 +39,12 @@ class TimmTower(Tower):
             found = functional_call(features, {"trunk.pos_embed": torch.zeros_like(table)}, (x,))
         return found
 
+    def places(self, features: Tensor) -> Tensor:
+        if features.dim() == 3:
+            return features[:, getattr(self.trunk, "num_prefix_tokens", 0) :].transpose(1, 2)
+        last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"  # Swin and its like
+        return (features.movedim(-1, 1) if last else features).flatten(2)
+
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool the output of `forward_features` into image features (N, D)."""
         pooled: Tensor = self.head(self.trunk.forward_head(features))  # type: ignore[operator]

@@ -57,6 +57,9 @@ class ViTTower(Tower):
         tokens: Tensor = self.transformer(self.embed(rgb))
         return tokens
 
+    def places(self, features: Tensor) -> Tensor:
+        return features[:, 1:].transpose(1, 2)
+
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool tokens (N, 1 + h*w, C) into image features (N, D)."""
         x = features if self.attn_pool is None else self.attn_pool(features)

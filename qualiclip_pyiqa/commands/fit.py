@@ -1,0 +1,117 @@
+"""`qualiclip fit`: fit a metric to opinion scores, on a tower that stays as it is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SettingsError
+from ..optional import require
+from ..screen import Screen
+from . import (
+    Commands,
+    add_rating_options,
+    add_read_options,
+    check_output,
+    rated,
+    read_options,
+    say,
+)
+
+if TYPE_CHECKING:
+    from ..pretrained.fitted import Fit
+    from ..scoring.tables import Record
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "fit",
+        help="fit a metric to opinion scores",
+        description="Fit a ridge regression on statistics of an image tower to the opinion scores of a few hundred "
+        "images, in about a minute on a CPU, and measure it by repeated splits. The file is a metric: qualiclip score "
+        "-m FILE, or pyiqa.create_metric('fitted', weights=FILE).",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "-m",
+        "--metric",
+        required=True,
+        metavar="TOWER",
+        help="whose tower: a metric of this package, such as qualiclip-mini, a backbone of open_clip, such as RN50, or "
+        "a file of `qualiclip train` or `qualiclip fit`",
+    )
+    parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="weights in place of the tower's own")
+    parser.add_argument("--ratings", required=True, type=Path, metavar="CSV", help="opinion scores of the images")
+    add_rating_options(parser)
+    parser.add_argument(
+        "--group", metavar="COLUMN", help="images with one value of this column, such as a scene, are never divided"
+    )
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="*.safetensors")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("--splits", type=int, default=10, metavar="N", help="number of repeated splits (default: 10)")
+    parser.add_argument(
+        "--test", type=float, default=0.2, metavar="SHARE", help="share of images to test on in a split (default: 0.2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the splits (default: 0)")
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write the cache of statistics")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
+    add_read_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    require("scipy.stats", "fit", "qualiclip fit")
+    if arguments.seed < 0:
+        raise SettingsError(f"--seed is {arguments.seed}; expected at least 0")
+    check_output(arguments.output)
+    ratings = rated(arguments, arguments.group)  # before anything that takes time
+    say(f"qualiclip: {ratings}")
+
+    from ..training.features import default_cache
+    from ..training.fitting import FitOptions, check_ratings, check_target, choose_tower, fit
+
+    check_target(arguments.output, arguments.force)
+    check_ratings(ratings)
+    tower = choose_tower(arguments.metric, arguments.backbone_weights)
+    options = FitOptions(
+        splits=arguments.splits,
+        test_share=arguments.test,
+        seed=arguments.seed,
+        cache=None if arguments.no_cache else default_cache(),
+        force=arguments.force,
+    )
+    reading = read_options(arguments) | {"device": arguments.device, "workers": arguments.workers}
+    model = fit(tower, ratings, arguments.output, options, _bar, **reading)
+    for line in _lines(model.fit):
+        say(line)
+    print(arguments.output)
+    return 0
+
+
+def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
+    from tqdm import tqdm
+
+    return iter(tqdm(records, total=total, desc="statistics", unit="image", file=Screen(), disable=None))
+
+
+def _lines(fit: Fit) -> Iterator[str]:
+    from ..evaluation import text
+
+    share = round(100 * (1 - fit.test_share))
+    yield (
+        f"qualiclip: {fit.splits} random splits, {share} % to fit and {100 - share} % to test, {fit.images} images in "
+        f"{fit.groups} groups; median (standard deviation, lowest..highest):"
+    )
+    for name, each in fit.agreement.items():
+        yield (
+            f"  {name.upper()} {text.number(each['median'])} ({text.number(each['sd'])}, {text.number(each['min'])}.."
+            f"{text.number(each['max'])})"
+        )
+    yield f"qualiclip: fitted on all {fit.images} images with strength {fit.strength:.3g}"
+    if fit.at_edge:
+        yield (
+            "qualiclip: WARNING: that is the weakest or strongest penalty that was tried; with so few or such ratings "
+            "the tower's statistics hold little about them, or nothing keeps the regression from fitting them"
+        )

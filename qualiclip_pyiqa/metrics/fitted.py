@@ -1,0 +1,133 @@
+"""Metrics of `qualiclip fit`: a linear regression on an image tower's statistics.
+
+    x = tower.statistics(rgb) (N, S)      z = standardised(x, mean, scale)      y = z @ weight + intercept
+
+The score is `bounded(y, low, high)`, low and high being the smallest and largest opinion score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import SettingsError, WeightsError
+from ..images.convert import MIN_SIDE
+from ..pretrained.fitted import load_fitted
+from ..pretrained.verify import provenance
+from ..towers.base import freeze
+from .base import BlindMetric, pixel_statistics
+from .registry import FITTED_PAPER
+
+# Largest absolute value of a standardised statistic.
+LIMIT = 3.0
+# Share of half the range, at either end, in which a prediction is bent.
+MARGIN = 0.1
+HOW_TO_FIT = "qualiclip fit -m TOWER --ratings CSV --images DIR -o FILE.safetensors"
+
+
+def standardised(statistics: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Standardise statistics (N, S), softly limited to -LIMIT..LIMIT.
+
+    An image unlike those that the metric was fitted on, such as a black one, has some statistics dozens of standard
+    deviations away, which would decide its score alone.
+    """
+    return LIMIT * torch.tanh((statistics - mean) / (scale * LIMIT))
+
+
+def bounded(predictions: Tensor, low: float, high: float) -> Tensor:
+    """Map a regression's predictions into low..high, keeping their order and a gradient everywhere.
+
+    Predictions in the middle of the range are unchanged; beyond, where `u` is the distance from the middle in halves of
+    the range and `t = (|u| - 1 + MARGIN) / MARGIN`, |u| becomes `1 - MARGIN + MARGIN * t / (1 + t)`.
+
+    Example:
+        >>> bounded(torch.tensor([-50.0, 10.0, 50.0, 97.0, 99.0, 1000.0]), 0, 100).round(decimals=1).tolist()
+        [0.2, 10.0, 50.0, 96.4, 97.2, 99.7]
+    """
+    middle, half = (low + high) / 2, (high - low) / 2
+    u = (predictions - middle) / half
+    over = F.relu(u.abs() - (1 - MARGIN)) / MARGIN
+    bent = u.sign() * (1 - MARGIN + MARGIN * over / (1 + over))
+    return (middle + half * torch.where(over > 0, bent, u)).clamp(low, high)  # only rounding is clamped
+
+
+class FittedIQA(BlindMetric):
+    """A metric fitted by `qualiclip fit`, from its file; also `pyiqa.create_metric("fitted", weights=FILE)`.
+
+    Range and direction of the scores are those of the opinion scores.
+
+    Args:
+        model_type: `fitted`.
+        weights: the file.
+        tile: see `BlindMetric`; a metric fitted on whole images may be far off on windows.
+
+    Shape:
+        x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype
+        -> (N, 1), float32 (float64 for a metric in double precision), within the range of the opinion scores.
+
+    Raises:
+        SettingsError: no file was passed.
+        WeightsError: the file is missing, damaged, of another kind, or its regression does not fit its tower.
+    """
+
+    __module__ = "qualiclip_pyiqa.archs"  # the path in pickles, wherever the class is defined
+
+    _numbers: Tensor
+
+    def __init__(self, model_type: str = "fitted", weights: str | Path | None = None, tile: int | None = None) -> None:
+        if not weights:
+            raise SettingsError(f"{model_type} is a metric of your own; pass weights=FILE, made with `{HOW_TO_FIT}`")
+        model = load_fitted(weights)
+        fit = model.fit
+        super().__init__(model_type, FITTED_PAPER, f"{fit.low!r}, {fit.high!r}", fit.lower_better, tile)
+        self.fit, self.origin = fit, model.tower.origin
+        self.tower = freeze(model.tower.image_tower(fit.pos_embedding))
+        width = count_statistics(self.tower)
+        if model.regression.shape[1] != width:
+            raise WeightsError(
+                f"{self.origin.path}: its regression takes {model.regression.shape[1]} statistics, but its tower has "
+                f"{width}; the file is damaged"
+            )
+        # As integers, because `.half()` would round them; a view turns them back.
+        self.register_buffer("_numbers", model.regression.contiguous().view(torch.int32), persistent=False)
+
+    def encode(self, rgb: Tensor) -> Tensor:
+        """Compute the tower's statistics (N, S), in float32 or wider."""
+        statistics: Tensor = self.tower.statistics(rgb)  # type: ignore[operator]
+        return statistics
+
+    def rate(self, features: Tensor) -> Tensor:
+        """Score statistics: (M, S) -> (M, 1)."""
+        precise = torch.promote_types(features.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            mean, scale, weight = self._numbers.view(torch.float32).to(precise)
+            # Not a matrix product, whose order of summation depends on the batch.
+            predictions = (standardised(features.to(precise), mean, scale) * weight).sum(dim=1, keepdim=True)
+            return bounded(predictions + self.fit.intercept, self.fit.low, self.fit.high)
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides a score, in plain values, and how the metric was fitted."""
+        fit = {key: value for key, value in asdict(self.fit).items() if key != "pos_embedding"}
+        return super().describe() | {
+            "backbone": self.origin.backbone,
+            "activation": self.origin.activation,
+            "pixel_mean": pixel_statistics(self.tower, "mean"),
+            "pixel_std": pixel_statistics(self.tower, "std"),
+            "pos_embedding": self.fit.pos_embedding,
+            "statistics": self._numbers.shape[1],
+            "fit": fit,
+            "weights": provenance(self.origin.file),
+        }
+
+
+@torch.no_grad()
+def count_statistics(tower: torch.nn.Module) -> int:
+    """Count the statistics S of a frozen tower, by a pass over the smallest image."""
+    grey = torch.full((1, 3, MIN_SIDE, MIN_SIDE), 0.5, dtype=torch.float32, device="cpu")
+    statistics: Tensor = tower.statistics(grey)  # type: ignore[operator]
+    return statistics.shape[1]
