@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
 ARGUMENTS = {
     "backbones": [],
+    "fit": [f"--{which}{what}" for which in ("", "test-") for what in ("ratings=rated/dmos.csv", "images=rated")],
     "folder": ["--images", str(PHOTOS)],
     "mini": ["--pristine", "pristine", "--ratings", "rated/dmos.csv", "--images", "rated"],
     "onednn": [],
@@ -49,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
         with Image.open(path) as photo:
             small = photo.convert("RGB").resize((128, 96))
         small.save(tmp_path / "pristine" / path.name)
-        for radius in (0, 1, 3):
+        for radius in range(5):
             small.filter(ImageFilter.GaussianBlur(radius)).save(tmp_path / "rated" / f"{number}{radius}.png")
             lines.append(f"{number}{radius}.png,{10 + 20 * radius - number}")
     (tmp_path / "pristine" / "manifest.csv").write_text(f"file,held_out\n{photos[0].name},1\n")
@@ -71,6 +72,10 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -
     assert result["quick"] and result["rows"]
     (header,) = re.findall(r"^\| (.+) \|\n\| ---", done.stdout, flags=re.MULTILINE)
     assert header.split(" | ") == list(dict.fromkeys(key for row in result["rows"] for key in row))
+    if name == "fit":
+        inside, across = result["rows"]
+        assert inside["fitted on"] == "80 %" and inside["SRCC"] > 0.5
+        assert across["SRCC 95 % from"] <= across["SRCC"] and across["SRCC"] > 0.9  # the images it was fitted on
     if name == "mini":
         rows = {(row["measured"], row["metric"]): row for row in result["rows"]}
         for metric in ("qualiclip-mini", "log variance of the Laplacian"):

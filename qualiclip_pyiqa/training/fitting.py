@@ -31,6 +31,8 @@ LEAST_IMAGES = 20
 LEAST_GROUPS = 3  # one to test on, two to choose the strength by
 INNER_FOLDS = 5
 SUFFIX = ".safetensors"
+# Rules of reading that change an image's pixels.
+_RULES = ("ignore_orientation", "ignore_profile", "allow_truncated")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,23 @@ class ChosenTower:
     name: str
     model: LoadedTower
     pos_embedding: bool
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Rated images as a regression takes them.
+
+    Attributes:
+        x: (n, S) statistics.
+        y: (n,) mean opinion scores.
+        groups: (n,) number of each image's group, which is never divided.
+        hashes: sha256 of each image's file.
+    """
+
+    x: Floats
+    y: Floats
+    groups: Indices
+    hashes: list[str]
 
 
 @dataclass(frozen=True)
@@ -186,26 +205,8 @@ def fit(
         raise SettingsError(
             f"{options.splits} splits with {options.test_share} to test on; expected at least 1, and between 0 and 1"
         )
-    network = tower.model.image_tower(tower.pos_embedding)
-    if not hasattr(network, "statistics"):
-        raise SettingsError(f"the tower of {tower.name} has no `statistics` to fit on; choose another")
-    settings = {
-        "backbone": tower.model.backbone,
-        "activation": tower.model.activation,
-        "options": dict(tower.model.tower_options),
-        "pos_embedding": tower.pos_embedding,
-    }
-    means = ratings.mean_opinions()
-    paths, y = list(means), np.array(list(means.values()))
-    labels = _labels(ratings, paths)
-    found = compute_statistics(freeze(network), settings, paths, options.cache, watch, **reading)
-    groups = united([[*own, ("content", sha256)] for own, sha256 in zip(labels, found.hashes, strict=True)])
-    if groups.max() + 1 < LEAST_GROUPS:
-        raise SettingsError(
-            f"{len(paths)} images in {groups.max() + 1} group(s) that may not be divided; expected at least "
-            f"{LEAST_GROUPS} groups"
-        )
-    x = found.values.astype(np.float64)
+    rated = rated_statistics(tower, ratings, options.cache, watch, **reading)
+    x, y, groups = rated.x, rated.y, rated.groups
     chosen = choose_strength(x, y, folds(groups, INNER_FOLDS, [options.seed, options.splits]))
     ridge = fit_ridge(x, y, [STRENGTHS[chosen]])
     file = provenance(tower.model.file)
@@ -218,7 +219,7 @@ def fit(
         low=ridge.low,
         high=ridge.high,
         lower_better=ratings.lower_better,
-        images=len(paths),
+        images=len(y),
         groups=int(groups.max()) + 1,
         splits=options.splits,
         test_share=options.test_share,
@@ -234,7 +235,7 @@ def fit(
         tower.model,
         described,
         torch.from_numpy(np.stack([ridge.mean, ridge.scale, ridge.weights[:, 0]]).astype(np.float32)),
-        _hashes(found.hashes),
+        _hashes(rated.hashes),
     )
     try:
         write_fitted(out, model, file["licence"], f"fitted with `qualiclip fit` on the tower of {file['file']}")
@@ -243,8 +244,37 @@ def fit(
     return model
 
 
-# Rules of reading that change an image's pixels.
-_RULES = ("ignore_orientation", "ignore_profile", "allow_truncated")
+def rated_statistics(tower: ChosenTower, ratings: Ratings, cache: Path | None, watch: Watch, **reading: Any) -> Rated:
+    """Compute the statistics of rated images, or take them from the cache, and find their groups.
+
+    Args:
+        tower, ratings, watch, reading: see `fit`.
+        cache: folder of cached statistics; None: no cache.
+
+    Raises:
+        SettingsError: an image without a group, too few groups, or a cache that cannot be used.
+        ImageError: images that cannot be read.
+    """
+    network = tower.model.image_tower(tower.pos_embedding)
+    if not hasattr(network, "statistics"):
+        raise SettingsError(f"the tower of {tower.name} has no `statistics` to fit on; choose another")
+    settings = {
+        "backbone": tower.model.backbone,
+        "activation": tower.model.activation,
+        "options": dict(tower.model.tower_options),
+        "pos_embedding": tower.pos_embedding,
+    }
+    means = ratings.mean_opinions()
+    paths, y = list(means), np.array(list(means.values()))
+    labels = _labels(ratings, paths)
+    found = compute_statistics(freeze(network), settings, paths, cache, watch, **reading)
+    groups = united([[*own, ("content", sha256)] for own, sha256 in zip(labels, found.hashes, strict=True)])
+    if groups.max() + 1 < LEAST_GROUPS:
+        raise SettingsError(
+            f"{len(paths)} images in {groups.max() + 1} group(s) that may not be divided; expected at least "
+            f"{LEAST_GROUPS} groups"
+        )
+    return Rated(found.values.astype(np.float64), y, groups, found.hashes)
 
 
 def cross_validate(x: Floats, y: Floats, groups: Indices, options: FitOptions) -> dict[str, dict[str, float | None]]:
@@ -262,7 +292,7 @@ def cross_validate(x: Floats, y: Floats, groups: Indices, options: FitOptions) -
     figures: dict[str, list[float]] = {name: [] for name in FIGURES}
     for number, split in enumerate(repeated_splits(groups, options.splits, options.test_share, options.seed)):
         opinions = y[split.training]
-        if np.ptp(opinions) == 0 or len(split.test) < LEAST:
+        if np.ptp(opinions) == 0 or len(split.test) < LEAST or len(set(groups[split.training].tolist())) < 2:
             continue
         inner = folds(groups[split.training], INNER_FOLDS, [options.seed, number])
         chosen = choose_strength(x[split.training], opinions, inner)

@@ -49,9 +49,9 @@ def united(labels: Sequence[Iterable[Hashable]]) -> Indices:
 
 
 def repeated_splits(groups: Indices, count: int, share: float, seed: int) -> Iterator[Split]:
-    """Draw `count` random splits, each with `share` of the groups in the test part (at least one, not all)."""
+    """Draw `count` random splits, each with `share` of the groups to test on: one at least, all but two at most."""
     numbers = np.unique(groups)
-    size = min(max(1, round(share * len(numbers))), len(numbers) - 1)
+    size = max(1, min(round(share * len(numbers)), len(numbers) - 2))
     for number in range(count):
         drawn = np.random.default_rng([seed, number]).permutation(numbers)[:size]
         yield _split(np.isin(groups, drawn))
