@@ -18,12 +18,12 @@ from qualiclip_pyiqa.degradations.bank import degrade
 
 ROOT = Path(__file__).parents[1]
 # Later pages use what earlier ones made.
-PAGES = [ROOT / "docs" / name for name in ("training.md", "evaluation.md", "scoring.md")]
+PAGES = [ROOT / "docs" / name for name in ("training.md", "evaluation.md", "fit.md", "scoring.md")]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("qualiclip ")]
 # Those within the text and its tables too.
-COMMANDS += re.findall(r"`(qualiclip (?:train|tune|evaluate|score|filter) [^`]*--[^`]*)`", TEXT.replace("\n", " "))
+COMMANDS += re.findall(r"`(qualiclip (?:train|tune|fit|evaluate|score|filter) [^`]*--[^`]*)`", TEXT.replace("\n", " "))
 
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
@@ -42,9 +42,10 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         save(tmp_path / "photographs" / f"{number}.png", synthetic_photograph(number, 64, 64))
     rows = [["image", "mos"]]
     for level in range(6):
-        picture = degrade(synthetic_photograph(20, 96, 96)[None], "gaussian_blur", level, 0)[0]
-        save(tmp_path / "rated" / f"{level}.png", picture)
-        rows.append([f"{level}.png", f"{5 - level}"])
+        for number in range(20, 24):  # a fit needs 20 images
+            picture = degrade(synthetic_photograph(number, 96, 96)[None], "gaussian_blur", level, 0)[0]
+            save(tmp_path / "rated" / f"{level}-{number}.png", picture)
+            rows.append([f"{level}-{number}.png", f"{5 - level}"])
     with (tmp_path / "scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     monkeypatch.chdir(tmp_path)
@@ -58,8 +59,16 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 assert words[0] == "python"
                 subprocess.run([sys.executable, *words[1:]], check=True)
             ran += 1
-    assert ran >= 6
-    for made in ("runs/toy/model.safetensors", "toy.csv", "sheet.png", "agreement.json", "scatter.png", "levels.png"):
+    assert ran >= 9
+    for made in (
+        "runs/toy/model.safetensors",
+        "toy.csv",
+        "mine.csv",
+        "sheet.png",
+        "agreement.json",
+        "scatter.png",
+        "levels.png",
+    ):
         assert (tmp_path / made).stat().st_size > 0, made
 
 

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from synthetic import synthetic_photograph
+from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from qualiclip_pyiqa import BlindMetric, FittedIQA, OpenQualiCLIP, QualityLoss, Scorer
@@ -145,6 +146,14 @@ def test_score_is_the_bounded_regression(fitted: dict[str, Path]) -> None:
     expected = 3 * ((metric.features(x).double() - mean) / scale / 3).tanh() @ weight + model.fit.intercept
     expected = bounded(expected, model.fit.low, model.fit.high)
     assert (scores(metric, x)[:, 0] - expected).abs().max() < 1e-4
+
+
+def test_half_precision_is_for_the_tower_only(fitted: dict[str, Path]) -> None:
+    metric = FittedIQA(weights=fitted["mini"])
+    kept = metric.regression.clone()
+    for change in (lambda m: m.half(), lambda m: nn.Sequential(m).to(torch.bfloat16)[0], lambda m: m.double().half()):
+        assert torch.equal(change(metric).regression.float(), kept)
+        assert metric.tower.stem[0].weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def test_bounded_keeps_order_gradient_and_middle() -> None:

@@ -7,6 +7,7 @@ The score is `bounded(y, low, high)`, low and high being the smallest and larges
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class FittedIQA(BlindMetric):
 
     __module__ = "qualiclip_pyiqa.archs"  # the path in pickles, wherever the class is defined
 
-    _numbers: Tensor
+    regression: Tensor
 
     def __init__(self, model_type: str = "fitted", weights: str | Path | None = None, tile: int | None = None) -> None:
         if not weights:
@@ -93,8 +94,7 @@ class FittedIQA(BlindMetric):
                 f"{self.origin.path}: its regression takes {model.regression.shape[1]} statistics, but its tower has "
                 f"{width}; the file is damaged"
             )
-        # As integers, because `.half()` would round them; a view turns them back.
-        self.register_buffer("_numbers", model.regression.contiguous().view(torch.int32), persistent=False)
+        self.register_buffer("regression", model.regression, persistent=False)
 
     def encode(self, rgb: Tensor) -> Tensor:
         """Compute the tower's statistics (N, S), in float32 or wider."""
@@ -105,10 +105,18 @@ class FittedIQA(BlindMetric):
         """Score statistics: (M, S) -> (M, 1)."""
         precise = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            mean, scale, weight = self._numbers.view(torch.float32).to(precise)
+            mean, scale, weight = self.regression.to(precise)
             # Not a matrix product, whose order of summation depends on the batch.
             predictions = (standardised(features.to(precise), mean, scale) * weight).sum(dim=1, keepdim=True)
             return bounded(predictions + self.fit.intercept, self.fit.low, self.fit.high)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedIQA:
+        """Apply `.to()` and the like; all go through this method. Half precision is for the tower only."""
+        precise = self.regression
+        super()._apply(fn, recurse)
+        if torch.promote_types(self.regression.dtype, torch.float32) != self.regression.dtype:
+            self.regression = precise.to(self.regression.device)
+        return self
 
     def describe(self) -> dict[str, Any]:
         """Return everything that decides a score, in plain values, and how the metric was fitted."""
@@ -119,7 +127,7 @@ class FittedIQA(BlindMetric):
             "pixel_mean": pixel_statistics(self.tower, "mean"),
             "pixel_std": pixel_statistics(self.tower, "std"),
             "pos_embedding": self.fit.pos_embedding,
-            "statistics": self._numbers.shape[1],
+            "statistics": self.regression.shape[1],
             "fit": fit,
             "weights": provenance(self.origin.file),
         }
