@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import SettingsError
+from ..errors import counted
 from ..optional import require
 from ..screen import Screen
 from . import (
     Commands,
+    a_number,
+    a_seed,
     add_rating_options,
     add_read_options,
     check_output,
+    put,
     rated,
     read_options,
     say,
@@ -52,9 +55,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument("--splits", type=int, default=10, metavar="N", help="number of repeated splits (default: 10)")
     parser.add_argument(
-        "--test", type=float, default=0.2, metavar="SHARE", help="share of images to test on in a split (default: 0.2)"
+        "--test",
+        type=a_number,
+        default=0.2,
+        metavar="SHARE",
+        help="share of images to test on in a split (default: 0.2)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the splits (default: 0)")
+    parser.add_argument("--seed", type=a_seed, default=0, metavar="N", help="seed of the splits (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor write the cache of statistics")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
@@ -63,8 +70,6 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("scipy.stats", "fit", "qualiclip fit")
-    if arguments.seed < 0:
-        raise SettingsError(f"--seed is {arguments.seed}; expected at least 0")
     check_output(arguments.output)
     ratings = rated(arguments, arguments.group)  # before anything that takes time
     say(f"qualiclip: {ratings}")
@@ -86,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = fit(tower, ratings, arguments.output, options, _bar, **reading)
     for line in _lines(model.fit):
         say(line)
-    print(arguments.output)
+    put(arguments.output)
     return 0
 
 
@@ -102,7 +107,7 @@ def _lines(fit: Fit) -> Iterator[str]:
     share = round(100 * (1 - fit.test_share))
     yield (
         f"qualiclip: {fit.splits} random splits, {share} % to fit and {100 - share} % to test, {fit.images} images in "
-        f"{fit.groups} groups; median (standard deviation, lowest..highest):"
+        f"{counted(fit.groups, 'group')}; median (standard deviation, lowest..highest):"
     )
     for name, each in fit.agreement.items():
         yield (

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ImageError, SettingsError
+from ..errors import ImageError, counted
 from ..files import replacing
 from ..images.convert import source_name
 from ..metrics.base import BlindMetric
@@ -105,7 +105,7 @@ def compute_statistics(
     Raises:
         ImageError: images that cannot be read or have statistics that are not finite. All others are computed and
             cached before.
-        SettingsError: the cache cannot be read or written.
+        OSError: the cache cannot be read or written.
     """
     metric = StatisticsMetric(tower)
     scorer = Scorer(metric, batch_size=1, **options)
@@ -141,7 +141,7 @@ def compute_statistics(
             shelf.write(sha256, found[sha256])
     if errors:
         raise ImageError(
-            f"{len(errors)} of {len(set(paths))} images cannot be used: {next(iter(errors.values()))}"
+            f"{len(errors)} of {counted(len(set(paths)), 'image')} cannot be used: {next(iter(errors.values()))}"
             f"{'' if len(errors) == 1 else '; ...'}; mend them, or take them out of the ratings"
         )
     return ImageStatistics(np.stack([found[hashes[path]] for path in paths]), [hashes[path] for path in paths])
@@ -221,7 +221,7 @@ class _Shelf:
         return hashlib.sha256(f"{self.key} {sha256} ".encode() + numbers).digest()
 
 
-def _unusable(path: Path, what: str, error: OSError) -> SettingsError:
-    return SettingsError(
+def _unusable(path: Path, what: str, error: OSError) -> OSError:
+    return OSError(
         f"the cache {path} cannot be {what} ({error.strerror or error}); delete it, or pass --no-cache to do without"
     )

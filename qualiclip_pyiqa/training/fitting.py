@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import SettingsError, WeightsError, did_you_mean
+from ..errors import SettingsError, WeightsError, counted, did_you_mean
 from ..evaluation.agreement import LEAST, Floats, agreement
 from ..evaluation.ratings import Ratings
 from ..images.convert import source_name
@@ -163,7 +163,9 @@ def check_ratings(ratings: Ratings) -> None:
     """Raise SettingsError if there are too few images or opinion scores are constant."""
     opinions = ratings.mean_opinions()
     if len(opinions) < LEAST_IMAGES:
-        raise SettingsError(f"{len(opinions)} rated images; expected at least {LEAST_IMAGES}, better 100 or more")
+        raise SettingsError(
+            f"{counted(len(opinions), 'rated image')}; expected at least {LEAST_IMAGES}, better 100 or more"
+        )
     if len(set(opinions.values())) == 1:
         raise SettingsError(f"all opinion scores are {next(iter(opinions.values())):g}; there is nothing to fit")
 
@@ -195,15 +197,16 @@ def fit(
         reading: options of `Scorer`: device, workers and rules of reading.
 
     Raises:
-        SettingsError: `out` exists or cannot be written; ratings or options from which nothing can be fitted; SciPy is
-            not installed; a cache that cannot be used.
+        SettingsError: `out` exists; ratings or options from which nothing can be fitted; SciPy is not installed.
         ImageError: images that cannot be read.
+        OSError: `out` cannot be written, or the cache cannot be used.
     """
     check_target(out, options.force)
     check_ratings(ratings)
     if not 0 < options.test_share < 1 or options.splits < 1:
         raise SettingsError(
-            f"{options.splits} splits with {options.test_share} to test on; expected at least 1, and between 0 and 1"
+            f"{counted(options.splits, 'split')} with a share of {options.test_share} to test on; expected "
+            "at least 1, and a share between 0 and 1"
         )
     rated = rated_statistics(tower, ratings, options.cache, watch, **reading)
     x, y, groups = rated.x, rated.y, rated.groups
@@ -240,7 +243,7 @@ def fit(
     try:
         write_fitted(out, model, file["licence"], f"fitted with `qualiclip fit` on the tower of {file['file']}")
     except OSError as error:
-        raise SettingsError(f"{out} cannot be written ({error.strerror or error}); make room and repeat") from error
+        raise OSError(f"{out} cannot be written ({error.strerror or error}); make room and repeat") from error
     return model
 
 
@@ -252,8 +255,9 @@ def rated_statistics(tower: ChosenTower, ratings: Ratings, cache: Path | None, w
         cache: folder of cached statistics; None: no cache.
 
     Raises:
-        SettingsError: an image without a group, too few groups, or a cache that cannot be used.
+        SettingsError: an image without a group, or too few groups.
         ImageError: images that cannot be read.
+        OSError: the cache cannot be used.
     """
     network = tower.model.image_tower(tower.pos_embedding)
     if not hasattr(network, "statistics"):
@@ -271,7 +275,7 @@ def rated_statistics(tower: ChosenTower, ratings: Ratings, cache: Path | None, w
     groups = united([[*own, ("content", sha256)] for own, sha256 in zip(labels, found.hashes, strict=True)])
     if groups.max() + 1 < LEAST_GROUPS:
         raise SettingsError(
-            f"{len(paths)} images in {groups.max() + 1} group(s) that may not be divided; expected at least "
+            f"{len(paths)} images in {counted(int(groups.max()) + 1, 'group')}, never divided; expected at least "
             f"{LEAST_GROUPS} groups"
         )
     return Rated(found.values.astype(np.float64), y, groups, found.hashes)
