@@ -15,7 +15,7 @@ import torch
 import upstream
 from torch import nn
 
-from qualiclip_pyiqa import OpenCLIPIQA
+from qualiclip_pyiqa import OpenCLIPIQA, OpenQualiCLIP
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
 from qualiclip_pyiqa.towers import timm_tower
 from qualiclip_pyiqa.towers.backbones import MEAN, STD, encode_texts, find_backbone, image_tower
@@ -211,6 +211,10 @@ def test_what_cannot_be_is_one_clear_line(families_folder: Path, tmp_path: Path)
     more = torch.load(families_folder / "tiny-clipa.pt") | {"visual.ln_pre.weight": torch.ones(64)}
     torch.save(more, tmp_path / "more.pt")
     refused(WeightsError, "has no 'ln_pre.weight'", "tiny-clipa", weights=tmp_path / "more.pt")
+    refused(SettingsError, "unknown backbone 'RN5'; did you mean 'RN50'", "RN5", weights=None)
+    refused(WeightsError, "OpenAI released no weights for backbone 'tiny-eva'", "tiny-eva", weights=None)
+    with pytest.raises(SettingsError, match="unknown backbone 'nope'"):
+        OpenQualiCLIP("qualiclip-mini", backbone="nope")
     for schema in ("hf-hub:timm/ViT-B-16-SigLIP", "local-dir:/nowhere"):
         refused(SettingsError, "unknown backbone", schema, weights=families_folder / "tiny-eva.pt")
     for name, text in (

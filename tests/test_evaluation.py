@@ -284,7 +284,8 @@ def test_command_with_a_data_set_of_pyiqa(
     assert evaluate("--dataset", "spaq", "--images", root) == 0
     assert "16 images (spaq, all of it; higher opinion scores are better, as pyiqa states)" in capsys.readouterr().out
     for arguments, message in (
-        (("--dataset", "spaqq"), "did you mean 'spaq'"),
+        (("--dataset", "spaqq"), "pyiqa has no data set 'spaqq'; expected one of cgfiqa, "),
+        (("--dataset", "spaqq"), "tid2013; did you mean 'spaq'"),
         (("--dataset", "livec", "--images", root), "pyiqa cannot read its data set livec"),
         (
             ("--dataset", "ava", "--images", root),

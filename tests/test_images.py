@@ -163,6 +163,7 @@ def png_of_size(width: int, height: int) -> bytes:
         ("cut.webp", encoded(Image.fromarray(RGB), "WEBP")[:-300], "is damaged|is not an image"),
         ("cut.tif", encoded(Image.fromarray(RGB), "TIFF")[:400], "is damaged|is not an image"),
         ("header.png", b"\x89PNG\r\n\x1a\n", "is damaged|is not an image"),
+        ("zero.png", png_of_size(0, 0), r"is damaged \(PNG: no size in its header\); expected a whole image"),
         ("warned.png", png_of_size(10000, 10000), "too large.*bomb.*MAX_IMAGE_PIXELS"),
         ("bomb.png", png_of_size(60000, 60000), "too large.*bomb.*MAX_IMAGE_PIXELS"),
         ("small.png", encoded(Image.new("RGB", (31, 200))), "31x200.*smallest.*32x32"),

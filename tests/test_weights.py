@@ -160,7 +160,9 @@ def test_a_variable_that_names_no_folder_is_said(
 
 def test_files_that_cannot_be_used_are_errors_not_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal(lambda: find.find("QualiCLP"), "'QualiCLP'", "did you mean 'QualiCLIP'")
-    assert "did you mean" not in refusal(lambda: find.find("zzz"), "no weight file 'zzz'")
+    assert "did you mean" not in refusal(
+        lambda: find.find("zzz"), "no weight file 'zzz'", "`qualiclip weights list` prints"
+    )
     refusal(lambda: find.find(folder / "no.pth"), "no.pth")
     refusal(lambda: find.find(folder), "is a folder")
     for wrong in ("", 3, b"x", ["QualiCLIP"]):

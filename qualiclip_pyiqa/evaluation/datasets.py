@@ -31,7 +31,10 @@ def pyiqa_ratings(name: str, root: Path | None = None) -> Ratings:
 
     known = get_dataset_info()
     if name not in known:
-        raise SettingsError(f"pyiqa has no data set {name!r}{did_you_mean(name, known)}")
+        usable = [each for each, options in known.items() if options.get("type") in LOADERS]
+        raise SettingsError(
+            f"pyiqa has no data set {name!r}; expected one of {', '.join(sorted(usable))}{did_you_mean(name, known)}"
+        )
     options = {"phase": "test"} | known[name]  # pyiqa's loaders default to the training split
     if options["type"] not in LOADERS:
         raise SettingsError(

@@ -157,7 +157,9 @@ def _try_all(file: BinaryIO, prefix: bytes) -> ImageFile.ImageFile | None:
             if name == "TIFF" and "pixel mode" in str(error):
                 refusal = RefusedError("is a TIFF whose samples Pillow cannot read; use unsigned 8 or 16 bits")
             elif name in ("JPEG", "PNG", "WEBP", "TIFF"):  # formats with unambiguous signatures
-                refusal = refusal or SyntaxError(f"{name}: {error}")
+                # Pillow's words for a header without a size or a kind of pixels.
+                why = "no size in its header" if str(error) == "not identified by this driver" else error
+                refusal = refusal or RefusedError(f"is damaged ({name}: {why}); expected a whole image")
     if refusal is not None:
         raise refusal
     return None

@@ -267,6 +267,8 @@ def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> s
     record = spec.weights if wanted is None else wanted
     if record != spec.weights or backbone == spec.backbone:
         return record
+    if backbone != "mini":
+        backbones.find_backbone(backbone)
     if spec.arch != "OpenCLIPIQA":
         raise SettingsError(
             f"{spec.name} has backbone {spec.backbone}; for {backbone!r} pass weights=FILE of a trained model"

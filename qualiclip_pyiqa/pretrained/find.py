@@ -70,7 +70,10 @@ def resolve(name_or_path: str | Path | WeightRecord) -> tuple[Path, WeightRecord
         path = folders.expanded(str(name_or_path))
         if not path.exists():
             near = did_you_mean(str(name_or_path), manifest())
-            raise WeightsError(f"no weight file {str(path)!r} and no weight record of that name{near}")
+            raise WeightsError(
+                f"no weight file {str(path)!r} and no weight record of that name; expected the path of a file, or a "
+                f"name that `qualiclip weights list` prints{near}"
+            )
         # The embedded model has no origin: a user may well give their own model its file name.
         return path, next((r for r in manifest().values() if r.file == path.name and r.origin), None)
     found = locate(record)
