@@ -15,6 +15,7 @@ from synthetic import synthetic_photograph
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.degradations.bank import degrade
+from qualiclip_pyiqa.metrics.registry import MetricSpec
 
 ROOT = Path(__file__).parents[1]
 # Later pages use what earlier ones made.
@@ -79,5 +80,10 @@ def test_the_metric_of_the_architecture_page_is_one() -> None:
     exec(block, names)
     x = names["torch"].full((2, 3, 48, 64), 0.25)
     assert names["Brightness"]()(x).flatten().tolist() == [0.25, 0.25]
+    # As pyiqa makes it from a row of the table, which names no file.
+    spec = MetricSpec(name="brightness", arch="Brightness", weights="", summary="mean of the pixels", paper="none")
+    options = spec.entry()["metric_opts"]
+    assert options.pop("type") == "Brightness" and spec.records == ()
+    assert names["Brightness"](**options, tile=32)(x).flatten().tolist() == [0.25, 0.25]
     (record,) = names["Scorer"]({"brightness": names["Brightness"]()}, device="cpu", workers=0).score([x[0]])
     assert record.scores == {"brightness": 0.25}

@@ -24,7 +24,8 @@ class MetricSpec:
     Attributes:
         name: argument of `pyiqa.create_metric`, and the architecture's `model_type`.
         arch: class in `qualiclip_pyiqa.archs`, registered in pyiqa under the same name.
-        weights: record of `weights/manifest.toml` that holds the tower; "" if the user passes a file.
+        weights: record of `weights/manifest.toml` that holds the tower; "" for a metric without files, or of a
+            file that the user passes.
         summary: one line for tables.
         paper: reference of the method.
         score_range: lowest and highest score; "" if the user's file decides it.
