@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pyiqa
 import pytest
 import torch
 
@@ -44,6 +45,12 @@ def metrics_table() -> str:
 
 def test_metrics_table() -> None:
     assert metrics_table() in README, "README.md's table is out of date: run python tests/test_readme.py"
+
+
+def test_mean_score_of_the_examples() -> None:
+    metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
+    scores = [metric(str(path)).item() for path in sorted((ROOT / "examples" / "photos").glob("*.jpg"))]
+    assert len(scores) == 6 and f"mean score is {sum(scores) / 6:.3f}:" in README
 
 
 @pytest.fixture
