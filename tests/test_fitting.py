@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import signal
@@ -657,6 +658,22 @@ cli.main(["fit", "-m", "qualiclip-mini", "--ratings", {str(rated / "scores.csv")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert out.read_bytes() == b"old"
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(
+    rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tensor: torch.Tensor) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qualiclip_pyiqa.pretrained.write._little_endian", full)
+    out = tmp_path / "my.safetensors"
+    words = ["--ratings", rated / "scores.csv", "--images", rated, "-o", out, "--workers", 0, "--splits", 1]
+    assert run("-m", "qualiclip-mini", *words) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"qualiclip: {out} cannot be written (No space left on device); make room and repeat"
+    )
+    assert not list(tmp_path.glob("my.*"))
 
 
 def hostile(path: Path, tmp_path: Path, fit: Any = None, **metadata: str) -> Path:

@@ -119,16 +119,12 @@ def write_fitted(path: Path, model: FittedModel, licence: str, source: str) -> N
         OSError: the file cannot be written; an existing one is unchanged.
     """
     tower = model.tower
-    options = dict(tower.tower_options)
-    if tower.backbone != "mini":
-        definition = tower.tower_definition()
-        options = {key: getattr(definition, key) for key in ("mean", "std", "quick_gelu")}
     tensors = {key: _compact(value) for key, value in tower.state.items() if key.startswith("visual.")}
     tensors |= {"regression": model.regression, "images": model.images}
     metadata = {
         "format": FITTED_FORMAT,
         "backbone": tower.backbone,
-        "tower": json.dumps(options),
+        "tower": json.dumps(tower.options_to_store()),
         "fit": json.dumps(asdict(model.fit)),
         "licence": licence,
         "source": source,

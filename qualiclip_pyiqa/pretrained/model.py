@@ -86,6 +86,13 @@ class LoadedTower(ModelOrigin):
         """
         return _definition(self.backbone, self.openai, self.tower_options)
 
+    def options_to_store(self) -> dict[str, Any]:
+        """Return the metadata `tower` of a file of this package that holds these weights."""
+        if self.backbone == "mini":
+            return dict(self.tower_options)
+        definition = self.tower_definition()
+        return {key: getattr(definition, key) for key in ("mean", "std", "quick_gelu")}
+
     def image_tower(self, pos_embedding: bool) -> nn.Module:
         """Build the trainable image tower (N, 3, H, W) in 0..1 -> (N, D) on the tensors of `state`.
 

@@ -98,8 +98,6 @@ def choose_tower(name: str, weights: Path | None = None) -> ChosenTower:
         SettingsError: an unknown name, another package's metric, or a backbone without weights.
         WeightsError: weights are missing, damaged or of another tower.
     """
-    if name.endswith(SUFFIX) or Path(name).is_file():
-        return _tower_of_file(name, weights)
     texts = resolve_prompts("qualiclip").texts
     if name in METRICS:
         spec = METRICS[name]
@@ -108,6 +106,8 @@ def choose_tower(name: str, weights: Path | None = None) -> ChosenTower:
             raise SettingsError(f"{name} has no tower of its own; expected a metric with one, such as qualiclip-mini")
         model = load_model(weights or spec.weights, backbone, texts)
         return ChosenTower(name, model, bool(getattr(spec, "pos_embedding", False)))
+    if name.endswith(SUFFIX) or Path(name).is_file():
+        return _tower_of_file(name, weights)
     _check_backbone_name(name)
     if weights is not None:
         return ChosenTower(name, load_model(weights, name, texts), False)
