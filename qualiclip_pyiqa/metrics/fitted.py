@@ -47,8 +47,8 @@ def bounded(predictions: Tensor, low: float, high: float) -> Tensor:
     the range and `t = (|u| - 1 + MARGIN) / MARGIN`, |u| becomes `1 - MARGIN + MARGIN * t / (1 + t)`.
 
     Example:
-        >>> bounded(torch.tensor([-50.0, 10.0, 50.0, 97.0, 99.0, 1000.0]), 0, 100).round(decimals=1).tolist()
-        [0.2, 10.0, 50.0, 96.4, 97.2, 99.7]
+        >>> [round(score, 1) for score in bounded(torch.tensor([-50.0, 10, 50, 97, 99, 1000]), 0, 100).tolist()]
+        [0.4, 10.0, 50.0, 96.4, 97.2, 100.0]
     """
     middle, half = (low + high) / 2, (high - low) / 2
     u = (predictions - middle) / half
