@@ -355,7 +355,7 @@ def test_every_tower_has_a_name(
         ({"metric": "psnr"}, 2, "psnr is another package's metric and needs a reference image"),
         ({"ratings": "none.csv"}, 2, "none.csv cannot be read"),
         ({"images": "none"}, 2, "none is not a folder"),
-        ({"splits": 0}, 2, "0 splits with a share of 0.2 to test on; expected at least 1, and between 0 and 1"),
+        ({"splits": 0}, 2, "0 splits with a share of 0.2 to test on; expected at least 1, and a share between 0 and 1"),
         ({"test": 1}, 2, "10 splits with a share of 1.0 to test on"),
         ({"damaged": True}, 1, "1 of 30 images cannot be used: "),
     ],
