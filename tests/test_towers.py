@@ -136,21 +136,21 @@ def test_hooks_are_seen(cut_small_pictures: Callable[..., None]) -> None:
     heights: list[int] = []
 
     def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], *out: object) -> None:
-        if isinstance(module, nn.ReLU):
+        if module is net.tower.trunk.stem:
             heights.append(inputs[0].shape[2])
 
     assert not has_hooks(module) and not has_global_hooks()
     for register in (
         nn.modules.module.register_module_forward_hook,
         nn.modules.module.register_module_forward_pre_hook,
-        net.tower.stem[2].register_forward_hook,
-        net.tower.stem[2].register_forward_pre_hook,
+        net.tower.trunk.stem.register_forward_hook,
+        net.tower.trunk.stem.register_forward_pre_hook,
     ):
         heights.clear()
         handle = register(note)
         net(x)
         handle.remove()
-        assert heights == [48]
+        assert heights == [96]
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
         handle = register(note)
         assert has_hooks(module)

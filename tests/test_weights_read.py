@@ -416,12 +416,12 @@ _JSON = st.recursive(
 )
 _TOWER = st.fixed_dictionaries(
     {},
-    optional=dict.fromkeys((*MINI, "mean", "std", "quick_gelu", "vision", "name"), _JSON),
+    optional=dict.fromkeys((*MINI, "pairs", "mean", "std", "quick_gelu", "vision", "name"), _JSON),
 )
 _METADATA = st.fixed_dictionaries(
     {},
     optional={
-        "backbone": st.sampled_from(["mini", "RN50", "ViT-B/32", "convnext_base", "", "hf-hub:a/b"])
+        "backbone": st.sampled_from(["mini", "mobile", "RN50", "ViT-B/32", "convnext_base", "", "hf-hub:a/b"])
         | st.text(max_size=20),
         "tower": (_TOWER | _JSON).map(json.dumps) | st.text(max_size=20),
         "prompts": _JSON.map(json.dumps) | st.text(max_size=20),
@@ -486,7 +486,7 @@ def test_openais_archive_has_quickgelu_under_any_spelling_of_its_backbone(
 
 def test_a_model_knows_what_it_was_read_from(tmp_path: Path) -> None:
     model = load_model("qualiclip-mini", "RN50")
-    assert (model.backbone, model.temperature, model.activation) == ("mini", 1.0, "none")
+    assert (model.backbone, model.temperature, model.activation) == ("mobile", 1.0, "none")
     assert model.origin.file.sha256() == manifest.manifest()["qualiclip-mini"].sha256
     assert not hasattr(model.origin, "state") and "Tensor" not in repr(model)
     with pytest.raises(FrozenInstanceError):
@@ -497,11 +497,11 @@ def test_a_model_knows_what_it_was_read_from(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_file_with_a_known_hash_is_the_same_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", find.find("qualiclip-mini").read_bytes())
-    unknown, origin = load_model(file, "mini").origin, load_model(file, "mini").origin
+    unknown, origin = load_model(file, "mobile").origin, load_model(file, "mobile").origin
     known = replace(origin, file=replace(origin.file, known_sha256=file_sha256(file)))
     stat = file.stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert known.reload().backbone == "mini"
+    assert known.reload().backbone == "mobile"
     refusal(replace(unknown, file=replace(unknown.file, known_sha256="")).reload, "a.safetensors", "changed after")
     file.chmod(0o600)  # new permissions are not another content
-    assert not load_model(file, "mini").file.changed
+    assert not load_model(file, "mobile").file.changed

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import PromptError, SettingsError
+from ..errors import PromptError, SettingsError, WeightsError
 from ..pretrained.files import WeightFile
+from ..pretrained.layouts import SMALL_TOWERS
 from ..pretrained.manifest import WeightRecord, openai_record
 from ..pretrained.model import LoadedModel, load_model
 from ..pretrained.verify import provenance
@@ -94,7 +95,7 @@ class PromptIQA(BlindMetric):
         >>> metric = OpenQualiCLIP("qualiclip-mini").eval()
         >>> metric(torch.rand(2, 3, 64, 96)).shape
         torch.Size([2, 1])
-        >>> sharp = OpenQualiCLIP("qualiclip-mini", prompts={"sharpness": ("Sharp image.", "Blurry image.")})
+        >>> sharp = OpenQualiCLIP("qualiclip-mini", prompts={"sharpness": ("Sharp photo.", "Blurry photo.")})
         >>> sharp.attributes
         ('sharpness',)
     """
@@ -129,12 +130,19 @@ class PromptIQA(BlindMetric):
         self.temperature = float(own or temperature or spec.temperature)
         self.logit_scale = float(torch.tensor(model.logit_scale, dtype=torch.float32).exp())
         self.tower = freeze(model.image_tower(self.pos_embedding))
-        self.prompts = resolve_prompts(spec.prompts if prompts is None else prompts)
+        wanted = spec.prompts if prompts is None else prompts
+        if model.backbone == "mobile" and wanted == "qualiclip":
+            wanted = "quality"  # files of embedded models have one pair for it, whatever metric's name they load under
+        self.prompts = resolve_prompts(wanted)
         self.text_tower: TextTower | None = None
         self.prompt_learner: PromptLearner | None = None
         self.context_file: WeightFile | None = None
         if spec.context is None:
-            self._set_features(self.prompts, _fixed_features(self.prompts, model))
+            features = _fixed_features(self.prompts, model)
+            width = getattr(self.tower, "feature_dim", features.shape[1])
+            if features.shape[1] != width:
+                raise WeightsError(f"{model.path} has prompt features of length {features.shape[1]}; expected {width}")
+            self._set_features(self.prompts, features)
             return
         text = model.text_tower()
         if pretrained is False:
@@ -267,7 +275,7 @@ def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> s
     record = spec.weights if wanted is None else wanted
     if record != spec.weights or backbone == spec.backbone:
         return record
-    if backbone != "mini":
+    if backbone not in SMALL_TOWERS:
         backbones.find_backbone(backbone)
     if spec.arch != "OpenCLIPIQA":
         raise SettingsError(

@@ -20,6 +20,8 @@ LOOK: dict[str, Pair] = {
     "noisiness": ("Clean photo.", "Noisy photo."),
     "colorfulness": ("Colorful photo.", "Dull photo."),
     "contrast": ("High contrast photo.", "Low contrast photo."),
+    # Our own addition.
+    "compression": ("Uncompressed photo.", "Photo with compression artifacts."),
 }
 FEEL: dict[str, Pair] = {
     "aesthetic": ("Aesthetic photo.", "Not aesthetic photo."),

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import SettingsError, did_you_mean
-from .prompts import ATTRIBUTES
+from .prompts import ATTRIBUTES, LOOK
 
 CLIPIQA_PAPER = "Wang, Chan, Loy: Exploring CLIP for Assessing the Look and Feel of Images, AAAI 2023, arXiv:2207.12396"
 QUALICLIP_PAPER = (
@@ -15,6 +15,8 @@ QUALICLIP_PAPER = (
     "2024, arXiv:2403.11176"
 )
 FITTED_PAPER = "none: ridge regression on the statistics of an image tower"
+
+MINI_PAPER = "none: a model of this package, see its weights/PROVENANCE.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +106,29 @@ _qualiclip = partial(
     # pyiqa's value. The authors' torch.hub code has 1; averaged over pairs, the two rank images differently.
     temperature=2.0,
 )
+_embedded = partial(
+    PromptSpec,
+    arch="OpenQualiCLIP",
+    paper=MINI_PAPER,
+    backbone="mobile",
+    weights="qualiclip-mini",
+    prompts="quality",
+)
 
 _TABLE: tuple[MetricSpec, ...] = (
-    _qualiclip(
+    _embedded(
         name="qualiclip-mini",
-        backbone="mini",
-        weights="qualiclip-mini",
-        temperature=1.0,
-        summary="small tower trained from scratch by this package on QualiCLIP's strategy; embedded, no download",
+        summary="small tower of this package, fitted without opinion scores; embedded, no download",
+    ),
+    _embedded(
+        name="qualiclip-mini+",
+        weights="qualiclip-mini+",
+        summary="the same tower, fine-tuned to opinion scores of CLIVE; embedded, no download",
+    ),
+    *(
+        _embedded(name=f"qualiclip-mini-{attribute}", prompts=attribute, summary=f"embedded: {positive} / {negative}")
+        for attribute, (positive, negative) in LOOK.items()
+        if attribute != "quality"
     ),
     _qualiclip(
         name="qualiclip",

@@ -39,8 +39,8 @@ class OwnMetadata:
     """Validated metadata of a file in this package's own format.
 
     Attributes:
-        backbone: name of the image tower: open_clip's, OpenAI's, or `mini`.
-        tower: keywords of `MiniTower`, or `mean`, `std` and `quick_gelu` of a CLIP tower.
+        backbone: name of the image tower: open_clip's, OpenAI's, or one of `SMALL_TOWERS`.
+        tower: keywords of `MiniTower` or `MobileTower`, or `mean`, `std` and `quick_gelu` of a CLIP tower.
         texts: texts of the stored prompt features, positive and negative alternating.
         temperature: divides the logits; None if the file has none.
     """
@@ -71,7 +71,7 @@ def tower_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         WeightsError: see `own_metadata`.
     """
     backbone = metadata["backbone"]
-    checks = _MINI if backbone == "mini" else _CLIP
+    checks = SMALL_TOWERS.get(backbone, _CLIP)
     tower = _json(path, "tower", metadata["tower"])
     if not isinstance(tower, dict):
         raise _wrong(path, "tower", tower, "a JSON object")
@@ -84,6 +84,8 @@ def tower_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         check, expected = checks[key]
         if not check(value):
             raise _wrong(path, f"tower.{key}", value, expected)
+    if backbone in SMALL_TOWERS:
+        _check_complete(path, tower, checks)
     if backbone == "mini":
         _check_mini(path, tower)
     return tower
@@ -196,13 +198,21 @@ _MINI = {
     "dim": (lambda value: _is_integer(value, 2, _MAX_WIDTH), f"an integer in 2..{_MAX_WIDTH}"),
     "blocks": (_are_blocks, f"1 to {_MAX_BLOCKS} lists of names"),
 }
+# Towers of this package's own, with the keywords that a file must have.
+SMALL_TOWERS = {
+    "mini": _MINI,
+    "mobile": {"pairs": (lambda value: _is_integer(value, 1, _MAX_BLOCKS), f"an integer in 1..{_MAX_BLOCKS}")},
+}
+
+
+def _check_complete(path: Path, tower: Mapping[str, Any], checks: Mapping[str, Any]) -> None:
+    missing = [key for key in checks if key not in tower]
+    if missing:
+        raise WeightsError(f"{path}: metadata 'tower' lacks {', '.join(missing)}; expected {', '.join(checks)}")
 
 
 def _check_mini(path: Path, tower: Mapping[str, Any]) -> None:
-    """Check that all keywords of a mini tower are there and agree with each other."""
-    missing = [key for key in _MINI if key not in tower]
-    if missing:
-        raise WeightsError(f"{path}: metadata 'tower' lacks {', '.join(missing)}; expected {', '.join(_MINI)}")
+    """Check that the keywords of a mini tower agree with each other."""
     if len(tower["widths"]) != len(tower["depths"]):
         raise _wrong(path, "tower.depths", tower["depths"], f"{len(tower['widths'])} integers, one for each width")
     names = {"energies", *(f"stage{k}" for k in range(1, len(tower["widths"]) + 1))}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError, WeightsError
 from .files import WeightFile
-from .layouts import FITTED_FORMAT, OWN_FORMAT, OwnMetadata, own_metadata
+from .layouts import FITTED_FORMAT, OWN_FORMAT, SMALL_TOWERS, OwnMetadata, own_metadata
 from .manifest import WeightRecord, find_record
 from .read import read
 
@@ -82,13 +82,13 @@ class LoadedTower(ModelOrigin):
         """Return the backbone's definition with the activation and pixel statistics that these weights need.
 
         Raises:
-            SettingsError: an unknown backbone, or `mini`, which is not open_clip's.
+            SettingsError: an unknown backbone, or one of `SMALL_TOWERS`, which are not open_clip's.
         """
         return _definition(self.backbone, self.openai, self.tower_options)
 
     def options_to_store(self) -> dict[str, Any]:
         """Return the metadata `tower` of a file of this package that holds these weights."""
-        if self.backbone == "mini":
+        if self.backbone in SMALL_TOWERS:
             return dict(self.tower_options)
         definition = self.tower_definition()
         return {key: getattr(definition, key) for key in ("mean", "std", "quick_gelu")}
@@ -106,13 +106,14 @@ class LoadedTower(ModelOrigin):
         from ..towers.base import load_into
 
         visual = {key.removeprefix("visual."): value for key, value in self.state.items() if key.startswith("visual.")}
-        if self.backbone == "mini":
-            from ..towers.mini import MiniTower
+        if self.backbone in SMALL_TOWERS:
+            from ..towers import mini, mobile
 
             if pos_embedding:
-                raise SettingsError("the mini tower has no positional table; expected pos_embedding=False")
+                raise SettingsError(f"the {self.backbone} tower has no positional table; expected pos_embedding=False")
             with torch.device("meta"):  # a hostile file cannot make it allocate more than its own size
-                tower = MiniTower(**self.tower_options)
+                build = mini.MiniTower if self.backbone == "mini" else mobile.MobileTower
+                tower: nn.Module = build(**self.tower_options)
             load_into(tower, visual, str(self.path))
             return tower
         return backbones.image_tower(self.tower_definition(), visual, pos_embedding, str(self.path))
@@ -168,9 +169,9 @@ def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts
         SettingsError: an unknown backbone.
 
     Example:
-        >>> model = load_model("qualiclip-mini", "mini")
+        >>> model = load_model("qualiclip-mini", "mobile")
         >>> model.backbone, model.temperature, len(model.stored_features)
-        ('mini', 1.0, 14)
+        ('mobile', 1.0, 14)
         >>> tower = model.image_tower(pos_embedding=False)
     """
     return _load(weights, backbone, find_record(weights) is not None, tuple(upstream_texts))
@@ -215,7 +216,7 @@ def check_backbone(path: Path, backbone: str) -> None:
     from ..towers import backbones
 
     try:
-        if backbone != "mini":
+        if backbone not in SMALL_TOWERS:
             backbones.find_backbone(backbone)
     except SettingsError as error:
         raise WeightsError(f"{path}: {error}") from None
@@ -246,7 +247,7 @@ def _features_by_text(path: Path, rows: Tensor | None, texts: Sequence[str]) -> 
 
 def activation_of(backbone: str, openai: bool, options: Mapping[str, Any]) -> str:
     """Name the activation of an image tower's blocks; see `ModelOrigin`."""
-    return "none" if backbone == "mini" else _definition(backbone, openai, options).activation
+    return "none" if backbone in SMALL_TOWERS else _definition(backbone, openai, options).activation
 
 
 def _definition(backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:

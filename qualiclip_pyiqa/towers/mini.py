@@ -162,7 +162,7 @@ class RelativeSharpness(nn.Module):
 
 
 class MiniTower(nn.Module):
-    """Image tower of `qualiclip-mini`. All arguments but `dropout` are stored as JSON in the weight file.
+    """The tower of `qualiclip train --config mini`. All arguments but `dropout` are stored as JSON in the weight file.
 
     Args:
         widths: channels of each stage; stage k has 1/2^k of the image's resolution.

@@ -106,27 +106,49 @@ def root(variance: Tensor) -> Tensor:
     return (variance + 1e-5).sqrt()
 
 
-class StreamedPooling:
+class StreamedMoments:
+    """Mean and variance of every channel as a step over strips, which it passes on unchanged."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor = torch.zeros(())
+        self.deviation: Tensor = torch.zeros(())  # sum of squared differences from the mean
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        if rows is not None:
+            self.add(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        return rows
+
+    def add(self, rows: Tensor) -> None:
+        """Update mean and variance with rows (1, C, h, W) (Chan, Golub, LeVeque, 1979)."""
+        variance, mean = torch.var_mean(rows.flatten(2), dim=-1, correction=0)
+        if not self.count:
+            self.mean, self.deviation = torch.zeros_like(mean), torch.zeros_like(variance)
+        new = rows.shape[2] * rows.shape[3]
+        share = new / (self.count + new)
+        off = mean - self.mean
+        self.deviation = self.deviation + variance * new + off.square() * (self.count * share)
+        self.mean = self.mean + off * share
+        self.count += new
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of each channel, (1, C)."""
+        return self.deviation / self.count
+
+
+class StreamedPooling(StreamedMoments):
     """`pooled` as a step over strips, which it passes on unchanged; it stores only cell means and moments."""
 
     def __init__(self, cell: int) -> None:
+        super().__init__()
         self.cells = Window(partial(F.avg_pool2d, kernel_size=cell, ceil_mode=True), kernel=1, group=cell, ceil=True)
         self.means: list[Tensor] = []
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.deviation: Tensor | float = 0.0  # sum of squared differences from the mean
 
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
         precise = None if rows is None else rows.to(torch.promote_types(rows.dtype, torch.float32))
         if precise is not None:
-            # Pairwise update of mean and variance (Chan, Golub, LeVeque, 1979).
-            variance, mean = torch.var_mean(precise.flatten(2), dim=-1, correction=0)
-            new = precise.shape[2] * precise.shape[3]
-            share = new / (self.count + new)
-            off = mean - self.mean
-            self.deviation = self.deviation + variance * new + off.square() * (self.count * share)
-            self.mean = self.mean + off * share
-            self.count += new
+            self.add(precise)
         means = self.cells(precise, last)
         if means is not None:
             self.means.append(means)
@@ -134,6 +156,4 @@ class StreamedPooling:
 
     def summary(self) -> Tensor:
         """Return `pooled` of all strips together."""
-        assert isinstance(self.mean, Tensor) and isinstance(self.deviation, Tensor)
-        cells = torch.cat(self.means, dim=2)
-        return summary(self.mean, self.deviation / self.count, cells)
+        return summary(self.mean, self.variance, torch.cat(self.means, dim=2))

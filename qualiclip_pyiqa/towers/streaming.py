@@ -90,10 +90,11 @@ class Window:
     Args:
         run: (N, C, h, W) -> (N, C', h', W') without padding above and below: h' is (h - kernel) // stride + 1, divided
             by `group` if `run` pools its output rows.
-        kernel: input rows that an output row depends on; kernel // 2 rows of padding are added above and below.
+        kernel: input rows that an output row depends on; kernel // 2 rows of padding are added below.
         group: emit output rows in multiples of this.
         ceil: also emit a partial final group (a pool's `ceil_mode`).
         replicate: pad with copies of the outermost row instead of zeros.
+        above: rows of padding added above; None: kernel // 2.
     """
 
     def __init__(
@@ -104,17 +105,20 @@ class Window:
         group: int = 1,
         ceil: bool = False,
         replicate: bool = False,
+        above: int | None = None,
     ) -> None:
         self.run, self.kernel, self.stride, self.group = run, kernel, stride, group
         self.ceil, self.replicate = ceil, replicate
+        self.below = kernel // 2
+        self.above = self.below if above is None else above
         self.pending: Tensor | None = None  # input rows that later output depends on
 
     def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
         pieces = [piece for piece in (self.pending, rows) if piece is not None]
         if not pieces:
             return None
-        above = [] if self.pending is not None else self._padding(pieces[0][:, :, :1])
-        below = self._padding(pieces[-1][:, :, -1:]) if last else []
+        above = [] if self.pending is not None else self._padding(pieces[0][:, :, :1], self.above)
+        below = self._padding(pieces[-1][:, :, -1:], self.below) if last else []
         x = joined(*above, *pieces, *below)
         assert x is not None
         count = max(0, (x.shape[2] - self.kernel) // self.stride + 1)
@@ -123,8 +127,8 @@ class Window:
         self.pending = tail(x, count * self.stride)
         return self.run(x[:, :, : (count - 1) * self.stride + self.kernel]) if count else None
 
-    def _padding(self, row: Tensor) -> list[Tensor]:
-        return [row if self.replicate else torch.zeros_like(row)] * (self.kernel // 2)
+    def _padding(self, row: Tensor, count: int) -> list[Tensor]:
+        return [row if self.replicate else torch.zeros_like(row)] * count
 
 
 def valid(conv: nn.Conv2d, x: Tensor) -> Tensor:

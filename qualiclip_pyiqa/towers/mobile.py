@@ -1,0 +1,220 @@
+"""MobileTower: the image tower of the embedded models, a MobileNetV2 with pooled statistics and linear heads.
+
+The trunk is the MobileNetV2 (Sandler et al., CVPR 2018, arXiv:1801.04381) of width 1 of MediaPipe's Objectron, trained
+on Open Images v4, with BatchNorm folded in. Quality shows in how activations spread over an image as much as in what
+they are, so mean and standard deviation of every block's output are pooled, beside log energies that are not learned.
+
+Each antonym prompt pair has one linear head on the standardised statistics: its output z is the logit of the pair's
+score. The feature stores z as two numbers, whose similarities to the pair's prompts differ by z / SCALE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import channels_last
+from .statistics import ENERGIES, StreamedMoments, log_energies, root
+from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
+
+# Output channels and stride of each block (arXiv:1801.04381, table 2, width 1).
+LAYOUT = (
+    *[(16, 1)],
+    *[(24, 2), (24, 1)],
+    *[(32, 2), (32, 1), (32, 1)],
+    *[(64, 2), (64, 1), (64, 1), (64, 1)],
+    *[(96, 1), (96, 1), (96, 1)],
+    *[(160, 2), (160, 1), (160, 1)],
+    *[(320, 1)],
+)
+STEM, EXPANSION = 32, 6
+# Factor on the difference of similarities that gives z. Similarities within a pair differ by at most sqrt(2), where
+# the gradient is infinite, so z is clamped to +-FARTHEST * SCALE.
+SCALE, FARTHEST = 8.0, 1.4
+_HEADS = ("head_mean", "head_std", "head_weight", "head_bias")
+# Largest absolute value of a standardised statistic: an unusual image must not be extrapolated to.
+LIMIT = 3.0
+
+
+def limited(x: Tensor) -> Tensor:
+    """Limit standardised statistics softly to -LIMIT..LIMIT."""
+    return LIMIT * torch.tanh(x / LIMIT)
+
+
+class Down(nn.Conv2d):
+    """A 3x3 convolution of stride 2, padded at the lower and right edge: TensorFlow's SAME rule for even sizes."""
+
+    def __init__(self, width_in: int, width: int, groups: int = 1) -> None:
+        super().__init__(width_in, width, 3, stride=2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Convolve rows that are padded already."""
+        return super().forward(F.pad(x, (0, 1)))
+
+
+class InvertedResidual(nn.Module):
+    """Expand by a 1x1 convolution, filter each channel, project; add the input where shapes are equal."""
+
+    def __init__(self, width_in: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = width_in * expansion
+        self.expand = nn.Conv2d(width_in, wide, 1) if expansion > 1 else None
+        self.depthwise = Down(wide, wide, wide) if stride == 2 else nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+        self.project = nn.Conv2d(wide, width, 1)
+        self.adds = stride == 1 and width_in == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(F.relu6(self.depthwise(self.widened(x))))
+        return x + y if self.adds else y
+
+    def widened(self, x: Tensor) -> Tensor:
+        return x if self.expand is None else F.relu6(self.expand(x))
+
+
+class MobileNet(nn.Module):
+    """The trunk: RGB (N, 3, H, W) in 0..1 -> the output of each block, (N, C, h, w)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Down(3, STEM)
+        width_in = STEM
+        for number, (width, stride) in enumerate(LAYOUT):
+            self.add_module(f"block{number}", InvertedResidual(width_in, width, stride, EXPANSION if number else 1))
+            width_in = width
+
+    @property
+    def blocks(self) -> list[InvertedResidual]:
+        return [self.get_submodule(f"block{number}") for number in range(len(LAYOUT))]  # type: ignore[misc]
+
+    def forward(self, rgb: Tensor) -> Iterator[Tensor]:
+        x = F.relu6(self.stem(_normalise(rgb)))
+        for block in self.blocks:
+            x = block(x)
+            yield x
+
+    def steps(self) -> Iterator[list[Step]]:
+        """Yield each block as steps over strips."""
+        stem: list[Step] = [_normalised, Window(lambda x: F.relu6(self.stem.rows(x)), kernel=3, stride=2, above=0)]
+        for block in self.blocks:
+            yield [*stem, StreamedInvertedResidual(block)]
+            stem = []
+
+
+def _normalise(rgb: Tensor) -> Tensor:
+    return channels_last(2 * rgb - 1)
+
+
+def _normalised(rows: Tensor | None, last: bool) -> Tensor | None:
+    return None if rows is None else _normalise(rows)
+
+
+class StreamedInvertedResidual:
+    """An `InvertedResidual` as a step over strips."""
+
+    def __init__(self, block: InvertedResidual) -> None:
+        conv, self.block = block.depthwise, block
+        if isinstance(conv, Down):
+            self.filter = Window(lambda x: block.project(F.relu6(conv.rows(x))), kernel=3, stride=2, above=0)
+        else:
+            self.filter = Window(lambda x: block.project(F.relu6(valid(conv, x))), kernel=3)
+        self.waiting: Tensor | None = None  # input rows whose output rows are not complete yet
+
+    def __call__(self, rows: Tensor | None, last: bool) -> Tensor | None:
+        y = self.filter(None if rows is None else self.block.widened(rows), last)
+        if not self.block.adds:
+            return y
+        waiting = joined(self.waiting, rows)
+        if waiting is None or y is None:
+            self.waiting = waiting
+            return None
+        self.waiting = tail(waiting, y.shape[2])
+        return waiting[:, :, : y.shape[2]] + y
+
+
+class MobileTower(nn.Module):
+    """Image tower of `qualiclip-mini` and `qualiclip-mini+`. Its argument is stored as JSON in the weight file.
+
+    Args:
+        pairs: antonym prompt pairs P, each with a head.
+
+    Shape:
+        rgb: (N, 3, H, W) in 0..1, H and W at least 32 -> (N, 2P), float32 (float64 for a double network). The two
+        numbers of a pair have unit length together, so the feature's length is sqrt(P).
+    """
+
+    head_mean: Tensor
+    head_std: Tensor
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.pairs, self.feature_dim = pairs, 2 * pairs
+        size = ENERGIES + 2 * sum(width for width, _ in LAYOUT)
+        self.trunk = MobileNet()
+        # Each head standardises by the images that it was fitted to.
+        self.register_buffer("head_mean", torch.zeros(pairs, size, dtype=torch.float32))
+        self.register_buffer("head_std", torch.ones(pairs, size, dtype=torch.float32))
+        self.head_weight = nn.Parameter(torch.zeros(pairs, size, dtype=torch.float32))
+        self.head_bias = nn.Parameter(torch.zeros(pairs, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MobileTower:
+        """Apply `.to()` and the like; all go through this method. Half precision is for the trunk only."""
+        # Detached, as a parameter itself is changed in place.
+        precise = {name: getattr(self, name).detach() for name in _HEADS}
+        super()._apply(fn, recurse)
+        for name, before in precise.items():
+            after = getattr(self, name)
+            if torch.promote_types(after.dtype, torch.float32) != after.dtype:
+                kept = before.to(after.device)
+                setattr(self, name, nn.Parameter(kept, after.requires_grad) if name in self._parameters else kept)
+        return self
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(rgb))
+
+    def forward_features(self, rgb: Tensor) -> Tensor:
+        """Compute the statistics (N, S): log energies, then mean and standard deviation of each block's channels."""
+        precise = torch.promote_types(rgb.dtype, torch.float32)
+        with torch.autocast(rgb.device.type, enabled=False):
+            found = [log_energies(rgb.to(precise))]
+        rows = rows_at_once(self, rgb)
+        if rows is None:
+            for x in self.trunk(rgb):
+                with torch.autocast(rgb.device.type, enabled=False):
+                    flat = x.to(precise).flatten(2)
+                    found += [flat.mean(-1), root(flat.var(dim=-1, correction=0))]
+        else:
+            each = [self._pool_in_strips(image, rows) for image in rgb.split(1)]
+            found += [torch.cat(values) for values in zip(*each, strict=True)]
+        return torch.cat(found, dim=1)
+
+    statistics = forward_features
+
+    def logits(self, statistics: Tensor) -> Tensor:
+        """Map statistics (N, S) to the logit of each pair's score, (N, P), not clamped."""
+        with torch.autocast(statistics.device.type, enabled=False):
+            mean, std, weight, bias = (getattr(self, name).to(statistics) for name in _HEADS)
+            # Not a matrix product, whose order of summation depends on the batch.
+            return (limited((statistics[:, None] - mean) / std) * weight).sum(-1) + bias
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Map the output of `forward_features` to (N, 2P)."""
+        difference = (self.logits(features) / SCALE).clamp(-FARTHEST, FARTHEST)
+        total = (2 - difference.square()).sqrt()
+        return torch.stack([total + difference, total - difference], dim=2).flatten(1) / 2
+
+    def _pool_in_strips(self, image: Tensor, rows: int) -> list[Tensor]:
+        """Pool every block of one image, strip by strip."""
+        steps: list[Step] = []
+        moments: list[StreamedMoments] = []
+        for block in self.trunk.steps():
+            moments.append(StreamedMoments())
+            steps += [*block, moments[-1]]
+        for _ in stream(steps, image, rows):
+            pass
+        return [value for each in moments for value in (each.mean, root(each.variance))]
