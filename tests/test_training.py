@@ -473,9 +473,10 @@ def test_model_file_says_what_it_is_and_is_a_metric(toy: Path) -> None:
     assert [tuple(pair) for pair in json.loads(metadata["prompts"])] == list(QUALITY_SETS["qualiclip"])
     assert anchors.shape == (14, tower.feature_dim) and torch.allclose(anchors.norm(dim=1), torch.ones(14), atol=1e-6)
     assert scale.shape == () and json.loads(metadata["training"])["seed"] == 3
-    # The file's own temperature counts under either name.
+    # The file's own temperature counts under either name; the embedded one's default is a single pair.
     x = torch.stack([synthetic_photograph(30), degrade(synthetic_photograph(30)[None], "white_noise", 5, 0)[0]])
-    scores = [pyiqa.create_metric(name, weights=str(toy))(x) for name in ("qualiclip", "qualiclip-mini")]
+    names = ("qualiclip", "qualiclip-mini")
+    scores = [pyiqa.create_metric(name, weights=str(toy), prompts="qualiclip")(x) for name in names]
     assert torch.equal(*scores) and scores[0][0] != scores[0][1]
 
 
