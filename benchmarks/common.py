@@ -1,10 +1,12 @@
-"""Shared by all benchmarks: options, weights for both packages, the machine's name, timing and output."""
+"""Shared by all benchmarks: options, weights, photographs, the machine's name, timing, memory and output."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import statistics
@@ -23,6 +25,14 @@ import open_clip
 import pyiqa
 import torch
 import upstream
+from torch import Tensor
+
+from qualiclip_pyiqa import OpenQualiCLIP
+from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.images.paths import find_images
+from qualiclip_pyiqa.metrics.prompts import PromptsLike
+from qualiclip_pyiqa.metrics.registry import METRICS
+from qualiclip_pyiqa.training.photographs import read_held_out
 
 oracle = upstream.oracle
 images = upstream.pictures
@@ -55,6 +65,37 @@ def weights(folder: Path | None, draw: int = 0) -> Iterator[Path]:
         yield folder or Path(made)
 
 
+def load(model: str, prompts: PromptsLike | None = None) -> OpenQualiCLIP:
+    """Load a metric of the embedded models' kind by its name, or the file of a trained one."""
+    known = model in METRICS
+    made = OpenQualiCLIP(model if known else "qualiclip", prompts=prompts, weights=None if known else model)
+    return made.eval()
+
+
+def photographs(folder: Path) -> tuple[list[str], list[str]]:
+    """List the images of a folder that may be trained on, and those held out by its `manifest.csv`.
+
+    Raises:
+        SettingsError: one of the two is empty.
+    """
+    paths = find_images([str(folder)]).paths if folder.is_dir() else []
+    names = {folder / name for name in read_held_out(folder)}
+    held_out = [path for path in paths if Path(path) in names]
+    training = [path for path in paths if Path(path) not in names]
+    if not training or not held_out:
+        raise SettingsError(
+            f"{folder} has {len(held_out)} photographs that are held out and {len(training)} that are not; expected "
+            "some of both (held_out is 1 in its manifest.csv, which names each `file`)"
+        )
+    return training, held_out
+
+
+def spread(paths: Sequence[str], most: int) -> list[str]:
+    """Select at most this many paths, evenly spread."""
+    count = min(most, len(paths))
+    return [paths[k * len(paths) // count] for k in range(count)]
+
+
 def medians(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
     """Measure the median seconds of each call. Calls take turns, so that other load affects all alike."""
     times: list[list[float]] = [[] for _ in calls]
@@ -66,6 +107,33 @@ def medians(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
             call()
             taken.append(time.perf_counter() - started)
     return [statistics.median(taken) for taken in times]
+
+
+def peak_memory(create: Callable[[], Callable[[Tensor], object]], height: int, width: int) -> float:
+    """Measure by how many MiB one image raises the peak of a fresh process that has created the network."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (create, height, width))
+
+
+@torch.no_grad()
+def _peak_memory(create: Callable[[], Callable[[Tensor], object]], height: int, width: int) -> float:
+    net = create()
+    net(images(1, 64, 64))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading included, is forgotten
+    before = _kib("VmRSS")
+    large = height * width > 2**24  # the memory of such an image is counted too
+    x = torch.rand(1, 3, height, width) if large else images(1, height, width)
+    if not large:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _kib("VmRSS")
+    net(x)
+    return (_kib("VmHWM") - before) / 1024
+
+
+def _kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def machine(device: str = "cpu") -> str:

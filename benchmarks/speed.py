@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -129,35 +129,11 @@ def multiply_adds_per_second(size: int) -> float:
 
 
 def peak_memory(which: str, folder: Path, height: int, width: int) -> float:
-    """MiB by which a forward pass raises the peak of a fresh process that has loaded the model."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_memory, (which, str(folder), height, width))
+    return common.peak_memory(partial(_network, which, folder), height, width)
 
 
-@torch.no_grad()
-def _peak_memory(which: str, folder: str, height: int, width: int) -> float:
-    net = (
-        pyiqa.create_metric("qualiclip", device="cpu").net
-        if which == "ours"
-        else common.oracle("qualiclip", Path(folder))
-    )
-    net(common.images(1, 64, 64))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading included, is forgotten
-    before = _kib("VmRSS")
-    large = height * width > 2**24  # the memory of such an image is counted too
-    x = torch.rand(1, 3, height, width) if large else common.images(1, height, width)
-    if not large:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _kib("VmRSS")
-    net(x)
-    return (_kib("VmHWM") - before) / 1024
-
-
-def _kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def _network(which: str, folder: Path) -> torch.nn.Module:
+    return pyiqa.create_metric("qualiclip", device="cpu").net if which == "ours" else common.oracle("qualiclip", folder)
 
 
 def on_gpu(folder: Path, options: argparse.Namespace) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Baselines for `qualiclip-mini`: sharpness, natural scene statistics, and pyiqa's classical metrics.
+"""Baselines for the embedded models: sharpness, natural scene statistics, and pyiqa's classical metrics.
 
 Each is a module that scores images (N, 3, H, W) in 0..1 -> (N,), which `Scorer` takes like a metric of pyiqa.
 """
@@ -25,9 +25,7 @@ from tqdm import tqdm
 
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
-from qualiclip_pyiqa.towers.mini import RelativeSharpness
-from qualiclip_pyiqa.towers.statistics import PERCENTILES, UNRANKED, detail_and_top, log_energies
-from qualiclip_pyiqa.training.photographs import read_energies
+from qualiclip_pyiqa.towers.statistics import PERCENTILES, UNRANKED, log_energies
 from qualiclip_pyiqa.training.stacks import laplacian_log_variance
 
 # pyiqa's no-reference metrics that are not neural networks. Most need a file of parameters that pyiqa downloads.
@@ -41,6 +39,15 @@ OUTLIER = 4
 SHAPES = np.arange(0.2, 10, 0.001)  # candidate shapes of a generalised Gaussian
 
 Floats = NDArray[np.float64]
+
+
+class LaplacianEnergy(nn.Module):
+    """Log of the mean energy of luma's Laplacian, in cells of 4x4 pixels that fit in whole; higher is better."""
+
+    lower_better = False
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        return log_energies(rgb)[:, 0]
 
 
 class Sharpness(nn.Module):
@@ -59,29 +66,6 @@ class SharpestParts(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         return log_energies(rgb)[:, UNRANKED + PERCENTILES.index(98)]
-
-
-class SharpnessForDetail(nn.Module):
-    """Sharpest parts in two octaves, relative to detail in given photographs; higher is better.
-
-    This is the embedded model's pair that is not learned.
-    """
-
-    lower_better = False
-
-    def __init__(self, head: RelativeSharpness) -> None:
-        super().__init__()
-        self.head = head
-
-    @classmethod
-    def fit(cls, paths: Iterable[str | Path]) -> SharpnessForDetail:
-        head = RelativeSharpness(dim=2)
-        head.fit(detail_and_top(read_energies([Path(path) for path in paths])))
-        return cls(head)
-
-    def forward(self, rgb: Tensor) -> Tensor:
-        positive, negative = self.head(detail_and_top(log_energies(rgb))).unbind(1)
-        return positive - negative
 
 
 class NaturalScenes(nn.Module):

@@ -1,4 +1,4 @@
-"""The simple measures that the embedded model is compared with behave as such."""
+"""The simple measures that the embedded models are compared with behave as such."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def test_natural_scene_statistics_know_blur_and_noise(tmp_path: Path) -> None:
         distances = model(torch.cat(ladder)).tolist()
         assert distances == sorted(distances) and distances[2] > 1.5 * distances[0]
     assert torch.isfinite(model(fresh[..., :40, :50])).all()  # smaller than a patch
-    for measure in (baselines.Sharpness(), baselines.SharpestParts()):
+    for measure in (baselines.LaplacianEnergy(), baselines.Sharpness(), baselines.SharpestParts()):
         sharpness = measure(torch.cat(blurred)).tolist()
         assert sharpness == sorted(sharpness, reverse=True)

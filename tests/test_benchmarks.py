@@ -14,11 +14,16 @@ from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
+EMBEDDED = str(ROOT / "weights" / "qualiclip-mini.safetensors")
 ARGUMENTS = {
+    "attributes": ["--pristine", "pristine"],
     "backbones": [],
     "fit": [f"--{which}{what}" for which in ("", "test-") for what in ("ratings=rated/dmos.csv", "images=rated")],
     "folder": ["--images", str(PHOTOS)],
-    "mini": ["--pristine", "pristine", "--ratings", "rated/dmos.csv", "--images", "rated"],
+    "mini": [
+        *("--pristine", "pristine", "--rated", "blurred", "rated/dmos.csv", "rated", "--trained-on", "two", "blurred"),
+        *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
+    ],
     "onednn": [],
     "rounding": [],
     "severity": ["--pristine", str(PHOTOS), "--write", "out/severities.toml"],
@@ -76,18 +81,37 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -
         inside, across = result["rows"]
         assert inside["fitted on"] == "80 %" and inside["SRCC"] > 0.5
         assert across["SRCC 95 % from"] <= across["SRCC"] and across["SRCC"] > 0.9  # the images it was fitted on
+    rows = {(row.get("measured"), row.get("metric", row.get("attribute"))): row for row in result["rows"]}
     if name == "mini":
-        rows = {(row["measured"], row["metric"]): row for row in result["rows"]}
-        for metric in ("qualiclip-mini", "log variance of the Laplacian"):
+        for metric in ("one", "the model before", "log energy of the Laplacian", "log variance of the Laplacian"):
             # A lower DMOS is better, and so is a higher score: blur by blur that is what the opinions are.
-            assert rows["opinion scores, all", metric]["SRCC"] > 0.7
-        assert ("degradations, 1 photographs, held out", "qualiclip-mini") in rows
+            row = rows["opinion scores, blurred", metric]
+            assert row["SRCC"] > 0.7 and row["95 % interval"] and "note" not in row
+        seeds = rows["opinion scores, blurred", "two, mean of 2 seeds"]
+        assert seeds["SRCC"] == rows["opinion scores, blurred", "one"]["SRCC"] and seeds["note"]
+        assert rows["opinion scores, blurred", "two, standard deviation of 2 seeds"]["SRCC"] == 0
+        difference = rows["SRCC minus that of sharpest parts, blurred", "one"]["SRCC"]
+        sharpest = rows["opinion scores, blurred", "sharpest parts"]["SRCC"]
+        assert difference == pytest.approx(rows["opinion scores, blurred", "one"]["SRCC"] - sharpest)
+        assert rows["degradations of bank kadid, 1 photographs", "one"]["of"] == 24
+        assert rows["degradations of bank camera, 1 photographs", "two, mean of 2 seeds"]["of"] == 12
+        assert rows["speed, 1x64x64", "the model before"]["of the model before"] == 1
+        assert rows["extra memory, 1x64x64", "one"]["MiB"] >= 0
         assert "not run: niqe needs" in done.stdout
+    if name == "attributes":
+        assert rows["steps along own types", "sharpness"]["right"] > 0.5  # chance is a half
+        table = rows["movement of scores", "sharpness"]
+        assert table["sharpness"] == pytest.approx(1) and 0 <= table["brightness"] < 1
+        assert rows["movement of scores, by type", "contrast"]["open"] == "mean_shift"
+        assert 0 <= rows["two faults", "mean of 15 pairs"]["named"] <= 1
 
 
 def test_mini_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
+    done = run("mini", "--pristine", "none", "--rated", "few", "few.csv", ".", folder=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: none has 0 photographs")
     (tmp_path / "few.csv").write_text("image,mos\n0.png,1\n1.png,2\n")
     for name in ("0.png", "1.png"):
         Image.new("RGB", (48, 48)).save(tmp_path / name)
-    done = run("mini", "--pristine", "none", "--ratings", "few.csv", "--images", ".", folder=tmp_path)
+    (tmp_path / "manifest.csv").write_text("file,held_out\n0.png,1\n")
+    done = run("mini", "--pristine", ".", "--rated", "few", "few.csv", ".", folder=tmp_path)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: few.csv rates 2 images")

@@ -19,7 +19,7 @@ from qualiclip_pyiqa.metrics.registry import MetricSpec
 
 ROOT = Path(__file__).parents[1]
 # Later pages use what earlier ones made.
-PAGES = [ROOT / "docs" / name for name in ("training.md", "evaluation.md", "fit.md", "scoring.md")]
+PAGES = [ROOT / "docs" / name for name in ("training.md", "evaluation.md", "fit.md", "scoring.md", "embedded.md")]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("qualiclip ")]
