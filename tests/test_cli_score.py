@@ -21,7 +21,7 @@ import pytest
 from faults import as_nobody, workers_of
 from PIL import Image
 
-from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.commands import DEFAULT_METRIC, cli
 from qualiclip_pyiqa.errors import counted
 from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.scorer import Scorer
@@ -92,11 +92,11 @@ def test_a_table_of_other_metrics_is_refused_before_they_are_built(
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "__init__", None)
-        for metrics in (["piqe"], ["qualiclip-mini", "piqe"]):
+        for metrics in (["piqe"], [DEFAULT_METRIC, "piqe"]):
             options = [option for metric in metrics for option in ("-m", metric)]
             assert score(folder, *options, "-o", out, "--resume") == 2
             said = capsys.readouterr().err
-            assert f"s.csv has the scores qualiclip-mini, not {', '.join(metrics)}; resume with" in said
+            assert f"s.csv has the scores {DEFAULT_METRIC}, not {', '.join(metrics)}; resume with" in said
     assert out.read_bytes() == before
     assert score(folder, "-o", out, "--resume", "--workers", 0) == 0
     assert len(rows(out)) == 5
@@ -214,7 +214,7 @@ def test_every_broken_picture_is_a_row(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in str(table[name].error) and not table[name].scores, name
         assert "\n" not in str(table[name].error)
     for name in {*good, "16 bit.png", "animated.gif", "new\nline.png", os.fsdecode(b"\xff\xfe.png")}:
-        assert table[name].error is None and 0 <= table[name].scores["qualiclip-mini"] <= 1
+        assert table[name].error is None and 0 <= table[name].scores[DEFAULT_METRIC] <= 1
     err = capsys.readouterr().err
     assert f"{len(table)} images: 7 scored, 9 with an error" in err and "and 4 more" in err
 
@@ -353,7 +353,7 @@ def test_a_stopped_run_is_resumed_and_nothing_is_scored_twice(
     whole = tmp_path / "whole.csv"
     assert score(many, "-o", whole, "--workers", 0) == 0
     for row, expected in zip(rows(out), rows(whole), strict=True):
-        assert row.scores["qualiclip-mini"] == pytest.approx(expected.scores["qualiclip-mini"], abs=2e-6)
+        assert row.scores[DEFAULT_METRIC] == pytest.approx(expected.scores[DEFAULT_METRIC], abs=2e-6)
 
 
 def test_a_killed_worker_does_not_stop_the_command(many: Path, tmp_path: Path) -> None:

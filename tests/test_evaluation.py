@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter
 from scipy import optimize, stats
 from test_cli_score import picture
 
-from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.commands import DEFAULT_METRIC, cli
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.degradations.camera import CAMERA
 from qualiclip_pyiqa.errors import SettingsError
@@ -268,16 +268,13 @@ def test_command_with_a_data_set_of_pyiqa(
     assert evaluate("--dataset", "spaq", "--images", root, "--json", out) == 0
     by_pyiqa = json.loads(out.read_text())
     assert evaluate("--ratings", rated / "mos.csv", "--images", rated, "--json", out) == 0
-    assert (
-        by_pyiqa["metrics"]["qualiclip-mini"]["srcc"]
-        == json.loads(out.read_text())["metrics"]["qualiclip-mini"]["srcc"]
-    )
+    assert by_pyiqa["metrics"][DEFAULT_METRIC]["srcc"] == json.loads(out.read_text())["metrics"][DEFAULT_METRIC]["srcc"]
     table = tmp_path / "scores.csv"
     assert cli.main(["score", str(images), "-o", str(table), "--device", "cpu"]) == 0
     arguments = ["--dataset", "spaq", "--images", str(root), "--scores", str(table)]
     assert cli.main(["evaluate", *arguments, "--json", str(out)]) == 0
-    found = json.loads(out.read_text())["metrics"]["qualiclip-mini"]
-    assert found["srcc"] == pytest.approx(by_pyiqa["metrics"]["qualiclip-mini"]["srcc"])
+    found = json.loads(out.read_text())["metrics"][DEFAULT_METRIC]
+    assert found["srcc"] == pytest.approx(by_pyiqa["metrics"][DEFAULT_METRIC]["srcc"])
     table.write_text("\n".join(table.read_text().splitlines()[:-2]) + "\n")
     assert cli.main(["evaluate", *arguments]) == 2
     assert "2 of 16 rated images not in the table of scores, such as" in capsys.readouterr().err
@@ -359,7 +356,7 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
             photo.resize((photo.width // 3, photo.height // 3)).save(folder / f"{name}.png")
     out, plot = tmp_path / "d.json", tmp_path / "d.png"
     assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 0
-    numbers = json.loads(out.read_text())["metrics"]["qualiclip-mini"]
+    numbers = json.loads(out.read_text())["metrics"][DEFAULT_METRIC]
     assert numbers["photographs"] == 2 and len(numbers["types"]) == 24
     blur = numbers["types"]["lens_blur"]
     assert len(blur["means"]) == 6 and blur["falls"] and blur["means"][1] > blur["means"][5]
@@ -373,18 +370,18 @@ def test_command_with_degradations(tmp_path: Path, capsys: pytest.CaptureFixture
     assert evaluate("--degradations", folder, "--json", out, "--plot", plot) == 1
     assert "1 of 3 images left out:" in capsys.readouterr().err
     written = json.loads(out.read_text())
-    assert written["metrics"]["qualiclip-mini"] == numbers
+    assert written["metrics"][DEFAULT_METRIC] == numbers
     assert list(written["left_out"]) == [str(folder / "unreadable.png")]
     (folder / "unreadable.png").unlink()
     # Of a single photograph the means are its scores, and the pairs that are known to be ordered can be counted.
     assert evaluate("--degradations", folder, "--limit", 1, "--json", out) == 0
-    for name, each in json.loads(out.read_text())["metrics"]["qualiclip-mini"]["types"].items():
+    for name, each in json.loads(out.read_text())["metrics"][DEFAULT_METRIC]["types"].items():
         pairs = [p for p in combinations(range(6), 2) if DEGRADATIONS[name].ordered(*p)]
         right = sum(each["means"][i] > each["means"][j] for i, j in pairs)
         assert each["in_order"] == pytest.approx(right / len(pairs)), name
     assert evaluate("--degradations", folder, "--limit", 1, "--bank", "camera", "--json", out) == 0
     written = json.loads(out.read_text())
-    assert written["bank"] == "camera" and list(written["metrics"]["qualiclip-mini"]["types"]) == list(CAMERA)
+    assert written["bank"] == "camera" and list(written["metrics"][DEFAULT_METRIC]["types"]) == list(CAMERA)
 
 
 def test_command_with_gmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -554,7 +551,7 @@ def test_options_of_reading(rated: Path, tmp_path: Path, capsys: pytest.CaptureF
     for path in sorted(rated.glob("*0.png")):
         with Image.open(path) as image:
             image.convert("RGB").save(folder / f"{path.stem}.jpg", exif=exif)
-    metric = pyiqa.create_metric("qualiclip-mini", device="cpu")
+    metric = pyiqa.create_metric(DEFAULT_METRIC, device="cpu")
     paths = sorted(folder.iterdir())
     stored = [metric(load_image(path, ignore_orientation=True)[None]).item() for path in paths]
     table.write_text("image,mos\n" + "".join(f"{p.name},{s}\n" for p, s in zip(paths, stored, strict=True)))
@@ -562,11 +559,11 @@ def test_options_of_reading(rated: Path, tmp_path: Path, capsys: pytest.CaptureF
     for options, ignored, said in (((), False, "applied"), (("--ignore-orientation",), True, "ignored")):
         assert evaluate(*command, *options) == 0
         written = json.loads(out.read_text())
-        assert (written["metrics"]["qualiclip-mini"]["plcc"] == pytest.approx(1, abs=1e-6)) == ignored
+        assert (written["metrics"][DEFAULT_METRIC]["plcc"] == pytest.approx(1, abs=1e-6)) == ignored
         assert written["ignore_orientation"] is ignored and written["ignore_profile"] is False
         assert f"EXIF orientation: {said}" in capsys.readouterr().out
         assert evaluate("--degradations", folder, "--limit", 1, "--json", out, *options) == 0
-        means = json.loads(out.read_text())["metrics"]["qualiclip-mini"]["types"]["jpeg"]["means"]
+        means = json.loads(out.read_text())["metrics"][DEFAULT_METRIC]["types"]["jpeg"]["means"]
         assert (means[0] == pytest.approx(stored[0], abs=1e-5)) == ignored
         assert f"EXIF orientation: {said}" in capsys.readouterr().out
 

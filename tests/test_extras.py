@@ -64,7 +64,7 @@ assert main(["filter", {str(tmp_path / "scores.csv")!r}, "--above", "0"]) == 0
 assert main(["weights", "list"]) == 0
 """)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "scores.csv").read_text().startswith("path,width,height,qualiclip-mini,error\n")
+    assert (tmp_path / "scores.csv").read_text().startswith("path,width,height,qualiclip-mini+,error\n")
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_half_precision_is_for_the_tower_only(fitted: dict[str, Path]) -> None:
     kept = metric.regression.clone()
     for change in (lambda m: m.half(), lambda m: nn.Sequential(m).to(torch.bfloat16)[0], lambda m: m.double().half()):
         assert torch.equal(change(metric).regression.float(), kept)
-        assert metric.tower.stem[0].weight.dtype in (torch.float16, torch.bfloat16)
+        assert metric.tower.trunk.stem.weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def test_bounded_keeps_order_gradient_and_middle() -> None:
@@ -574,7 +574,7 @@ def test_cache_is_hit_once_filled_and_missed_for_anything_else(
     assert np.array_equal(compute(4, cache=None)[0], first)
     assert compute(4)[1] == 0
     tower: Any = freeze(choose_tower("qualiclip-mini").model.image_tower(False))
-    tower.stem[0].weight.mul_(1.5)
+    tower.trunk.stem.weight.mul_(1.5)
     assert compute(4, tower=tower)[1] == 4
     assert compute(4, ignore_profile=True)[1] == 4
     monkeypatch.setattr(features, "STATISTICS_VERSION", 2)
@@ -633,7 +633,7 @@ def test_bad_images_are_reported_and_the_others_cached(
 
 def test_statistics_that_are_not_finite_are_an_image_s_error(compute: Callable[..., Any]) -> None:
     tower: Any = freeze(choose_tower("qualiclip-mini").model.image_tower(False))
-    tower.stem[0].weight.fill_(float("nan"))
+    tower.trunk.stem.weight.fill_(float("nan"))
     with pytest.raises(ImageError, match=r"4 of 4 images cannot be used: .*0.png has statistics that are not finite"):
         compute(4, tower=tower)
 
@@ -703,7 +703,7 @@ def hostile(path: Path, tmp_path: Path, fit: Any = None, **metadata: str) -> Pat
         ({"fit": {"images": 3}}, r"'images' is torch.uint8 of shape \(30, 32\); expected \(3, 32\)"),
         ({"fit": {"agreement": {"srcc": 1}}}, "metadata 'fit.agreement' is"),
         ({"fit": {"tower_name": "x" * 5000}}, "metadata 'fit.tower_name' is"),
-        ({"tower": '{"widths": [4096]}'}, "metadata 'tower.widths' is"),
+        ({"tower": '{"pairs": 4096}'}, "metadata 'tower.pairs' is"),
         ({"backbone": "hf-hub:evil/model", "tower": "{}"}, "unknown backbone 'hf-hub:evil/model'"),
         ({"format": "qualiclip-pyiqa-fitted/2"}, "expected 'qualiclip-pyiqa-fitted/1': for a newer file update"),
         ({"format": "qualiclip-pyiqa/1"}, "it lacks prompts_features"),
@@ -744,7 +744,7 @@ def test_hostile_regression_is_refused(
 def test_other_classes_and_files_are_refused(fitted: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a metric of `qualiclip fit`, without prompts"):
         OpenQualiCLIP("qualiclip", weights=fitted["mini"])
-    mini = load_model("qualiclip-mini", "mini").path
+    mini = load_model("qualiclip-mini", "mobile").path
     with pytest.raises(WeightsError, match="is not a metric of `qualiclip fit`"):
         FittedIQA(weights=mini)
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")

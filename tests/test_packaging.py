@@ -68,7 +68,7 @@ def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp
     assert top == {
         "qualiclip_pyiqa", "qualiclip_pyiqa_start.py", "qualiclip_pyiqa.pth", "qualiclip_pyiqa.start", info,
     }  # fmt: skip
-    for name in ("manifest.toml", "qualiclip-mini.safetensors", "PROVENANCE.md"):
+    for name in ("manifest.toml", "qualiclip-mini.safetensors", "qualiclip-mini+.safetensors", "PROVENANCE.md"):
         assert f"qualiclip_pyiqa/_weights/{name}" in held
     assert modules(ROOT) <= set(held)
     configs = (ROOT / "qualiclip_pyiqa" / "training" / "configs").glob("*.toml")

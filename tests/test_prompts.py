@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qualiclip_pyiqa.errors import PromptError
-from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES, QUALITY_SETS, prompt_set_names, resolve_prompts
+from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES, LOOK, QUALITY_SETS, prompt_set_names, resolve_prompts
 from qualiclip_pyiqa.metrics.registry import METRICS, PromptSpec, metric_spec
 
 words = st.text("abcdefghij", min_size=1, max_size=6)
@@ -18,7 +18,7 @@ def test_named_sets() -> None:
     assert resolve_prompts("qualiclip").pairs == QUALITY_SETS["qualiclip"]
     assert len(resolve_prompts("qualiclip").texts) == 14
     assert resolve_prompts("look").attributes == (
-        "quality", "brightness", "sharpness", "noisiness", "colorfulness", "contrast",
+        "quality", "brightness", "sharpness", "noisiness", "colorfulness", "contrast", "compression",
     )  # fmt: skip
     assert resolve_prompts("sharpness").attributes == ("sharpness",)
     for name in prompt_set_names():
@@ -66,6 +66,9 @@ def test_errors_are_one_clear_line(prompts: object, said: str) -> None:
 def test_every_attribute_has_a_metric_and_unknown_metrics_get_a_neighbour() -> None:
     for attribute in ATTRIBUTES:
         assert METRICS[f"clipiqa-{attribute}"].prompts == attribute
+    assert [name for name in METRICS if name.startswith("qualiclip-mini-")] == [
+        f"qualiclip-mini-{attribute}" for attribute in LOOK if attribute != "quality"
+    ]
     with pytest.raises(ValueError, match="did you mean 'qualiclip'"):
         metric_spec("quali-clip")
     for spec in METRICS.values():

@@ -64,13 +64,14 @@ def test_manifest_is_complete_and_consistent() -> None:
         assert row["metric"] in METRICS and 0 < row["srcc"] < 1 and row["source"] and isinstance(row["verified"], bool)
 
 
-def test_embedded_model_is_the_one_of_the_manifest() -> None:
-    record = manifest.manifest()["qualiclip-mini"]
+@pytest.mark.parametrize("name", ["qualiclip-mini", "qualiclip-mini+"])
+def test_embedded_model_is_the_one_of_the_manifest(name: str) -> None:
+    record = manifest.manifest()[name]
     file = manifest.data_folder() / record.file
     if not file.exists():
         pytest.skip("no embedded model in this tree")
     assert (record.sha256, record.size) == (file_sha256(file), file.stat().st_size), "update manifest.toml"
-    found = read("qualiclip-mini", layout="qualiclip-pyiqa")
+    found = read(name, layout="qualiclip-pyiqa")
     assert found.tensors["prompts_features"].dim() == 2
     assert found.metadata["licence"].replace(" ", "-") == record.licence
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _SEEDS = 2**32  # number of seeds; more fit into 64 bits, but seeds are added to
-DEFAULT_METRIC = "qualiclip-mini"
+DEFAULT_METRIC = "qualiclip-mini+"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
 READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout")
 
