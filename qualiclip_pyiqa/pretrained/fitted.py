@@ -30,7 +30,7 @@ class Fit:
     Attributes:
         pos_embedding: whether the tower adds its positional table.
         regressor: `ridge`.
-        strength: of the penalty: mean squared error + strength * |w|^2, opinion scores and statistics standardised.
+        strength: of the penalty on the sum of squared weights; opinion scores and statistics are standardised.
         at_edge: whether the strength is the smallest or largest that was tried.
         intercept: the prediction for an image whose statistics are all average.
         low, high: smallest and largest opinion score.
