@@ -143,7 +143,7 @@ def test_the_command(
     url = f"file://{photos}"
     out = tmp_path / "s.jsonl"
     command = ["score", str(photos), str(strange), url, "file:///nowhere.png", "--engine", "ray", "--resume"]
-    command += ["-o", str(out), "--device", "cpu"]
+    command += ["-o", str(out), "-m", "qualiclip-mini", "--device", "cpu"]
     write = ScoreTable.write
 
     def stopped(table: ScoreTable, records: list[Record]) -> None:
