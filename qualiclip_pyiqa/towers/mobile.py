@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import channels_last
-from .statistics import ENERGIES, StreamedMoments, log_energies, root
+from .statistics import ENERGIES, StreamedMoments, log_energies, moments, root
 from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
 
 # Output channels and stride of each block (arXiv:1801.04381, table 2, width 1).
@@ -186,8 +186,7 @@ class MobileTower(nn.Module):
         if rows is None:
             for x in self.trunk(rgb):
                 with torch.autocast(rgb.device.type, enabled=False):
-                    flat = x.to(precise).flatten(2)
-                    found += [flat.mean(-1), root(flat.var(dim=-1, correction=0))]
+                    found += moments(x.to(precise))
         else:
             each = [self._pool_in_strips(image, rows) for image in rgb.split(1)]
             found += [torch.cat(values) for values in zip(*each, strict=True)]
@@ -211,10 +210,10 @@ class MobileTower(nn.Module):
     def _pool_in_strips(self, image: Tensor, rows: int) -> list[Tensor]:
         """Pool every block of one image, strip by strip."""
         steps: list[Step] = []
-        moments: list[StreamedMoments] = []
+        pools: list[StreamedMoments] = []
         for block in self.trunk.steps():
-            moments.append(StreamedMoments())
-            steps += [*block, moments[-1]]
+            pools.append(StreamedMoments())
+            steps += [*block, pools[-1]]
         for _ in stream(steps, image, rows):
             pass
-        return [value for each in moments for value in (each.mean, root(each.variance))]
+        return [value for each in pools for value in (each.mean, root(each.variance))]

@@ -96,6 +96,12 @@ def summary(mean: Tensor, variance: Tensor, cells: Tensor) -> Tensor:
     return torch.cat([mean, root(variance).log(), percentiles(cells)], dim=1)
 
 
+def moments(x: Tensor) -> list[Tensor]:
+    """Compute mean and standard deviation of every channel, never zero: (N, C, H, W) -> two of (N, C)."""
+    flat = x.flatten(2)
+    return [flat.mean(-1), root(flat.var(dim=-1, correction=0))]
+
+
 def std(x: Tensor) -> Tensor:
     """Compute the standard deviation over the last dimension, never zero."""
     return root(x.var(dim=-1, correction=0))

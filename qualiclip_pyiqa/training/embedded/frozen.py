@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...towers.mobile import LAYOUT, MobileTower
-from ...towers.statistics import ENERGIES, log_energies, root
+from ...towers.statistics import ENERGIES, log_energies, moments
 
 FROZEN = 6  # blocks that are not fine-tuned: all up to an eighth of the image's resolution
 EARLY = ENERGIES + 2 * sum(width for width, _ in LAYOUT[:FROZEN])  # statistics that training does not change
@@ -39,7 +39,7 @@ def pass_frozen(tower: MobileTower, images: Iterable[Tensor]) -> Passed:
         found = [log_energies(image[None])]
         with torch.autocast("cpu", torch.bfloat16):
             for number, x in zip(range(FROZEN), tower.trunk(image[None]), strict=False):
-                found += moments(x)
+                found += moments(x.float())
                 if number == FROZEN - 1:
                     activations.append(x[0].half().contiguous())
         early.append(torch.cat(found, dim=1))
@@ -53,7 +53,7 @@ def late_statistics(tower: MobileTower, activations: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         for block in tower.trunk.blocks[FROZEN:]:
             x = block(x)
-            found += moments(x)
+            found += moments(x.float())
     return torch.cat(found, dim=1)
 
 
@@ -76,9 +76,3 @@ def same_size(passed: Passed, order: Iterable[int], batch: int, whole: bool = Fa
             yield waiting.pop(passed.activations[k].shape)
     if not whole:
         yield from waiting.values()
-
-
-def moments(x: Tensor) -> list[Tensor]:
-    """Compute mean and standard deviation of every channel in float32: (N, C, h, w) -> two of (N, C)."""
-    flat = x.float().flatten(2)
-    return [flat.mean(-1), root(flat.var(dim=-1, correction=0))]
