@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,6 +30,18 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError, ValueError):  # the block's own error matters
             part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(name: object) -> Iterator[None]:
+    """Re-raise an OSError of the block as one that names what cannot be written, except for a closed pipe."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror or error
+        raise OSError(f"{name} cannot be written ({why})") from error
 
 
 def text_codec(start: bytes) -> tuple[str, str]:

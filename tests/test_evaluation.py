@@ -26,6 +26,7 @@ from PIL import Image, ImageFilter
 from scipy import optimize, stats
 from test_cli_score import picture
 
+from qualiclip_pyiqa import figures
 from qualiclip_pyiqa.commands import DEFAULT_METRIC, cli
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.degradations.camera import CAMERA
@@ -504,7 +505,7 @@ def test_pairs_are_drawn_as_they_were_scored(tmp_path: Path, monkeypatch: pytest
     Image.new("RGB", (40, 60), "red").save(turned, exif=exif)
     Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(deep)
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
     plots.duels(tmp_path / "p.png", [plots.Pair(turned, deep, "", "")])
     assert drawn[0].get_array().shape == (40, 60, 3)
     assert np.mean(drawn[1].get_array()) == pytest.approx(0.5, abs=0.01)
@@ -795,7 +796,7 @@ def drawn_with(names: Sequence[str], tmp_path: Path) -> None:
 
 def test_names_are_drawn_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: set[str] = set()
-    save = plots._save
+    save = plots.save_figure
 
     def watched(figure: Any, path: Path) -> None:
         save(figure, path)
@@ -803,14 +804,14 @@ def test_names_are_drawn_letter_by_letter(tmp_path: Path, monkeypatch: pytest.Mo
         assert not any(text.get_parse_math() or text.get_usetex() for text in found)
         texts.update(text.get_text() for text in found)
 
-    monkeypatch.setattr(plots, "_save", watched)
+    monkeypatch.setattr(plots, "save_figure", watched)
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         drawn_with(NAMES, tmp_path)
     assert {"cash$$7", r"a\frac{1}{2}_x", "_hidden", "$x"} <= texts
     assert {r"\U0001f4f7", r"'line\nbreak'", r"'lat\udce9in'"} <= texts
-    known = set().union(*(points for _, points in plots._fonts()))
+    known = set().union(*(points for _, points in figures._fonts()))
     assert ("国立 写真" in texts) == ({*map(ord, "国立写真")} <= known)
     assert any("\\u56fd$\\u7acb_$.png" in text or "国$立_$.png" in text for text in texts)
 
@@ -821,7 +822,8 @@ import matplotlib, sys
 from pathlib import Path
 matplotlib.use("svg")
 from qualiclip_pyiqa.evaluation import plots
-plots.check(Path("x.png"))
+from qualiclip_pyiqa.figures import check_figure
+check_figure(Path("x.png"))
 plots.scatter(Path({str(tmp_path / "p.png")!r}), {{"m": range(6)}}, range(6), {{"m": "note"}})
 assert "matplotlib.pyplot" not in sys.modules
 print(matplotlib.get_backend())
@@ -845,7 +847,7 @@ def test_large_images_are_drawn_small(tmp_path: Path, monkeypatch: pytest.Monkey
     photo = tmp_path / "large.png"
     Image.new("RGB", (2500, 700), (255, 128, 0)).save(photo)
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.extend(a.images[0] for a in figure.axes))
     plots.duels(tmp_path / "p.png", [plots.Pair(photo, photo, "", "")])
     assert drawn[0].get_array().shape == (233, 833, 3)
     assert np.allclose(drawn[0].get_array()[0, 0], [1, 128 / 255, 0])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SettingsError
-from ..scoring.tables import writing
+from ..files import writing
 from ..screen import Screen
 
 if TYPE_CHECKING:
@@ -115,6 +115,17 @@ def check_output(path: Path) -> None:
         raise SettingsError(f"{path} cannot be written: {path.parent} is not a folder")
     if path.is_dir():
         raise SettingsError(f"{path} cannot be written: it is a folder")
+
+
+def add_force_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def check_new(path: Path, force: bool) -> None:
+    """Raise SettingsError if a file cannot be written, or exists and `force` is false."""
+    check_output(path)
+    if path.exists() and not force:
+        raise SettingsError(f"{path} exists already; pass --force to replace it, or choose another name")
 
 
 def check_different(option: str, names: Sequence[str]) -> None:

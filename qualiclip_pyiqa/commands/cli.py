@@ -27,8 +27,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, PromptError, SettingsError, WeightsError
+from ..files import writing
 from ..scoring.allocator import keep_freed_memory
-from ..scoring.tables import writing
 from ..screen import drop_output, replace_closed_streams
 from . import evaluate, filter, fit, put, say, score, train, tune, weights
 

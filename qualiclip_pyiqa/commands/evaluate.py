@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError, counted
-from ..files import replacing
+from ..files import replacing, writing
 from ..images.convert import source_name
-from ..scoring.tables import writing
 from ..screen import Screen
 from . import (
     DEFAULT_METRIC,
@@ -122,9 +121,9 @@ def _check(arguments: argparse.Namespace) -> None:
         if path is not None:
             check_output(path)
     if arguments.plot is not None:
-        from ..evaluation import plots
+        from ..figures import check_figure
 
-        plots.check(arguments.plot)
+        check_figure(arguments.plot)
 
 
 def _deliver(result: Result, arguments: argparse.Namespace) -> int:

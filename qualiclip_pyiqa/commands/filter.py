@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ImageError, SettingsError, counted
-from ..files import replacing
+from ..files import replacing, writing
 from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import guess_lower_better
-from ..scoring.tables import Record, Table, check_suffix, read_table, write_table, writing
+from ..scoring.tables import Record, Table, check_suffix, read_table, write_table
 from ..scoring.tables.cells import shown
 from . import Commands, a_number, check_output, refuse, say
 

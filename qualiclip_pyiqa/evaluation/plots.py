@@ -1,66 +1,21 @@
-"""Plot results of evaluations to files, with matplotlib (the extra `plots`).
-
-pyplot is not used, so that the caller's figures and backend are unaffected. Names are drawn literally, not as mathtext
-or TeX, and characters that no font has are written as `\\uXXXX`.
-"""
+"""Plot results of evaluations to files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 
-from ..errors import SettingsError
-from ..files import replacing
+from ..figures import drawable, new_figure, save_figure
 from ..images.convert import ReadRules, source_name
 from ..images.tensors import load_image
-from ..optional import require
-from ..scoring.tables import writing
 from .agreement import fitted_logistic
 
 LONGEST = 1000  # pixels, the longest side of an image in a figure
-# Common fonts with Chinese, Japanese and Korean characters.
-CJK_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans JP",
-    "Noto Sans SC",
-    "Noto Sans KR",
-    "Source Han Sans",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "IPAGothic",
-    "NanumGothic",
-    "Microsoft YaHei",
-    "Yu Gothic",
-    "Malgun Gothic",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Apple SD Gothic Neo",
-    "Arial Unicode MS",
-)
-
-
-def _matplotlib(module: str) -> Any:
-    return require(f"matplotlib.{module}", "plots", "a plot")
-
-
-def check(path: Path) -> None:
-    """Check that a plot can be written to a path, before there is anything to draw.
-
-    Raises:
-        SettingsError: matplotlib is not installed, or cannot write files of that suffix.
-    """
-    require("matplotlib", "plots", "a plot")
-    known = _matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise SettingsError(f"{path} cannot be written; expected a suffix of {', '.join(sorted(known))}")
 
 
 def scatter(path: Path, scores: Mapping[str, ArrayLike], opinions: Sequence[float], notes: Mapping[str, str]) -> None:
@@ -77,7 +32,7 @@ def scatter(path: Path, scores: Mapping[str, ArrayLike], opinions: Sequence[floa
     """
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
-    figure, axes = _figure(rows, columns, (4.6 * columns, 4.2 * rows))
+    figure, axes = new_figure(rows, columns, (4.6 * columns, 4.2 * rows))
     for axis in axes.flat[len(scores) :]:
         axis.set_axis_off()
     for axis, (name, values) in zip(axes.flat, scores.items(), strict=False):
@@ -88,11 +43,11 @@ def scatter(path: Path, scores: Mapping[str, ArrayLike], opinions: Sequence[floa
         if mapping is not None:
             along = np.linspace(x.min(), x.max(), 200)
             axis.plot(along, mapping(along), color="tab:red", linewidth=1.5)
-        axis.set_title(_drawable(f"{source_name(name)}\n{notes[name]}"), fontsize=10)
+        axis.set_title(drawable(f"{source_name(name)}\n{notes[name]}"), fontsize=10)
         axis.set_xlabel("score")
         axis.set_ylabel("opinion score")
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def levels(
@@ -112,7 +67,7 @@ def levels(
     columns = 6
     rows = -(-len(types) // columns)
     # Several metrics may have different scales.
-    figure, axes = _figure(rows, columns, (2.5 * columns, 2.2 * rows), sharex=True, sharey=len(means) == 1)
+    figure, axes = new_figure(rows, columns, (2.5 * columns, 2.2 * rows), sharex=True, sharey=len(means) == 1)
     for number, (metric, by_type) in enumerate(means.items()):
         for axis, name in zip(axes.flat, types, strict=False):
             style = "-" if falls[metric][name] else ":"
@@ -126,10 +81,10 @@ def levels(
     lines, numbers = axes.flat[0].get_lines(), [str(number) for number in range(len(means))]
     legend = figure.legend(lines, numbers, loc="outside upper center", ncols=3, frameon=False)
     for text, metric in zip(legend.get_texts(), means, strict=True):
-        text.set_text(_drawable(source_name(metric)))
+        text.set_text(drawable(source_name(metric)))
     figure.supxlabel("distortion level (0: pristine); dotted: does not fall from level to level", fontsize=10)
     figure.supylabel("mean score", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -161,7 +116,7 @@ def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> 
         ImageError: an image can no longer be read.
     """
     rules = rules or ReadRules()
-    figure, axes = _figure(len(pairs), 2, (8, 3.4 * len(pairs)))
+    figure, axes = new_figure(len(pairs), 2, (8, 3.4 * len(pairs)))
     for row, pair in zip(axes, pairs, strict=True):
         for axis, file, side in zip(row, (pair.left, pair.right), ("better", "worse"), strict=True):
             rgb = load_image(file, **asdict(rules))
@@ -170,39 +125,7 @@ def duels(path: Path, pairs: Sequence[Pair], rules: ReadRules | None = None) -> 
             axis.imshow(shown.movedim(0, -1).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_xlabel(_drawable(f"attacker: {side}\n{source_name(file.name)}"), fontsize=8)
-        row[0].set_title(_drawable(pair.title), fontsize=9, loc="left")
-        row[1].set_title(_drawable(pair.note), fontsize=9, loc="left")
-    _save(figure, path)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Create a figure without pyplot, and its axes (rows, columns)."""
-    figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
-    _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _save(figure: Any, path: Path) -> None:
-    families = [family for family, _ in _fonts()]
-    for text in figure.findobj(_matplotlib("text").Text):
-        text.set_parse_math(False)
-        text.set_usetex(False)
-        text.set_fontfamily(families)
-    with writing(path), replacing(path) as part:
-        figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")
-
-
-def _drawable(text: str) -> str:
-    """Escape characters that no font has, which matplotlib would draw as boxes with a warning."""
-    known = {ord("\n")}.union(*(points for _, points in _fonts()))
-    return "".join(each if ord(each) in known else each.encode("unicode_escape").decode() for each in text)
-
-
-@cache
-def _fonts() -> list[tuple[str, frozenset[int]]]:
-    """Return the font families to draw with, in order of preference, and the code points that each has."""
-    manager = _matplotlib("font_manager")
-    there = set(manager.get_font_names())
-    families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]  # the first comes with matplotlib
-    return [(family, frozenset(manager.get_font(manager.findfont(family)).get_charmap())) for family in families]
+            axis.set_xlabel(drawable(f"attacker: {side}\n{source_name(file.name)}"), fontsize=8)
+        row[0].set_title(drawable(pair.title), fontsize=9, loc="left")
+        row[1].set_title(drawable(pair.note), fontsize=9, loc="left")
+    save_figure(figure, path)

@@ -11,7 +11,7 @@ write.py         write a table row by row, so that it survives a killed process
 from .meta import meta_path, read_meta
 from .read import Table, check_suffix, read_table
 from .record import Record, utf8
-from .write import CsvStream, ScoreTable, write_table, writing
+from .write import CsvStream, ScoreTable, write_table
 
 __all__ = [
     "CsvStream",
@@ -24,5 +24,4 @@ __all__ = [
     "read_table",
     "utf8",
     "write_table",
-    "writing",
 ]

@@ -7,16 +7,15 @@ grow: rows are stored as JSON lines in `NAME.parquet.part` until the table is cl
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from ...errors import SettingsError
-from ...files import replacing
+from ...files import replacing, writing
 from ...images.identity import image_key
 from .cells import FIXED, find_scores, not_scores, read_record, write_cells
 from .csv_rows import CsvRows, csv_line
@@ -284,18 +283,6 @@ def write_table(
             else:
                 file.writelines(json_line(write_cells(record, columns)) for record in records)
         write_meta(path, meta)
-
-
-@contextmanager
-def writing(name: object) -> Iterator[None]:
-    """Re-raise an OSError of the block as one that names what cannot be written, except for a closed pipe."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        why = "it is closed" if error.errno == errno.EBADF else error.strerror or error
-        raise OSError(f"{name} cannot be written ({why})") from error
 
 
 def _open_to_append(path: Path) -> tuple[BinaryIO, bool]:

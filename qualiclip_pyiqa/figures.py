@@ -1,0 +1,95 @@
+"""Figures of matplotlib (the extra `plots`), drawn alike and written whole or not at all.
+
+pyplot is not used, so that the caller's figures and backend are unaffected. Text is drawn literally, not as mathtext or
+TeX, and characters that no font has are written as `\\uXXXX`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .errors import SettingsError
+from .files import replacing, writing
+from .optional import require
+
+# Common fonts with Chinese, Japanese and Korean characters.
+CJK_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans JP",
+    "Noto Sans SC",
+    "Noto Sans KR",
+    "Source Han Sans",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "IPAGothic",
+    "NanumGothic",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Arial Unicode MS",
+)
+
+
+def _matplotlib(module: str) -> Any:
+    return require(f"matplotlib.{module}", "plots", "a plot")
+
+
+def check_figure(path: Path) -> None:
+    """Check that a plot can be written to a path, before there is anything to draw.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or cannot write files of that suffix.
+    """
+    require("matplotlib", "plots", "a plot")
+    known = _matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise SettingsError(f"{path} cannot be written; expected a suffix of {', '.join(sorted(known))}")
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Create a figure without pyplot, and its axes (rows, columns)."""
+    figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
+    _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def finish_figure(figure: Any) -> Any:
+    """Draw all text of a figure literally; returns the figure."""
+    families = [family for family, _ in _fonts()]
+    for text in figure.findobj(_matplotlib("text").Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+        text.set_fontfamily(families)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the path's suffix, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    finish_figure(figure)
+    with writing(path), replacing(path) as part:
+        figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")
+
+
+def drawable(text: str) -> str:
+    """Escape characters that no font has, which matplotlib would draw as boxes with a warning."""
+    known = {ord("\n")}.union(*(points for _, points in _fonts()))
+    return "".join(each if ord(each) in known else each.encode("unicode_escape").decode() for each in text)
+
+
+@cache
+def _fonts() -> list[tuple[str, frozenset[int]]]:
+    """Return the font families to draw with, in order of preference, and the code points that each has."""
+    manager = _matplotlib("font_manager")
+    there = set(manager.get_font_names())
+    families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]  # the first comes with matplotlib
+    return [(family, frozenset(manager.get_font(manager.findfont(family)).get_charmap())) for family in families]
