@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,23 @@ from qualiclip_pyiqa.degradations.base import LEVELS
 from qualiclip_pyiqa.metrics.prompts import LOOK
 from qualiclip_pyiqa.towers.mobile import LAYOUT
 from qualiclip_pyiqa.training.embedded import __main__ as command
+from qualiclip_pyiqa.training.embedded import attributes, crops
 from qualiclip_pyiqa.training.embedded.attributes import ATTRIBUTES, Ladder, change, fit_attributes
-from qualiclip_pyiqa.training.embedded.crops import LEFT_OUT, SIDE, VERSIONS, Crops, draw_crops
+from qualiclip_pyiqa.training.embedded.crops import LEFT_OUT, VERSIONS, Crops, draw_crops
 from qualiclip_pyiqa.training.embedded.frozen import EARLY, FROZEN, Passed, pass_frozen, same_size, statistics
 from qualiclip_pyiqa.training.embedded.heads import fit_head, ridge, set_head
 from qualiclip_pyiqa.training.embedded.opinions import EXTREMES, Rated, fit_opinions, logits_of
 
 RATED = 20  # images, of which 16 are a step's batch and 80 %
+SMALL = 64  # side of a crop, for speed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_crops() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (command, crops, attributes):
+            patch.setattr(module, "SIDE", SMALL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pristine", "rated", "out"):
         (path / name).mkdir()
     for number in range(3):
-        save(path / "pristine" / f"{number}.png", synthetic_photograph(number, 264, 260 + 4 * number))
-    save(path / "pristine" / "small.png", synthetic_photograph(9, 250, 300))  # left out
+        save(path / "pristine" / f"{number}.png", synthetic_photograph(number, SMALL + 8, SMALL + 4 + 4 * number))
+    save(path / "pristine" / "small.png", synthetic_photograph(9, SMALL - 6, 300))  # left out
     with (path / "mos.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "mos"])
@@ -161,10 +172,10 @@ def _wrong(folder: Path, tmp_path: Path) -> list[tuple[dict[str, object], str]]:
         ({"judge": garbage}, "garbage.safetensors"),
         ({"pristine": tmp_path / "none"}, "none"),
         ({"pristine": tmp_path / "empty"}, "empty has no images to train on"),
-        ({"pristine": tmp_path / "small"}, "small has 0 photographs of at least 256 pixels a side; expected"),
+        ({"pristine": tmp_path / "small"}, "small has 0 photographs of at least 64 pixels a side; expected"),
         ({"photographs": 0}, "--photographs is 0; expected an integer of at least 1"),
         ({"ladders": 1}, "--ladders is 1; expected an integer of at least 2"),
-        ({"pristine": tmp_path / "few"}, "few has 1 photographs of at least 256 pixels a side; expected"),
+        ({"pristine": tmp_path / "few"}, "few has 1 photographs of at least 64 pixels a side; expected"),
         ({"ratings": tmp_path / "none.csv", **images}, "none.csv"),
         ({"ratings": folder / "mos.csv", "images": tmp_path / "none"}, "none is not a folder"),
         ({"ratings": tmp_path / "flat.csv", **images}, "flat.csv"),
@@ -196,15 +207,15 @@ def test_options_that_belong_together(
 
 
 def test_crops_are_of_8_bits_the_pristine_one_first_and_decided_by_the_seed() -> None:
-    photograph = synthetic_photograph(0, 300, 280)
+    photograph = synthetic_photograph(0, 100, 90)
     first, again, other = (draw_crops(photograph, random.Random(seed)) for seed in (0, 0, 1))
-    assert first.shape == (1 + VERSIONS, 3, SIDE, SIDE) and torch.equal(first, again)
+    assert first.shape == (1 + VERSIONS, 3, SMALL, SMALL) and torch.equal(first, again)
     assert not torch.equal(first, other)
     levels = first * 255
     assert torch.equal(levels, levels.round()) and first.min() >= 0 and first.max() <= 1
     assert all(not torch.equal(version, first[0]) for version in first[1:])
     # As small as may be, the crop is the photograph itself.
-    whole = (synthetic_photograph(2, SIDE, SIDE) * 255).round() / 255
+    whole = (synthetic_photograph(2, SMALL, SMALL) * 255).round() / 255
     assert torch.equal(draw_crops(whole, random.Random(3))[0], whole)
     assert set(LEFT_OUT) < set(DEGRADATIONS)
 
