@@ -120,9 +120,10 @@ def continue_meta(
     refused: list[str] = []
     allowed: list[str] = []
     for keys, old, new in _differences(before, json.loads(json.dumps(now)), ()):
-        if keys[0] not in (_CONTINUED, UNKNOWN) and not _IGNORED & set(keys):
-            foreign = "pyiqa_version" in keys
-            (allowed if keys[-1] in _PERMITTED and not foreign else refused).append(
+        names = _fields(keys)
+        if keys[0] not in (_CONTINUED, UNKNOWN) and not _IGNORED & set(names):
+            foreign = "pyiqa_version" in names
+            (allowed if names[-1:] and names[-1] in _PERMITTED and not foreign else refused).append(
                 f"{_spoken(keys)} was {_value(old)}, is now {_value(new)}"
             )
     if refused:
@@ -147,6 +148,13 @@ def _differences(old: object, new: object, keys: tuple[str, ...]) -> Iterator[tu
             yield from _differences(old.get(key), new.get(key), (*keys, str(key)))
     elif old != new:
         yield keys, old, new
+
+
+def _fields(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of fields among keys, without names that the user chose: of columns and prompted attributes."""
+    if keys[0] == "columns":
+        keys = keys[2:]
+    return keys[:1] if keys[:1] == ("prompts",) else keys
 
 
 def _spoken(keys: tuple[str, ...]) -> str:
