@@ -14,6 +14,7 @@ from ..screen import Screen
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
+    from ..scoring.building import MetricLike
 
 #: Passed to every command's `add_parser`.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -55,15 +56,51 @@ def a_seed(text: str) -> int:
     return int(text)
 
 
-def add_metric_option(parser: argparse.ArgumentParser) -> None:
+def add_metric_option(parser: argparse.ArgumentParser, default: str = DEFAULT_METRIC) -> None:
+    """Add `-m METRIC` and `--prompts FILE`, which `chosen_metrics` reads."""
     parser.add_argument(
         "-m",
         "--metric",
         action="append",
         metavar="METRIC",
-        help="NR metric of pyiqa, or a .safetensors file of `qualiclip train` or `qualiclip fit` "
-        f"(default: {DEFAULT_METRIC})",
+        help="NR metric of pyiqa, or a .safetensors file of `qualiclip train` or `qualiclip fit`; those of this "
+        "package take other prompts after a colon: a set (clipiqa:look) or a pair "
+        "('clipiqa:Clear photo./Foggy photo.') "
+        f"(default: {default})",
     )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="TOML file of prompt sets, to be named after a metric's colon"
+    )
+
+
+def chosen_metrics(
+    arguments: argparse.Namespace, names: Sequence[str] | None = None, default: str = DEFAULT_METRIC
+) -> dict[str, MetricLike]:
+    """Return the metrics of `add_metric_option` by name, with the prompts of `--prompts FILE`.
+
+    Args:
+        arguments: parsed ones.
+        names: metric specs from elsewhere than `-m`.
+        default: metric if `-m` was not given.
+
+    Raises:
+        SettingsError: a metric given twice, one that takes no prompts, or a file none of whose sets is used.
+        PromptError: invalid prompts.
+    """
+    from ..metrics.prompts import read_prompt_file
+    from ..metrics.specs import parse_spec, split_spec
+
+    if names is None:
+        names = arguments.metric or [default]
+        check_different("-m", names)
+    sets = {} if arguments.prompts is None else read_prompt_file(arguments.prompts)
+    chosen: dict[str, MetricLike] = {name: parse_spec(name, sets) for name in names}
+    if sets and not any(split_spec(name)[1] in sets for name in names):
+        raise SettingsError(
+            f"--prompts {arguments.prompts} has no effect: no metric uses a set of it ({', '.join(sets)}); "
+            f"name one, such as -m {split_spec(names[0])[0]}:{next(iter(sets))}"
+        )
+    return chosen
 
 
 def add_rating_options(parser: argparse.ArgumentParser) -> None:

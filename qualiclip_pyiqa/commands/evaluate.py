@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from ..files import replacing, writing
 from ..images.convert import source_name
 from ..screen import Screen
 from . import (
-    DEFAULT_METRIC,
     RATING_OPTIONS,
     READ_OPTIONS,
     Commands,
@@ -24,6 +23,7 @@ from . import (
     add_read_options,
     check_different,
     check_output,
+    chosen_metrics,
     put,
     rated,
     read_options,
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     what = next(name for name in USELESS if getattr(arguments, name) is not None)
     refuse(arguments, USELESS[what], f"with --{what}")
     if arguments.scores is not None:
-        refuse(arguments, ("device", *READ_OPTIONS), "with --scores")
+        refuse(arguments, ("device", "prompts", *READ_OPTIONS), "with --scores")
     _check(arguments)
     arguments.seed = arguments.seed or 0
     evaluate = {"gmad": _gmad, "degradations": _degradations}.get(what, _opinions)
@@ -157,10 +157,10 @@ def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
-def _scorer(arguments: argparse.Namespace, metrics: list[str]) -> Scorer:
+def _scorer(arguments: argparse.Namespace, metrics: Sequence[str] | None = None) -> Scorer:
     from ..scoring.scorer import Scorer
 
-    return Scorer(metrics, device=arguments.device, **read_options(arguments))
+    return Scorer(chosen_metrics(arguments, metrics), device=arguments.device, **read_options(arguments))
 
 
 def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:
@@ -200,7 +200,7 @@ def _opinions(arguments: argparse.Namespace) -> Result:
         raise SettingsError(f"{ratings}; expected at least {LEAST} images")
     scores = table
     if scores is None:
-        scores = score_images(_scorer(arguments, arguments.metric or [DEFAULT_METRIC]), images, _bar)
+        scores = score_images(_scorer(arguments), images, _bar)
     errors = {path: scores.errors[path] for path in map(str, images) if path in scores.errors}
     if not any(np.isfinite(values).any() for values in scores.of(images).values()):
         raise ImageError(f"none of {len(images)} images could be scored; the first: {next(iter(errors.values()))}")
@@ -263,7 +263,7 @@ def _degradations(arguments: argparse.Namespace) -> Result:
     paths, errors = _images(arguments.degradations)
     if arguments.limit is not None:
         paths = paths[:: max(1, len(paths) // arguments.limit)][: arguments.limit]
-    scorer = _scorer(arguments, arguments.metric or [DEFAULT_METRIC])
+    scorer = _scorer(arguments)
     report = score_degraded(scorer, paths, arguments.seed, _bar, bank)
     settings = scorer.describe()
 

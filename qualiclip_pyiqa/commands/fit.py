@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import counted
+from ..metrics.specs import refuse_prompts
 from ..optional import require
 from ..screen import Screen
 from . import (
@@ -70,6 +71,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("scipy.stats", "fit", "qualiclip fit")
+    refuse_prompts(arguments.metric, "here: `qualiclip fit` takes the tower alone")
     check_output(arguments.output)
     ratings = rated(arguments, arguments.group)  # before anything that takes time
     say(f"qualiclip: {ratings}")

@@ -19,21 +19,22 @@ from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_images, matches
+from ..metrics.specs import column_belongs
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_meta
 from ..screen import Screen
 from . import (
-    DEFAULT_METRIC,
     Commands,
     add_metric_option,
     add_read_options,
-    check_different,
     check_output,
+    chosen_metrics,
     read_options,
     say,
 )
 from .summary import Summary
 
 if TYPE_CHECKING:
+    from ..scoring.building import MetricLike
     from ..scoring.scorer import Scorer
 
 # Options of `Scorer`, besides `READ_OPTIONS`.
@@ -103,10 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
         url = next((path for path in arguments.paths if "://" in path and not os.path.lexists(path)), None)
         if url is not None:
             raise SettingsError(f"{url} is a URL; pass --engine ray to score images in an object store")
-    metrics = arguments.metric or [DEFAULT_METRIC]
-    check_different("-m", metrics)
+    metrics = chosen_metrics(arguments)
     if arguments.resume:
-        _check_columns(arguments.output, metrics)
+        _check_columns(arguments.output, list(metrics))
     unmatched: list[str] = []
     names = _names(arguments.paths, arguments.null, unmatched)
     if arguments.engine == "ray":
@@ -153,12 +153,9 @@ def _check_columns(table: Path, metrics: Sequence[str]) -> None:
     if meta is None:
         return
 
-    def scored_by(column: str, metric: str) -> bool:
-        return column == metric or column.startswith(f"{metric}.")
-
     columns = list(meta["columns"])
-    known = all(any(scored_by(column, metric) for metric in metrics) for column in columns)
-    if not known or not all(any(scored_by(column, metric) for column in columns) for metric in metrics):
+    known = all(any(column_belongs(column, metric) for metric in metrics) for column in columns)
+    if not known or not all(any(column_belongs(column, metric) for column in columns) for metric in metrics):
         raise SettingsError(
             f"{table} has the scores {', '.join(columns)}, not {', '.join(metrics)}; "
             "resume with the same metrics, or choose another name"
@@ -292,7 +289,9 @@ def _listed(data: bytes, null: bool) -> list[str]:
     return [name for name in names if name and not name.isspace()]
 
 
-def _engine(arguments: argparse.Namespace, metrics: list[str], files: Mapping[str, ParquetImages]) -> Engine:
+def _engine(
+    arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], files: Mapping[str, ParquetImages]
+) -> Engine:
     options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     options |= read_options(arguments)
     if arguments.engine == "ray":

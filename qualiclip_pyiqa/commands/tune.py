@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import SettingsError
 from ..metrics.registry import with_context
+from ..metrics.specs import refuse_prompts
 from ..optional import require
 from . import Commands, a_number, a_seed, add_rating_options, put, rated, say
 
@@ -61,6 +62,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("scipy", "train", "qualiclip tune")
+    refuse_prompts(arguments.metric, "here: `qualiclip tune` learns a context for the metric's own prompts")
     ratings = rated(arguments)  # before anything that takes time
     say(f"qualiclip: {ratings}")
 

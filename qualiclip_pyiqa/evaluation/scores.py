@@ -14,6 +14,7 @@ from ..errors import SettingsError, counted, did_you_mean
 from ..images.convert import source_name
 from ..images.identity import image_key
 from ..metrics.registry import guess_lower_better
+from ..metrics.specs import column_belongs
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, read_table
 from .agreement import Floats
@@ -136,9 +137,7 @@ def _chosen(table: Path, names: Sequence[str], columns: Sequence[str]) -> list[s
     """Find columns by their own names, or by that of a metric with several attributes."""
     chosen: dict[str, None] = {}
     for column in columns:
-        found = [name for name in names if name == column] or [
-            name for name in names if name.rpartition(".")[0] == column
-        ]
+        found = [name for name in names if name == column] or [name for name in names if column_belongs(name, column)]
         if not found:
             has = ", ".join(names) or "none"
             raise SettingsError(f"{table} has no score {column!r}{did_you_mean(column, names)}; its scores: {has}")

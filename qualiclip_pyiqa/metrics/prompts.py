@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import PromptError, did_you_mean
+from ..errors import PromptError, did_you_mean, reason
 
 Pair: TypeAlias = tuple[str, str]
 
@@ -96,9 +99,14 @@ class Prompts:
 
 PromptsLike: TypeAlias = str | Prompts | Sequence[Sequence[str]] | Mapping[str, Sequence[str] | Sequence[Sequence[str]]]
 
+# A TOML file of sets, and the name of one of them.
+_FILE = re.compile(r"(?P<path>.+\.toml)(?::(?P<set>[^/:]+))?", re.DOTALL)
+# Names of sets and attributes in files, which become a part of a column's name: METRIC:SET.ATTRIBUTE.
+_NAME = re.compile(r"[^\s/:.]+")
+
 
 def prompt_set_names() -> list[str]:
-    """Return every name that `prompts=` takes.
+    """Return the name of every predefined prompt set.
 
     Example:
         >>> [name for name in prompt_set_names() if name.startswith("qual")]
@@ -107,31 +115,36 @@ def prompt_set_names() -> list[str]:
     return [*QUALITY_SETS, *ATTRIBUTE_SETS, *ATTRIBUTES]
 
 
-def resolve_prompts(prompts: PromptsLike) -> Prompts:
+def resolve_prompts(prompts: PromptsLike, sets: Mapping[str, Prompts] | None = None) -> Prompts:
     """Validate a `prompts=` argument and return its antonym prompt pairs.
 
     Args:
-        prompts: name of a set (`"qualiclip"`, `"look"`, `"sharpness"`, see `prompt_set_names()`); a list of
-            (positive, negative) pairs, averaged into one score; or a mapping from attribute to a pair or a list of
-            pairs, with one score for each attribute, in the mapping's order.
+        prompts: a text: the name of a set (`"qualiclip"`, `"look"`, `"sharpness"`, see `prompt_set_names()`), a pair
+            (`"Clear photo./Foggy photo."`, see `parse_pair`), or a TOML file of sets (`"sets.toml:weather"`, or
+            `"sets.toml"` if it has one set only, see `read_prompt_file`); or a list of (positive, negative) pairs,
+            averaged into one score; or a mapping from attribute to a pair or a list of pairs, with one score for each
+            attribute, in the mapping's order.
+        sets: named sets besides the predefined ones.
 
     Returns:
-        The pairs. The attribute of a list is called `quality`.
+        The pairs. The attribute of a list or of a single pair is called `quality`.
 
     Raises:
         PromptError: an unknown set, a flat list of texts, an empty set, a pair without exactly two texts, an empty
-            text, or a pair of equal texts.
+            text, a pair of equal texts, or a file that cannot be read or is not one of prompt sets.
 
     Example:
         >>> resolve_prompts({"light": ("Bright photo.", "Dark photo.")}).attributes
         ('light',)
         >>> resolve_prompts("quality").texts
         ('Good photo.', 'Bad photo.')
+        >>> resolve_prompts("Clear photo./Foggy photo.").texts
+        ('Clear photo.', 'Foggy photo.')
     """
     if isinstance(prompts, Prompts):
         return prompts
     if isinstance(prompts, str):
-        return _find_set(prompts)
+        return _resolve_text(prompts, sets or {})
     if isinstance(prompts, Mapping):
         if not prompts:
             raise PromptError("prompts is an empty mapping; expected attribute -> (positive, negative)")
@@ -145,15 +158,104 @@ def resolve_prompts(prompts: PromptsLike) -> Prompts:
     return Prompts((("quality", _check_pairs(prompts, "prompts")),))
 
 
-def _find_set(name: str) -> Prompts:
+def parse_pair(text: str) -> Pair:
+    """Parse the pair `POSITIVE/NEGATIVE`; a slash within a text is written twice, white space around a text is cut.
+
+    Raises:
+        PromptError: other than two texts, an empty one, two equal ones, or a character that cannot be printed.
+
+    Example:
+        >>> parse_pair("Photo in 24//7 light./Photo at night.")
+        ('Photo in 24/7 light.', 'Photo at night.')
+    """
+    if not text.isprintable():
+        raise PromptError(f"prompt pair {text!r} has characters that cannot be printed; expected POSITIVE/NEGATIVE")
+    texts = [part.replace("\0", "/").strip() for part in text.replace("//", "\0").split("/")]
+    if len(texts) != 2:
+        raise PromptError(
+            f"prompt pair {text!r} has {len(texts)} texts; expected POSITIVE/NEGATIVE: write a slash within a text as "
+            "//, and several pairs into a TOML file of sets"
+        )
+    return _check_pairs([texts], f"prompt pair {text!r}")[0]
+
+
+def read_prompt_file(path: str | Path) -> dict[str, Prompts]:
+    """Read a TOML file of named prompt sets.
+
+    A set is a table from attribute to a (positive, negative) pair or a list of pairs:
+
+        [weather]
+        clear = ["Clear photo.", "Foggy photo."]
+        dry = [["Dry street.", "Wet street."], ["Sunny photo.", "Rainy photo."]]
+
+    Raises:
+        PromptError: the file cannot be read, is not TOML, or holds something else; a name that cannot be used in the
+            name of a column, or is that of a predefined set.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror or error}); expected a TOML file of sets") from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise PromptError(f"{path} is not TOML ({reason(error)}); see docs/profile.md for an example") from error
+    if not content:
+        raise PromptError(f"{path} is empty; expected a table [NAME] with attribute = [positive, negative]")
+    return {name: _check_set(path, name, table) for name, table in content.items()}
+
+
+def _check_set(path: str | Path, name: str, table: object) -> Prompts:
+    for called in (name, *(table if isinstance(table, dict) else ())):
+        if not _NAME.fullmatch(called) or not called.isprintable():
+            raise PromptError(
+                f"{path}: {called!r} cannot name a set or an attribute; expected a name without white space, slash, "
+                "colon or dot"
+            )
+    if name in prompt_set_names():
+        raise PromptError(f"{path}: set {name!r} has the name of a predefined set; choose another name")
+    if not isinstance(table, dict) or not table:
+        found = "empty" if table == {} else f"{str(table)[:80]!r}, not a table"
+        raise PromptError(f"{path}: set {name!r} is {found}; expected [{name}] with attribute = [positive, negative]")
+    try:
+        return resolve_prompts(table)
+    except PromptError as error:
+        raise PromptError(f"{path}: set {name!r}: {error}") from error
+
+
+def _resolve_text(text: str, sets: Mapping[str, Prompts]) -> Prompts:
+    if text in sets:
+        return sets[text]
+    if file := _FILE.fullmatch(text):
+        return _find_in_file(file["path"], file["set"])
+    if "/" in text.replace("//", ""):
+        return Prompts((("quality", (parse_pair(text),)),))
+    return _find_set(text, sets)
+
+
+def _find_in_file(path: str, name: str | None) -> Prompts:
+    sets = read_prompt_file(path)
+    if name is None:
+        if len(sets) > 1:
+            raise PromptError(
+                f"{path} has {len(sets)} sets; choose one: {', '.join(f'{path}:{each}' for each in sets)}"
+            )
+        return next(iter(sets.values()))
+    if name not in sets:
+        raise PromptError(f"{path} has no set {name!r}; expected one of {', '.join(sets)}{did_you_mean(name, sets)}")
+    return sets[name]
+
+
+def _find_set(name: str, sets: Mapping[str, Prompts]) -> Prompts:
     if name in QUALITY_SETS:
         return Prompts((("quality", QUALITY_SETS[name]),))
     if name in ATTRIBUTE_SETS:
         return Prompts(tuple((attribute, (pair,)) for attribute, pair in ATTRIBUTE_SETS[name].items()))
     if name in ATTRIBUTES:
         return Prompts(((name, (ATTRIBUTES[name],)),))
-    known = prompt_set_names()
-    raise PromptError(f"unknown prompt set {name!r}; expected one of {', '.join(known)}{did_you_mean(name, known)}")
+    known = [*sets, *prompt_set_names()]
+    raise PromptError(
+        f"unknown prompt set {name!r}; expected one of {', '.join(known)}, or a pair POSITIVE/NEGATIVE"
+        f"{did_you_mean(name, known)}"
+    )
 
 
 def _looks_like_pair(value: object) -> bool:

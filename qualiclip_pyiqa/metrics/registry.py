@@ -230,7 +230,9 @@ def with_context() -> list[str]:
 
 
 def guess_lower_better(column: str) -> bool:
-    """Guess a score's direction from its column's name, `METRIC` or `METRIC.ATTRIBUTE`, for any metric of pyiqa.
+    """Guess a score's direction from its column's name, for any metric of pyiqa.
+
+    The name is that of the metric, possibly with prompts and an attribute: `clipiqa:look.contrast`.
 
     Only for tables that do not record it: any other name counts as higher is better. `Scorer.lower_better` has the
     direction of the metric itself.
@@ -239,7 +241,7 @@ def guess_lower_better(column: str) -> bool:
         >>> guess_lower_better("qualiclip-mini"), guess_lower_better("niqe")
         (False, True)
     """
-    for name in (column, column.rpartition(".")[0]):
+    for name in (column, column.rpartition(".")[0], column.partition(":")[0]):
         if name in METRICS:
             return METRICS[name].lower_better
     from pyiqa.default_model_configs import DEFAULT_CONFIGS

@@ -15,18 +15,22 @@ from torch import Tensor, nn
 from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, reason
 from ..metrics.base import BlindMetric
 from ..metrics.fitted import FittedIQA
-from ..metrics.prompt_iqa import OpenQualiCLIP
+from ..metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
+from ..metrics.prompts import Prompts
+from ..metrics.registry import METRICS
+from ..metrics.specs import FILE_SUFFIX, PromptedMetric, parse_spec
 from ..pretrained.layouts import FITTED_FORMAT
 from ..pretrained.read import stored_format
 from ..screen import Screen
 
-#: A name known to `pyiqa.create_metric`, the file of a model trained with this package, a metric or a network.
-MetricLike: TypeAlias = str | os.PathLike[str] | nn.Module
+#: A spec (the name of a metric of pyiqa, or the file of a model trained with this package, optionally with prompts:
+#: `clipiqa:look`, see `metrics.specs`), a parsed one, a metric or a network.
+MetricLike: TypeAlias = str | os.PathLike[str] | PromptedMetric | nn.Module
 #: One metric, several, or a mapping from column to metric.
 Metrics: TypeAlias = MetricLike | Iterable[MetricLike] | Mapping[str, MetricLike]
 
 
-def named_metrics(metrics: Metrics) -> dict[str, str | nn.Module]:
+def named_metrics(metrics: Metrics) -> dict[str, str | PromptedMetric | nn.Module]:
     """Return metrics by column.
 
     Raises:
@@ -35,7 +39,8 @@ def named_metrics(metrics: Metrics) -> dict[str, str | nn.Module]:
     if isinstance(metrics, Mapping):
         named: list[tuple[str, MetricLike]] = list(metrics.items())
     else:
-        several = [metrics] if isinstance(metrics, str | os.PathLike | nn.Module) else list(metrics)
+        single = isinstance(metrics, str | os.PathLike | PromptedMetric | nn.Module)
+        several: list[MetricLike] = [metrics] if single else list(metrics)  # type: ignore[arg-type,list-item]
         named = [(_name(metric), metric) for metric in several]
     found = {column: os.fspath(metric) if isinstance(metric, os.PathLike) else metric for column, metric in named}
     if len(found) < len(named):
@@ -45,33 +50,23 @@ def named_metrics(metrics: Metrics) -> dict[str, str | nn.Module]:
     return found
 
 
-def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) -> dict[str, nn.Module]:
-    """Create metrics for `device` from names and files, and copy modules, so that the caller's stay unchanged.
+def build_metrics(
+    metrics: Mapping[str, str | PromptedMetric | nn.Module], device: torch.device
+) -> dict[str, nn.Module]:
+    """Create metrics for `device` from specs, and copy modules, so that the caller's stay unchanged.
 
     Raises:
-        SettingsError: an unknown metric, one that needs a reference or another package, an object that is not a metric,
-            or no such file.
+        SettingsError: an unknown metric, one that needs a reference or another package, prompts for a metric that takes
+            none, an object that is not a metric, or no such file.
+        PromptError: invalid prompts, or prompts that the model cannot encode.
         WeightsError: weights are missing or cannot be downloaded.
     """
-    import pyiqa
-
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
-        if isinstance(metric, str) and metric.endswith(".safetensors"):
-            if not Path(metric).exists():
-                raise SettingsError(f"{metric} does not exist; expected a metric's name or the file of a trained model")
-            own: nn.Module = metric_of_file(metric)
-        elif isinstance(metric, str):
-            known = pyiqa.list_models()
-            if metric not in known and Path(metric).is_file():
-                raise SettingsError(
-                    f"{metric} is a file, but no .safetensors; expected a metric's name or the file of a trained model"
-                )
-            if metric not in known:
-                raise SettingsError(f"unknown metric {metric!r}{did_you_mean(metric, known)} (`pyiqa -ls` lists all)")
-            own = _created(metric, device)
-        elif isinstance(metric, nn.Module):
+        if isinstance(metric, nn.Module):
             own = _copied(metric)
+        elif isinstance(metric, str | PromptedMetric):
+            own = _built(metric, device)
         else:
             raise SettingsError(
                 f"metric is of type {type(metric).__name__}; expected a name, a pyiqa metric or a network"
@@ -82,16 +77,64 @@ def build_metrics(metrics: Mapping[str, str | nn.Module], device: torch.device) 
     return built
 
 
-def metric_of_file(path: str) -> BlindMetric:
+def metric_of_file(path: str, prompts: Prompts | None = None) -> BlindMetric:
     """Load a metric of `qualiclip train` or `qualiclip fit`.
 
+    Args:
+        path: the file.
+        prompts: in place of those of a model of `qualiclip train`.
+
     Raises:
-        WeightsError: the file is missing, damaged or of another kind.
+        SettingsError: no such file, or prompts for a metric of `qualiclip fit`.
+        PromptError: prompts that the model cannot encode.
+        WeightsError: the file is damaged or of another kind.
     """
+    if not Path(path).exists():
+        raise SettingsError(f"{path} does not exist; expected a metric's name or the file of a trained model")
     if stored_format(path) == FITTED_FORMAT:
+        if prompts is not None:
+            raise SettingsError(f"{path} is a metric of `qualiclip fit`, which takes no prompts; pass the file alone")
         return FittedIQA(weights=path)
     # Not by name, which is pyiqa's own metric if QUALICLIP_PYIQA_AUTOLOAD=0.
-    return OpenQualiCLIP("qualiclip", weights=path)
+    return OpenQualiCLIP("qualiclip", weights=path, prompts=prompts)
+
+
+def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
+    import pyiqa
+
+    known = pyiqa.list_models()
+    if isinstance(metric, str) and metric not in known:
+        if Path(metric).is_file() and not metric.endswith(FILE_SUFFIX):
+            raise SettingsError(
+                f"{metric} is a file without the suffix {FILE_SUFFIX}; expected a metric's name or the file of a "
+                "trained model"
+            )
+        metric = parse_spec(metric)
+    if isinstance(metric, PromptedMetric):
+        return _prompted(metric, known)
+    if metric.endswith(FILE_SUFFIX):
+        return metric_of_file(metric)
+    if metric not in known:
+        raise SettingsError(f"unknown metric {metric!r}{did_you_mean(metric, known)} (`pyiqa -ls` lists all)")
+    return _created(metric, device)
+
+
+def _prompted(metric: PromptedMetric, known: Iterable[str]) -> BlindMetric:
+    name = metric.metric
+    if name.endswith(FILE_SUFFIX):
+        return metric_of_file(name, metric.prompts)
+    if name not in METRICS:
+        if name in known:
+            raise SettingsError(
+                f"{metric.spec!r}: {name} is another package's metric, which takes no prompts; pass {name!r} alone"
+            )
+        raise SettingsError(f"unknown metric {name!r} in {metric.spec!r}{did_you_mean(name, METRICS)}")
+    # Not by name, as in `metric_of_file`.
+    kinds: dict[str, type[PromptIQA]] = {kind.__name__: kind for kind in (OpenCLIPIQA, OpenQualiCLIP)}
+    try:
+        return kinds[METRICS[name].arch](name, prompts=metric.prompts)
+    except PromptError as error:
+        raise PromptError(f"{metric.spec!r}: {error}") from error
 
 
 def _created(name: str, device: torch.device) -> nn.Module:
@@ -134,6 +177,8 @@ def columns_of(name: str, metric: nn.Module) -> list[str]:
 
 
 def _name(metric: MetricLike) -> str:
+    if isinstance(metric, PromptedMetric):
+        return metric.spec
     if isinstance(metric, str | os.PathLike):
         return os.fspath(metric)
     named = getattr(metric, "metric_name", None) or getattr(metric, "model_type", None)

@@ -48,7 +48,10 @@ class Scorer:
 
     Args:
         metrics: a name known to `pyiqa.create_metric`, the file of a model trained with this package, a metric or
-            network, a list of those, or a mapping from column to one of those. Modules are copied, not changed.
+            network, a list of those, or a mapping from column to one of those. Names and files of this package's
+            metrics take other prompts after a colon: a set (`"clipiqa:look"`), a pair
+            (`"clipiqa:Clear photo./Foggy photo."`) or a TOML file (`"clipiqa:sets.toml:weather"`), as `prompts=` of
+            `create_metric` does. Modules are copied, not changed.
             Metrics on equal towers share one pass. Other packages' metrics run as pyiqa runs them, in float32 and
             image by image, since their scores may depend on the rest of a batch.
         device: for example "cpu", "cuda" or "cuda:0"; several, in a list or separated by commas, share the work.

@@ -1,0 +1,101 @@
+"""Metric specs: a metric's name, optionally with prompts of the user's choice.
+
+spec    = metric | metric ":" prompts
+metric  = name, such as "clipiqa" | file, which ends in ".safetensors"
+prompts = what `resolve_prompts` takes as a text: a set, POSITIVE/NEGATIVE, FILE.toml or FILE.toml:SET
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import PromptError, SettingsError
+from .prompts import Prompts, resolve_prompts
+from .registry import METRICS, PromptSpec
+
+FILE_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class PromptedMetric:
+    """A metric with prompts in place of its own.
+
+    Attributes:
+        spec: how the user wrote it; the name of its columns.
+        metric: name or file.
+        prompts: the antonym prompt pairs.
+    """
+
+    spec: str
+    metric: str
+    prompts: Prompts
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """Split a spec into the metric and its prompts; None if it has none.
+
+    Example:
+        >>> split_spec("clipiqa:look"), split_spec("runs/12:30/model.safetensors")
+        (('clipiqa', 'look'), ('runs/12:30/model.safetensors', None))
+    """
+    if spec.endswith(FILE_SUFFIX):
+        return spec, None
+    file, mark, prompts = spec.partition(f"{FILE_SUFFIX}:")
+    if mark:
+        return file + FILE_SUFFIX, prompts
+    metric, mark, prompts = spec.partition(":")
+    return metric, prompts if mark else None
+
+
+def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | PromptedMetric:
+    """Parse a metric spec; one without prompts is returned as it is.
+
+    Args:
+        spec: as the user wrote it.
+        sets: named prompt sets besides the predefined ones.
+
+    Raises:
+        PromptError: no or invalid prompts after the colon.
+        SettingsError: no metric before the colon, or one that takes no prompts.
+
+    Example:
+        >>> parse_spec("clipiqa")
+        'clipiqa'
+        >>> parse_spec("clipiqa:Clear photo./Foggy photo.").prompts.pairs
+        (('Clear photo.', 'Foggy photo.'),)
+    """
+    metric, prompts = split_spec(spec)
+    if prompts is None:
+        return spec
+    if not metric:
+        raise SettingsError(f"{spec!r} names no metric; expected METRIC{spec}, such as clipiqa{spec}")
+    row = METRICS.get(metric)
+    if isinstance(row, PromptSpec) and row.context is not None:
+        raise SettingsError(
+            f"{spec!r}: {metric} has a learned prompt context, which fits its own prompts only; "
+            "choose a metric with fixed prompts, such as clipiqa or qualiclip"
+        )
+    if row is not None and not isinstance(row, PromptSpec):
+        raise SettingsError(f"{spec!r}: {metric} takes no prompts; leave out {':' + prompts!r}")
+    try:
+        return PromptedMetric(spec, metric, resolve_prompts(prompts, sets))
+    except PromptError as error:
+        raise PromptError(f"{spec!r}: {error}") from error
+
+
+def column_belongs(column: str, spec: str) -> bool:
+    """Return whether a column holds a score of a metric, `SPEC` or `SPEC.ATTRIBUTE`.
+
+    Example:
+        >>> column_belongs("clipiqa:look.contrast", "clipiqa:look"), column_belongs("clipiqa:look", "clipiqa")
+        (True, False)
+    """
+    return spec in (column, column.rpartition(".")[0])
+
+
+def refuse_prompts(spec: str, where: str) -> None:
+    """Raise SettingsError if a spec has prompts, because they have no effect `where`."""
+    metric, prompts = split_spec(spec)
+    if prompts is not None:
+        raise SettingsError(f"{spec!r}: prompts have no effect {where}; pass {metric!r} alone")
