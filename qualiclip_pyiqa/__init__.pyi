@@ -6,6 +6,8 @@ from .errors import ImageError as ImageError
 from .errors import PromptError as PromptError
 from .errors import SettingsError as SettingsError
 from .errors import WeightsError as WeightsError
+from .explain.quality_map import QualityMap as QualityMap
+from .explain.quality_map import quality_map as quality_map
 from .images.tensors import as_batch as as_batch
 from .images.tensors import load_image as load_image
 from .metrics.base import BlindMetric as BlindMetric

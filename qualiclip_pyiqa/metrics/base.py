@@ -99,12 +99,20 @@ class BlindMetric(nn.Module):
         Raises:
             ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels. Values are not checked.
         """
-        x = self._check_images(x).to(self._like.dtype)
+        x = self.prepare(x)
         if self.tile is None:
             return self.encode(x)
         tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
         windows = [x[:, :, top : top + self.tile, left : left + self.tile] for top in tops for left in lefts]
         return torch.stack([self.encode(window) for window in windows], dim=1)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Check images, and convert them to RGB (N, 3, H, W) in the metric's dtype, as `encode` takes them.
+
+        Raises:
+            ImageError: as `features`.
+        """
+        return check_batch(x).to(self._like.dtype)
 
     def score(self, features: Tensor) -> Tensor:
         """Score the output of `features`: (N, D), or (N, T, D) with the mean over T windows, -> (N, A)."""
@@ -164,16 +172,21 @@ class BlindMetric(nn.Module):
         persistent = self.state_dict().keys()
         return [name for name, _ in self.named_buffers() if name not in persistent]
 
-    def _check_images(self, x: Tensor) -> Tensor:
-        """Validate images and expand grey ones to (N, 3, H, W)."""
-        if not isinstance(x, Tensor):
-            raise ImageError(f"image is {kind_of(x)}; expected a tensor (N, 3, H, W), see `as_batch`")
-        if x.dim() != 4 or x.shape[1] not in (1, 3):
-            raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
-        if not x.is_floating_point():
-            raise ImageError(f"image tensor has dtype {x.dtype}; expected floating point in 0..1")
-        check_size(x.shape[2], x.shape[3], "image")
-        return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+
+def check_batch(x: Tensor) -> Tensor:
+    """Validate images and expand grey ones to (N, 3, H, W).
+
+    Raises:
+        ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels.
+    """
+    if not isinstance(x, Tensor):
+        raise ImageError(f"image is {kind_of(x)}; expected a tensor (N, 3, H, W), see `as_batch`")
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
+    if not x.is_floating_point():
+        raise ImageError(f"image tensor has dtype {x.dtype}; expected floating point in 0..1")
+    check_size(x.shape[2], x.shape[3], "image")
+    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
 
 
 def pixel_statistics(tower: nn.Module, name: str) -> list[float] | None:

@@ -100,7 +100,7 @@ class Scorer:
         decode_timeout: float = 60.0,
         ignore_profile: bool = False,
     ) -> None:
-        devices = _devices(device)
+        devices = usable_devices(device)
         on_cpu = devices[0].type == "cpu"
         cores = os.cpu_count() or 1
         self.batch_size = _at_least(1, "batch_size", 8 if on_cpu else 32, batch_size)
@@ -313,7 +313,7 @@ def _each(images: Iterable[Source | ImageError] | Source) -> Iterator[Source | I
         ) from None
 
 
-def _devices(device: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
+def usable_devices(device: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = device.split(",") if isinstance(device, str) else [device] if isinstance(device, torch.device) else device

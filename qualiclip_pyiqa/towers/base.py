@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import WeightsError
+from .places import PlaceFeatures, Shares
 from .statistics import std
 
 # Raise it when the values of any tower's `statistics` change: cached ones are then computed again.
@@ -78,6 +79,17 @@ class Tower(nn.Module):
             precise = torch.promote_types(features.dtype, torch.float32)
             places = self.places(features).to(precise)
             return torch.cat([places.mean(dim=-1), std(places), image.to(precise)], dim=1)
+
+    def place_features(self, rgb: Tensor) -> PlaceFeatures | None:
+        """Project each place as if the pooling saw it alone; None if this tower's pooling cannot do so."""
+        return None
+
+    def shares(self, rgb: Tensor, directions: Tensor) -> Shares | None:
+        """Split the inner products of unit features with `directions` (A, D) into summands of places.
+
+        None if this tower's pooling is not a sum over places.
+        """
+        return None
 
     def normalise(self, rgb: Tensor) -> Tensor:
         """Apply the weights' pixel normalisation to RGB in 0..1; the result is channels-last."""

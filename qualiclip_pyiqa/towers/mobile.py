@@ -11,6 +11,8 @@ score. The feature stores z as two numbers, whose similarities to the pair's pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import mul
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from .base import channels_last
 from .statistics import ENERGIES, StreamedMoments, log_energies, moments, root
 from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
+from .windows import SIDE, CellMoments, EnergyCells, ImageCells, StreamedCells, cell_moments
 
 # Output channels and stride of each block (arXiv:1801.04381, table 2, width 1).
 LAYOUT = (
@@ -87,6 +90,11 @@ class MobileNet(nn.Module):
         for number, (width, stride) in enumerate(LAYOUT):
             self.add_module(f"block{number}", InvertedResidual(width_in, width, stride, EXPANSION if number else 1))
             width_in = width
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels between the places of each block's output."""
+        return list(accumulate((stride for _, stride in LAYOUT), mul, initial=2))[1:]
 
     @property
     def blocks(self) -> list[InvertedResidual]:
@@ -194,6 +202,25 @@ class MobileTower(nn.Module):
 
     statistics = forward_features
 
+    def cells(self, rgb: Tensor) -> ImageCells:
+        """Compute, in one pass, the moments from which the statistics of any window are pooled.
+
+        What is computed at a place depends on its surroundings beyond a window too.
+        """
+        sides = [SIDE // stride for stride in self.trunk.strides]
+        precise = torch.promote_types(rgb.dtype, torch.float32)
+        with torch.autocast(rgb.device.type, enabled=False):
+            energies = EnergyCells(rgb.to(precise))
+        rows = rows_at_once(self, rgb)
+        if rows is not None:
+            each = [self._cells_in_strips(image, rows, sides) for image in rgb.split(1)]
+            return ImageCells(energies, [CellMoments.of_batch(several) for several in zip(*each, strict=True)])
+        blocks = []
+        for x, side in zip(self.trunk(rgb), sides, strict=True):
+            with torch.autocast(rgb.device.type, enabled=False):
+                blocks.append(CellMoments.of(cell_moments(x.to(precise), side), x.shape[2:], side))
+        return ImageCells(energies, blocks)
+
     def logits(self, statistics: Tensor) -> Tensor:
         """Map statistics (N, S) to the logit of each pair's score, (N, P), not clamped."""
         with torch.autocast(statistics.device.type, enabled=False):
@@ -217,3 +244,14 @@ class MobileTower(nn.Module):
         for _ in stream(steps, image, rows):
             pass
         return [value for each in pools for value in (each.mean, root(each.variance))]
+
+    def _cells_in_strips(self, image: Tensor, rows: int, sides: list[int]) -> list[CellMoments]:
+        """Compute every block's cells of one image, strip by strip."""
+        steps: list[Step] = []
+        pools: list[StreamedCells] = []
+        for block, side in zip(self.trunk.steps(), sides, strict=True):
+            pools.append(StreamedCells(side))
+            steps += [*block, pools[-1]]
+        for _ in stream(steps, image, rows):
+            pass
+        return [pool.moments() for pool in pools]

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Tower, fold_batchnorm, resize_flat
+from .places import PlaceFeatures, Shares
 from .streaming import Step, Window, in_strips, joined, rows_at_once, tail, valid
 from .torch_hooks import has_global_hooks, has_hooks
 
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
+STRIDE = 32  # pixels between places of the feature map
 
 
 class ResNetTower(Tower):
@@ -37,7 +39,7 @@ class ResNetTower(Tower):
     def forward_features(self, rgb: Tensor) -> Tensor:
         """Compute the feature map: (N, 3, H, W) -> (N, C, H // 32, W // 32)."""
         rows = rows_at_once(self, rgb) if isinstance(self.layer1, FoldedLayer) else None
-        return self._whole(rgb) if rows is None else in_strips(self._steps, rgb, rows, stride=32)
+        return self._whole(rgb) if rows is None else in_strips(self._steps, rgb, rows, stride=STRIDE)
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool a feature map by attention: (N, C, h, w) -> (N, D).
@@ -46,6 +48,47 @@ class ResNetTower(Tower):
         (Wk^T q).x + const, and the softmax cancels the constant), and the value projection behind the weighted mean
         (the weights sum to one).
         """
+        pool: Any = self.attnpool
+        mean, tokens, weights = self._attend(features)
+        heads, width = pool.num_heads, tokens.shape[2]
+        mixed = weights[:, :, :1] * mean + weights[:, :, 1:] @ tokens  # (N, heads, C)
+        value = torch.einsum("nhc,hdc->nhd", mixed, pool.v_proj.weight.view(heads, width // heads, width))
+        pooled: Tensor = pool.c_proj(value.flatten(1) + pool.v_proj.bias)
+        return pooled
+
+    def place_features(self, rgb: Tensor) -> PlaceFeatures:
+        """Project each place as if the pooling attended to it alone."""
+        pool: Any = self.attnpool
+        features = self.forward_features(rgb)
+        tokens = self._attend(features)[1]
+        places = pool.c_proj(pool.v_proj(tokens))
+        return PlaceFeatures(self.forward_head(features), places, _grid(features), (STRIDE, STRIDE))
+
+    def shares(self, rgb: Tensor, directions: Tensor) -> Shares:
+        """Split the inner products of unit features with `directions` (A, D) exactly into summands of places.
+
+        The pooled feature is linear in the values of the tokens, once their weights are known. The mean token's value
+        is the mean of the places' values, so it is theirs. To no place belong its positional embedding and the biases.
+        """
+        pool: Any = self.attnpool
+        features = self.forward_features(rgb)
+        image = self.forward_head(features)
+        mean, tokens, weights = self._attend(features)
+        heads, width = pool.num_heads, tokens.shape[2]
+        unit = directions / image.norm(dim=1)[:, None, None]  # (N, A, D)
+        values = unit @ pool.c_proj.weight
+        per_head = values.unflatten(2, (heads, -1)), pool.v_proj.weight.view(heads, -1, width)
+        inner = torch.einsum("nahd,hdc->nahc", *per_head)
+        own = features.flatten(2)  # without positional embeddings, as the mean is of these
+        places = torch.einsum("nahc,nhl,nlc->nal", inner, weights[:, :, 1:], tokens)
+        places = places + torch.einsum("nahc,nh,ncl->nal", inner, weights[:, :, 0], own) / own.shape[2]
+        table = mean[:, 0] - own.mean(dim=2)
+        rest = torch.einsum("nahc,nh,nc->na", inner, weights[:, :, 0], table)
+        rest = rest + values @ pool.v_proj.bias + unit @ pool.c_proj.bias
+        return Shares(image, places, rest, _grid(features), (STRIDE, STRIDE))
+
+    def _attend(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pooling's mean token (N, 1, C), the places' (N, L, C), and weights of both (N, heads, 1 + L)."""
         pool: Any = self.attnpool
         tokens = features.flatten(2).transpose(1, 2)  # (N, L, C)
         mean = tokens.mean(dim=1, keepdim=True)  # the first token; concatenating it would copy all others
@@ -57,10 +100,7 @@ class ResNetTower(Tower):
         query = (pool.q_proj(mean[:, 0]) * size**-0.5).unflatten(1, (heads, size))
         query = torch.einsum("nhd,hdc->nhc", query, pool.k_proj.weight.view(heads, size, width))
         weights = torch.cat([query @ mean.transpose(1, 2), query @ tokens.transpose(1, 2)], dim=2).softmax(dim=-1)
-        mixed = weights[:, :, :1] * mean + weights[:, :, 1:] @ tokens  # (N, heads, C)
-        value = torch.einsum("nhc,hdc->nhd", mixed, pool.v_proj.weight.view(heads, size, width))
-        pooled: Tensor = pool.c_proj(value.flatten(1) + pool.v_proj.bias)
-        return pooled
+        return mean, tokens, weights
 
     def prepare_to_freeze(self) -> None:
         """Fold every BatchNorm, and fuse each convolution with the ReLU or addition that follows it."""
@@ -89,6 +129,10 @@ class ResNetTower(Tower):
             Window(lambda x: self.avgpool(self.conv3(x, inner=True)), kernel=3, group=2),
             *(StreamedLayer(getattr(self, name)) for name in _LAYERS),
         ]
+
+
+def _grid(features: Tensor) -> tuple[int, int]:
+    return features.shape[2], features.shape[3]
 
 
 class Kernel(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -32,24 +33,44 @@ def log_energies(rgb: Tensor) -> Tensor:
     Shape:
         rgb: (N, 3, H, W) in 0..1, float32 or float64, H, W >= 32 -> (N, ENERGIES).
     """
-    red, green, blue = rgb.unbind(1)
-    luma = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
     stats, ranked = [], []
+    luma, *opponents = luma_and_opponents(rgb)
+    for scale, squared in enumerate(octave_energies(luma)):
+        energy = F.avg_pool2d(squared, FINE).flatten(1)
+        local = (energy + ROUNDING_ENERGY).log()
+        ranked.append(percentiles(cell_energies(squared, scale)))
+        stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), std(local)]
+    flat = luma.flatten(1)
+    stats += [flat.mean(1), std(flat)]
+    stats += [std(each.flatten(1)).log() for each in opponents]
+    stats += [each.mean(1) for each in dark_and_bright(flat)]
+    return torch.cat([torch.stack(stats, dim=1), *ranked], dim=1)
+
+
+def luma_and_opponents(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute luma and two opponent colours, each (N, 1, H, W)."""
+    red, green, blue = rgb.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue, red - green, 0.5 * (red + green) - blue
+
+
+def dark_and_bright(luma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far each pixel counts as dark, and as bright, in 0..1."""
+    return torch.sigmoid((0.08 - luma) * 50), torch.sigmoid((luma - 0.92) * 50)
+
+
+def octave_energies(luma: Tensor) -> Iterator[Tensor]:
+    """Yield the squared Laplacian of each octave of a luma image (N, 1, H, W), finest first."""
     octave = luma
     for scale in range(SCALES):
         if scale:
             octave = F.avg_pool2d(octave, 2)
-        squared = laplacian(F.pad(octave, (1, 1, 1, 1), mode="replicate")).square()
-        energy = F.avg_pool2d(squared, FINE).flatten(1)
-        local = (energy + ROUNDING_ENERGY).log()
-        cells = F.avg_pool2d(squared, max(FINE, CELL >> scale), ceil_mode=True)
-        ranked.append(percentiles((cells + ROUNDING_ENERGY).log()))
-        stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), std(local)]
-    flat = luma.flatten(1)
-    stats += [flat.mean(1), std(flat)]
-    stats += [std((red - green).flatten(1)).log(), std((0.5 * (red + green) - blue).flatten(1)).log()]
-    stats += [torch.sigmoid((0.08 - flat) * 50).mean(1), torch.sigmoid((flat - 0.92) * 50).mean(1)]
-    return torch.cat([torch.stack(stats, dim=1), *ranked], dim=1)
+        yield laplacian(F.pad(octave, (1, 1, 1, 1), mode="replicate")).square()
+
+
+def cell_energies(squared: Tensor, scale: int) -> Tensor:
+    """Compute the log energy of the cells that `log_energies` ranks, from an octave's squared Laplacian."""
+    cells = F.avg_pool2d(squared, max(FINE, CELL >> scale), ceil_mode=True)
+    return (cells + ROUNDING_ENERGY).log()
 
 
 def laplacian(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ from torch.func import functional_call
 
 from .base import Tower
 from .meta_parameters import parameters_on_meta
+from .places import PlaceFeatures
 
 
 class TimmTower(Tower):
@@ -49,6 +51,28 @@ class TimmTower(Tower):
         """Pool the output of `forward_features` into image features (N, D)."""
         pooled: Tensor = self.head(self.trunk.forward_head(features))  # type: ignore[operator]
         return pooled
+
+    def place_features(self, rgb: Tensor) -> PlaceFeatures | None:
+        """Pool each place alone, for trunks whose pooling takes any number of places and no class token."""
+        features = self.forward_features(rgb)
+        height, width = rgb.shape[2:]
+        if features.dim() == 4:
+            last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
+            grid = (features.shape[1], features.shape[2]) if last else (features.shape[2], features.shape[3])
+            alone = self.places(features).transpose(1, 2).flatten(0, 1)  # (N * L, C)
+            alone = alone[:, None, None] if last else alone[:, :, None, None]
+            step = round(height / grid[0]), round(width / grid[1])
+        else:
+            patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", None)
+            if getattr(self.trunk, "num_prefix_tokens", 0) or patch is None:
+                return None
+            step = (patch[0], patch[1]) if isinstance(patch, Sequence) else (patch, patch)
+            grid = height // step[0], width // step[1]
+            if grid[0] * grid[1] != features.shape[1]:
+                return None
+            alone = features.flatten(0, 1)[:, None]
+        places = self.forward_head(alone).unflatten(0, (len(rgb), -1))
+        return PlaceFeatures(self.forward_head(features), places, grid, step)
 
     def prepare_to_freeze(self) -> None:
         """Zero the table unless `add_table`. BatchNorm is not folded: trunks do not name or order modules uniformly."""

@@ -1,0 +1,1 @@
+"""Quality maps: which places of an image decide its scores."""
