@@ -155,7 +155,10 @@ def test_usage_errors_have_status_2_and_write_nothing(
         (["nope*.jpg", "-o", out], "no file matches the pattern nope*.jpg"),
         (["s3://bucket/photos", "-o", out], "s3://bucket/photos is a URL; pass --engine ray"),
         ([folder, "-m", "piqe", "-m", "piqe", "-o", out], "-m piqe is given twice"),
-        ([folder, "-m", folder / "notes.txt", "-o", out], "notes.txt is a file, but no .safetensors; expected"),
+        (
+            [folder, "-m", folder / "notes.txt", "-o", out],
+            "notes.txt is a file without the suffix .safetensors; expected",
+        ),
         ([folder, "-m", "nope.safetensors", "-o", out], "nope.safetensors does not exist; expected a metric's name"),
         ([folder, "-o", tmp_path / "nowhere" / "s.csv"], "nowhere is not a folder"),
         ([folder, "-o", folder_called_csv], "it is a folder"),

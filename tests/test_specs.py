@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyiqa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qualiclip_pyiqa import Scorer
@@ -68,6 +68,7 @@ def test_any_text_is_a_pair_or_one_line_of_error(text: str) -> None:
 
 
 @given(st.text())
+@example(":\ud7fc")
 def test_any_spec_is_parsed_or_one_line_of_error(text: str) -> None:
     metric, prompts = split_spec(text)
     assert text == (metric if prompts is None else f"{metric}:{prompts}")

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.files import writing
 from qualiclip_pyiqa.images.identity import image_key
 from qualiclip_pyiqa.scoring.tables import (
     Record,
@@ -27,7 +28,6 @@ from qualiclip_pyiqa.scoring.tables import (
     read_table,
     utf8,
     write_table,
-    writing,
 )
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")

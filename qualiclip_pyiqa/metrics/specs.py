@@ -69,7 +69,7 @@ def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | Pr
     if prompts is None:
         return spec
     if not metric:
-        raise SettingsError(f"{spec!r} names no metric; expected METRIC{spec}, such as clipiqa{spec}")
+        raise SettingsError(f"{spec!r} names no metric; expected METRIC:PROMPTS, such as clipiqa:look")
     row = METRICS.get(metric)
     if isinstance(row, PromptSpec) and row.context is not None:
         raise SettingsError(
