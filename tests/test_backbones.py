@@ -18,7 +18,7 @@ from torch import nn
 from qualiclip_pyiqa import OpenCLIPIQA, OpenQualiCLIP
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
 from qualiclip_pyiqa.towers import timm_tower
-from qualiclip_pyiqa.towers.backbones import MEAN, STD, encode_texts, find_backbone, image_tower
+from qualiclip_pyiqa.towers.backbones import MEAN, STD, find_backbone, image_tower, text_encoder
 from qualiclip_pyiqa.towers.base import freeze
 
 FAMILIES = list(upstream.families(Path()))
@@ -66,7 +66,7 @@ def test_features_are_open_clips_own(name: str, families_folder: Path) -> None:
     assert same(without, expected) == (name in WITHOUT_TABLE)
 
     expected = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=False)
-    assert same(encode_texts(find_backbone(name), state, TEXTS, "file"), expected)
+    assert same(text_encoder(find_backbone(name), state, "file")(TEXTS), expected)
     assert (expected - expected[:1]).abs().amax(dim=1)[1:].min() > 1e-2  # they depend on the text
 
 

@@ -300,7 +300,7 @@ def _check_learned(
 
 
 def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
-    """Return features (2P, D) of fixed prompts: those stored in the file if it has all of them, else encoded."""
+    """Return features (2P, D) of fixed prompts: those in the weight file if it has all, else encoded or cached ones."""
     stored = model.stored_features
     missing = [text for text in prompts.texts if text not in stored]
     if not missing:
@@ -310,4 +310,4 @@ def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
             f"{model.path.name} has no text tower and no feature for {missing[0]!r}; "
             f"expected some of {', '.join(map(repr, stored))}"
         )
-    return model.encode(prompts.texts)
+    return model.prompt_features(prompts.texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..errors import SettingsError, WeightsError
 from .files import WeightFile
 from .layouts import FITTED_FORMAT, OWN_FORMAT, SMALL_TOWERS, OwnMetadata, own_metadata
 from .manifest import WeightRecord, find_record
+from .prompt_cache import cached_features
 from .read import read
 
 if TYPE_CHECKING:
@@ -153,7 +155,33 @@ class LoadedModel(LoadedTower):
         """Encode P texts with the file's text encoder -> features (P, D), not normalised."""
         from ..towers import backbones
 
-        return backbones.encode_texts(self.tower_definition(), self.state, texts, str(self.path))
+        return backbones.text_encoder(self.tower_definition(), self.state, str(self.path))(texts)
+
+    def prompt_features(self, texts: Sequence[str]) -> Tensor:
+        """Look up P texts in the cache on disk, and encode those that it lacks -> features (P, D), not normalised.
+
+        The text tower is built for missing texts only. Features equal those of `encode` up to rounding.
+        """
+        import torch
+
+        sha256 = self.file.sha256()
+        if sha256 is None:  # the file changed since it was read
+            return self.encode(texts)
+        identity = {
+            "model": sha256,
+            "backbone": self.backbone,
+            "activation": self.activation,
+            "torch": str(torch.__version__),
+            "open_clip": version("open_clip_torch"),
+        }
+        found = cached_features(identity, texts, self._encode_each)
+        return torch.stack([found[text] for text in texts])
+
+    def _encode_each(self, texts: Sequence[str]) -> list[Tensor]:
+        from ..towers import backbones
+
+        encode = backbones.text_encoder(self.tower_definition(), self.state, str(self.path))
+        return [encode([text])[0] for text in texts]
 
 
 def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts: Sequence[str] = ()) -> LoadedModel:

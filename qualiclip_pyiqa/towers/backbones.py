@@ -5,7 +5,7 @@ Towers are built on the meta device and take over the tensors of the state dict,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,9 +217,8 @@ def has_text_tower(state: Mapping[str, Tensor]) -> bool:
     return "token_embedding.weight" in state or any(key.startswith("text.") for key in state)
 
 
-@torch.no_grad()
-def encode_texts(backbone: Backbone, state: Mapping[str, Tensor], texts: Sequence[str], what: str) -> Tensor:
-    """Encode P texts with the text encoder of a whole model's state dict -> features (P, D), not normalised.
+def text_encoder(backbone: Backbone, state: Mapping[str, Tensor], what: str) -> Callable[[Sequence[str]], Tensor]:
+    """Build the text encoder of a whole model's state dict: P texts -> features (P, D), not normalised.
 
     Raises:
         WeightsError: `state` belongs to another model, or the encoder's tokenizer or configuration, which are separate
@@ -227,7 +226,7 @@ def encode_texts(backbone: Backbone, state: Mapping[str, Tensor], texts: Sequenc
     """
     if backbone.plain_text:
         tower = text_tower(backbone, state, what).eval()
-        return tower.encode(tokenize(list(texts), tower.context_length))
+        return torch.no_grad()(lambda texts: tower.encode(tokenize(texts, tower.context_length)))
     # Prevents a download of pretrained weights: the values come from `state`.
     config = backbone.text | {"hf_model_pretrained": False}
     try:
@@ -235,16 +234,15 @@ def encode_texts(backbone: Backbone, state: Mapping[str, Tensor], texts: Sequenc
             encoder: Any = open_clip.CustomTextCLIP(
                 backbone.embed_dim, _NO_VISION, config, quick_gelu=backbone.quick_gelu
             ).text
-        tokens = open_clip.get_tokenizer(backbone.name)(list(texts))
+        tokenizer = open_clip.get_tokenizer(backbone.name)
     except (OSError, ImportError, ValueError) as error:  # raised by Hugging Face's libraries
         raise WeightsError(
             f"the text encoder of {backbone.name!r} needs files from Hugging Face that are not here: "
             f"{reason(error, 200)}"
         ) from error
     load_into(encoder, _text_state(state), what)
-    # Non-persistent buffers were built in torch's default dtype.
-    features: Tensor = encoder.float().eval()(tokens)
-    return features
+    encoder.float().eval()  # non-persistent buffers were built in torch's default dtype
+    return torch.no_grad()(lambda texts: encoder(tokenizer(list(texts))))
 
 
 def _text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
