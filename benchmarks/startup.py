@@ -1,9 +1,10 @@
-"""Measure the cost of the start-up hook for an interpreter that never imports pyiqa.
+"""Measure the cost of the start-up hook, and what the cache of prompt features saves.
 
-    python benchmarks/startup.py [--runs 200]
+    python benchmarks/startup.py [--runs 200] [--created 10]
 
 Starts Python alternately with two site-packages folders, one of which has our .pth file, and prints the median wall
-times and, from `-X importtime`, the time to import the hook's module.
+times and, from `-X importtime`, the time to import the hook's module. Then creates `clipiqa` (random weights in
+upstream's layout) alternately with an empty and a filled cache of prompt features.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import py_compile
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,13 +23,33 @@ from pathlib import Path
 import common
 
 import qualiclip_pyiqa_start
+from qualiclip_pyiqa import OpenCLIPIQA
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--created", type=int, default=10, metavar="N", help="create the metric this often")
     options = parser.parse_args()
-    runs = 2 if options.quick else options.runs
+    rows = [measure_hook(2 if options.quick else options.runs), measure_cache(1 if options.quick else options.created)]
+    common.report(options, rows)
+
+
+def measure_cache(repeat: int) -> dict[str, object]:
+    """Time the creation of `clipiqa` with its prompt features computed, and read from the cache."""
+    with tempfile.TemporaryDirectory() as folder, common.weights(None):
+        os.environ["XDG_CACHE_HOME"] = folder
+
+        def with_text_tower() -> None:
+            shutil.rmtree(Path(folder, "qualiclip_pyiqa", "prompts"), ignore_errors=True)
+            OpenCLIPIQA("clipiqa")
+
+        computed, cached = common.medians([with_text_tower, lambda: OpenCLIPIQA("clipiqa")], repeat)
+    return {"runs": repeat, "create clipiqa, prompts encoded, ms": 1e3 * computed, "cached, ms": 1e3 * cached}
+
+
+def measure_hook(runs: int) -> dict[str, object]:
+    """Time the start of an interpreter with and without the hook."""
     module = Path(qualiclip_pyiqa_start.__file__)
     line = next(path for entry in sys.path if (path := Path(entry, "qualiclip_pyiqa.pth")).is_file())
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -52,7 +74,7 @@ def main() -> None:
     (own,) = re.findall(r"(\d+) \|\s+\d+ \|\s*qualiclip_pyiqa_start", reported)
     without, with_hook = (statistics.median(taken) for taken in times)
     row = {"start without hook, ms": without, "with hook, ms": with_hook, "difference, ms": with_hook - without}
-    common.report(options, [{"runs": runs, **row, "import of the hook, ms": int(own) / 1e3}], weights="none")
+    return {"runs": runs, **row, "import of the hook, ms": int(own) / 1e3}
 
 
 if __name__ == "__main__":
