@@ -150,7 +150,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         ("clipiqa:a//b", "unknown prompt set 'a//b'.*or a pair POSITIVE/NEGATIVE"),
         ("clipiqa:Good/good", "same text twice"),
         ("clipiqa:Good/", "non-empty"),
-        (":look", "names no metric; expected METRIC:look"),
+        (":look", "names no metric; expected METRIC:PROMPTS"),
         ("niqe:look", "another package's metric, which takes no prompts"),
         ("qualiclip+:look", "learned prompt context"),
         ("fitted:look", "takes no prompts"),
