@@ -1,0 +1,163 @@
+"""What a report shows: the scores of a folder or a table, as one run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..errors import SettingsError
+from ..images.convert import ReadRules, source_name
+from ..images.paths import find_images
+from ..metrics.registry import guess_lower_better
+from ..scoring.scorer import Scorer
+from ..scoring.tables import Record, Table, read_table
+from ..scoring.tables.meta import lower_better_of
+
+logger = logging.getLogger(__name__)
+
+#: Called with what is being done, how many images are done, and how many there are.
+Watch: TypeAlias = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Scores of images, and what decided them.
+
+    Attributes:
+        name: of the folder or table, for people.
+        source: the folder or table.
+        columns: names of the scores.
+        lower_better: whether a lower score is better, by column.
+        records: one per image, in order.
+        meta: description of the scores, see `read_meta`; None if the table has none.
+    """
+
+    name: str
+    source: Path
+    columns: tuple[str, ...]
+    lower_better: Mapping[str, bool]
+    records: Sequence[Record]
+    meta: Mapping[str, Any] | None
+
+    @property
+    def rules(self) -> ReadRules:
+        """How images were read, so that what the page shows is what was scored."""
+        stored = (self.meta or {}).get("images")
+        if not isinstance(stored, Mapping):
+            return ReadRules()
+        flags = ("ignore_orientation", "allow_truncated", "ignore_profile")
+        limit = stored.get("max_pixels")
+        return ReadRules(
+            **{name: stored.get(name) is True for name in flags},
+            max_pixels=limit if isinstance(limit, int) and limit > 0 else None,
+        )
+
+    def file_of(self, record: Record) -> str | None:
+        """Return the path of a record's image file: as stored, or below the table's folder; None if neither exists."""
+        if not record.path or "\0" in record.path:
+            return None
+        folder = self.source if self.source.is_dir() else self.source.parent
+        candidates = (record.path, os.path.join(folder, record.path))  # noqa: PTH118 - names as stored
+        try:
+            return next((path for path in candidates if os.path.isfile(path)), None)  # noqa: PTH113
+        except (OSError, ValueError):  # no file system takes such a name
+            return None
+
+    def score_range(self, column: str) -> tuple[float, float] | None:
+        """Return the range that the description states for a score; None if it states none or an open one."""
+        described = (self.meta or {}).get("columns", {}).get(column)
+        text = described.get("score_range") if isinstance(described, Mapping) else None
+        try:
+            low, high = (float(part.strip("~≈ ")) for part in str(text).split(","))
+        except ValueError:
+            return None
+        return (low, high) if -1e9 < low < high < 1e9 else None
+
+    def metric_of(self, column: str) -> tuple[str, str | None]:
+        """Return the metric of a column and its attribute, None if the metric has one score."""
+        described = (self.meta or {}).get("columns", {}).get(column)
+        prompts = described.get("prompts") if isinstance(described, Mapping) else None
+        if isinstance(prompts, Mapping) and len(prompts) > 1:
+            for attribute in prompts:
+                if column.endswith(f".{attribute}"):
+                    return column.removesuffix(f".{attribute}"), str(attribute)
+        return column, None
+
+
+def read_run(
+    source: str | Path,
+    metrics: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    watch: Watch = lambda what, done, total: None,
+) -> Run:
+    """Read a table of scores, or score a folder.
+
+    Args:
+        source: a folder of images, or a table that `qualiclip score` wrote.
+        metrics: for a folder the metrics to score by; for a table the metrics or columns to show, all if empty.
+        options: further arguments of `Scorer`, for a folder.
+        watch: called after every image of a folder.
+
+    Raises:
+        SettingsError: neither a folder with images nor a table of scores; no such score in the table.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _score(source, metrics, options or {}, watch)
+    if options:
+        raise SettingsError(f"{next(iter(options))} has no effect on the table {source}; leave it out")
+    return _read(source, metrics)
+
+
+def _score(folder: Path, metrics: Sequence[str], options: Mapping[str, Any], watch: Watch) -> Run:
+    if not metrics:
+        raise SettingsError(f"no metric was given for the folder {folder}; expected names such as 'qualiclip-mini+'")
+    found = find_images([str(folder)])
+    if not found.paths and not found.unreadable:
+        raise SettingsError(f"no images in {folder}; expected a folder of images, or a table of scores")
+    scorer = Scorer(list(metrics), **options)
+    records = [
+        Record(path, error=f"{source_name(path)} cannot be listed ({why}); expected a folder that can be read")
+        for path, why in found.unreadable.items()
+    ]
+    for done, record in enumerate(scorer.score(found.paths), start=1):
+        records.append(record)
+        watch("scoring", done, len(found.paths))
+    name = folder.name or folder.resolve().name or str(folder)
+    return Run(name, folder, scorer.columns, scorer.lower_better, records, scorer.describe())
+
+
+def _read(path: Path, metrics: Sequence[str]) -> Run:
+    table = read_table(path)
+    columns = _chosen(table, metrics)
+    if not columns:
+        raise SettingsError(f"{path} has no column of scores; expected a table that `qualiclip score` wrote")
+    directions = {}
+    guessed = []
+    for column in columns:
+        known = lower_better_of(table.meta, column)
+        if known is None:
+            known = guess_lower_better(column)
+            guessed.append(f"{column} ({'lower' if known else 'higher'} is better)")
+        directions[column] = known
+    if guessed:
+        logger.warning("%s does not state the direction of %s: guessed by name", path, ", ".join(guessed))
+    return Run(path.stem, path, columns, directions, list(table), table.meta)
+
+
+def _chosen(table: Table, metrics: Iterable[str]) -> tuple[str, ...]:
+    wanted = list(metrics)
+    for metric in wanted:
+        if not any(_belongs(column, metric) for column in table.columns):
+            raise SettingsError(
+                f"{table.path} has no score {metric!r}; expected one of {', '.join(table.columns) or '(none)'}"
+            )
+    return tuple(column for column in table.columns if not wanted or any(_belongs(column, metric) for metric in wanted))
+
+
+def _belongs(column: str, metric: str) -> bool:
+    return column == metric or column.startswith(f"{metric}.")
