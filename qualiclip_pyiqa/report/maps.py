@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,15 +15,14 @@ from .sheet import Column
 
 if TYPE_CHECKING:
     from ..explain.mapper import Mapper
-
-logger = logging.getLogger(__name__)
+    from ..explain.quality_map import QualityMap
 
 #: A page has maps of its own accord for at most this many images.
 MAPS_MOST = 500
 #: Longest side of a map in places; a finer one is averaged.
 MAP_SIDE = 48
 
-_SAME_SCORE = 1e-3  # a map whose score differs more is not of the model that made the table
+_SAME_SCORE = 0.01  # a map whose score differs more is not of the model that made the table
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ class PageMaps:
         run: the run.
         columns: columns of the report with their indices; those of other runs and changes are left out.
         index: which run of the report this is.
-        required: raise instead of leaving out what has no map.
+        required: raise instead of leaving out what has no map, and map other packages' metrics too, by occlusion.
+        device: for the networks; default: CUDA if available.
 
     Attributes:
         notes: why columns have no maps, in one line each.
@@ -65,7 +64,9 @@ class PageMaps:
         SettingsError: `required`, and no column has maps.
     """
 
-    def __init__(self, run: Run, columns: Sequence[tuple[int, Column]], index: int, required: bool) -> None:
+    def __init__(
+        self, run: Run, columns: Sequence[tuple[int, Column]], index: int, required: bool, device: str | None = None
+    ) -> None:
         self.notes: list[str] = []
         self.words: dict[int, tuple[str, str]] = {}
         self._mappers: list[tuple[Mapper, dict[str, int]]] = []
@@ -76,7 +77,13 @@ class PageMaps:
                 wanted.setdefault(metric, {})[attribute] = number
         for metric, attributes in wanted.items():
             try:
-                self._mappers.append(_mapper(metric, attributes))
+                mapper, numbers = _mapper(metric, attributes, device)
+                if mapper.kind == "occlusion" and not required:
+                    self.notes.append(
+                        f"no maps for {metric}, since they take long for other packages' metrics (--maps)"
+                    )
+                else:
+                    self._mappers.append((mapper, numbers))
             except (SettingsError, WeightsError) as error:
                 self.notes.append(f"no maps for {metric}: {error}")
         if required and not self._mappers:
@@ -115,20 +122,18 @@ class PageMaps:
             self.notes.append(text)
 
 
-def _mapper(metric: str, attributes: dict[str | None, int]) -> tuple[Mapper, dict[str, int]]:
+def _mapper(metric: str, attributes: dict[str | None, int], device: str | None) -> tuple[Mapper, dict[str, int]]:
     """Return the mapper of a metric, and the columns of its attributes by their names."""
-    try:
-        from ..explain.mapper import Mapper
-    except ImportError as error:
-        raise SettingsError(f"maps cannot be made ({error})") from error
+    from ..explain.mapper import Mapper
+
     if None in attributes:
-        mapper = Mapper(metric)
+        mapper = Mapper(metric, device=device)
         return mapper, dict.fromkeys(mapper.attributes, attributes[None])
     named = {name: number for name, number in attributes.items() if name is not None}
-    return Mapper(metric, attributes=list(named)), named
+    return Mapper(metric, attributes=list(named), device=device), named
 
 
-def _quantised(column: int, made: Any) -> PageMap:
+def _quantised(column: int, made: QualityMap) -> PageMap:
     values = np.asarray(made.values, np.float32)
     extent = tuple(
         float(count * step / length) for count, step, length in zip(values.shape, made.step, made.size, strict=True)

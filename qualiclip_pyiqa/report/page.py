@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,6 @@ from .render import Page, render
 from .runs import Watch, read_run
 from .sheet import Sheet, by_column, compare, sheet_of
 from .text import link
-
-logger = logging.getLogger(__name__)
 
 #: A page holds the previews of at most this many images, unless it is told to; those of more lie beside it.
 INSIDE_MOST = 5000
@@ -117,7 +114,7 @@ def write_report(
     if beside:
         check_folder(files_folder(output), force)
     with PreviewFolder(files_folder(output)) if beside else nullcontext() as folder:
-        pictures = _look(sheet, maps, folder, watch)
+        pictures = _look(sheet, maps, folder, watch, (options or {}).get("device"))
         page = _page(title, sheet, pictures, output.parent, folder)
         with writing(output), replacing(output) as part:
             with part.open("x", encoding="utf-8", newline="\n") as file:
@@ -172,7 +169,7 @@ def _check_output(output: Path, thumbnails: str | None, force: bool) -> None:
         check_folder(files_folder(output), force)
 
 
-def _look(sheet: Sheet, maps: bool | None, folder: PreviewFolder | None, watch: Watch) -> _Pictures:
+def _look(sheet: Sheet, maps: bool | None, folder: PreviewFolder | None, watch: Watch, device: str | None) -> _Pictures:
     """Decode every image once, for its preview, hash and maps."""
     found = _Pictures()
     shown = [number for number, row in enumerate(sheet.rows) if row.file is not None]
@@ -189,7 +186,7 @@ def _look(sheet: Sheet, maps: bool | None, folder: PreviewFolder | None, watch: 
     done = 0
     for index, numbers in by_run.items():
         run = sheet.runs[index]
-        mapped = PageMaps(run, list(enumerate(sheet.columns)), index, maps is True) if wanted else None
+        mapped = PageMaps(run, list(enumerate(sheet.columns)), index, maps is True, device) if wanted else None
         paths = [sheet.rows[number].files[index] or "" for number in numbers]
 
         def use(place: int, pixels: np.ndarray, numbers: list[int] = numbers, mapped: PageMaps | None = mapped) -> None:

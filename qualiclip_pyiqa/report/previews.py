@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,6 @@ from ..errors import ImageError
 from ..images.convert import ReadRules
 from ..images.workers import DecodedImage, Decoder
 from ..optional import require
-
-logger = logging.getLogger(__name__)
 
 #: Longest side of a preview in pixels, by the largest number of images for which it is used.
 SIDES = ((60, 960), (200, 640), (1200, 400))
