@@ -142,7 +142,7 @@ function showMap() {
   canvas.setAttribute("aria-label", `Quality map of ${columns[found.column].shown}: low values are coloured`);
   byId("legend-low").textContent = scoreText(low);
   byId("legend-high").textContent = scoreText(high);
-  byId("map-words").textContent = (data.mapWords[found.column] ?? []).join(" ");
+  byId("map-words").textContent = `${(data.mapWords[found.column] ?? []).join("; ")}. One scale for all images.`;
 }
 
 /** A bar for each column: the middle half of the table, and where this image is. */

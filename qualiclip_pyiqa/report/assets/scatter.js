@@ -58,8 +58,9 @@ function showMoved() {
     .filter(([, by]) => by !== null && Math.abs(by) > 1e-9)
     .sort((one, other) => Math.abs(other[1]) - Math.abs(one[1]) || one[0] - other[0]);
   const [across, up] = [columns[scatter.across], columns[scatter.up]];
+  byId("moved-heading").textContent = pair ? "What moved most" : "Where they differ most";
   byId("moved-words").textContent = !moved.length
-    ? "Nothing moved."
+    ? "No difference."
     : pair
       ? `Largest changes of the score, from ${data.runs[0]} to ${data.runs[1]}.`
       : `Largest shifts of rank, from ${across.label} to ${up.label}, in percent of the table.`;
