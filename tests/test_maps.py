@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import upstream
 from test_archs import build
 from torch import Tensor, nn
 
-from qualiclip_pyiqa import BlindMetric, OpenQualiCLIP
+from qualiclip_pyiqa import BlindMetric, ImageError, OpenQualiCLIP, QualityMap, SettingsError, load_image, quality_map
 from qualiclip_pyiqa.explain import local
 from qualiclip_pyiqa.explain.contributions import contributions, logit_directions
 from qualiclip_pyiqa.explain.mapper import Mapper
+from qualiclip_pyiqa.explain.quality_map import scale_of
 from qualiclip_pyiqa.towers.mobile import MobileTower
 from qualiclip_pyiqa.towers.statistics import ENERGIES, log_energies, moments
 
@@ -116,3 +119,186 @@ def test_contributions_and_the_rest_add_up_to_the_logit_difference(kind: str, fa
     if "resnet" in kind:
         assert found.values.shape[2:] == (3, 4)
     assert f"{logits[1]:+.3f}"[:-1] in found.relation(1, 0)
+
+
+@torch.no_grad()
+def test_a_batch_has_the_maps_of_its_images_alone_also_in_grey_and_other_dtypes(look: OpenQualiCLIP) -> None:
+    x = upstream.pictures(2, 70, 101)
+    mapper = Mapper(look, attributes=["sharpness", "quality"])
+    both = mapper.maps(x)
+    assert [[each.attribute for each in maps] for maps in both] == [["sharpness", "quality"]] * 2
+    for number, maps in enumerate(both):
+        for one, alone in zip(maps, mapper.maps(x[number : number + 1])[0], strict=True):
+            assert one.values.shape == (3, 4) and one.values.dtype == np.float32
+            assert np.allclose(one.values, alone.values, atol=2e-6)
+            assert (one.size, one.step) == ((70, 101), (32, 32))
+    grey = x.mean(dim=1, keepdim=True)
+    one, three = mapper.maps(grey)[0][0], mapper.maps(grey.expand(-1, 3, -1, -1))[0][0]
+    assert np.array_equal(one.values, three.values)
+    assert np.allclose(mapper.maps(x.double())[0][0].values, both[0][0].values, atol=1e-5)
+    half = Mapper(OpenQualiCLIP("qualiclip-mini+", prompts="sharpness").half()).maps(x)[0][0]
+    assert np.isfinite(half.values).all() and np.allclose(half.values, both[0][0].values, atol=0.05)
+
+
+def test_a_blurred_or_noisy_half_is_found(look: OpenQualiCLIP) -> None:
+    x = load_image("examples/photos/lighthouse.jpg")[:, 440:696, :512]
+    blurred, noisy = x.clone(), x.clone()
+    blurred[:, :, 256:] = load_image("examples/photos/lighthouse-blurred.jpg")[:, 440:696, 256:512]
+    noisy[:, :, 256:] = load_image("examples/photos/lighthouse-noisy.jpg")[:, 440:696, 256:512]
+    for picture, attribute in ((blurred, "sharpness"), (noisy, "noisiness")):
+        values = Mapper(look, attributes=[attribute]).maps(picture[None])[0][0].values
+        lower = values[:, 9:, None, None] < values[:, :7][None, None]
+        assert lower.mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    "kind", ["tiny-resnet", "tiny-resnet-pos", "tiny-vit", "tiny-clipa", "tiny-convnext", "tiny-fastvit"]
+)
+@torch.no_grad()
+def test_the_feature_of_the_only_place_is_the_image_s(kind: str, families_folder: Path) -> None:
+    metric = build(kind, families_folder)
+    found = metric.tower.place_features(upstream.pictures(2, 64, 100))
+    assert found.places.shape[1] == found.grid[0] * found.grid[1]
+    assert torch.equal(found.image, metric.tower(upstream.pictures(2, 64, 100)))
+    if kind in ("tiny-resnet", "tiny-convnext", "tiny-fastvit"):  # others have a class token or a table besides
+        one = metric.tower.place_features(upstream.pictures(2, 32, 32))
+        assert one.grid == (1, 1) and torch.allclose(one.places[:, 0], one.image, atol=1e-4)
+    maps = Mapper(metric).maps(upstream.pictures(2, 64, 100))
+    assert maps[1][0].kind == "local" and maps[1][0].values.shape == found.grid
+    assert f"{maps[1][0].values.mean():.4f}" in maps[1][0].relation
+
+
+class Left(BlindMetric):
+    """Scores the mean of the left half alone."""
+
+    def __init__(self, lower_better: bool = False) -> None:
+        super().__init__("left", paper="none", lower_better=lower_better)
+        self.tower = nn.Identity()
+
+    def encode(self, rgb: Tensor) -> Tensor:
+        halves = rgb[..., : rgb.shape[3] // 2].var(dim=(2, 3))
+        return halves.mean(dim=1, keepdim=True)
+
+    def rate(self, features: Tensor) -> Tensor:
+        return features
+
+
+def test_occlusion_finds_what_a_toy_scores() -> None:
+    pytest.importorskip("captum")
+    x = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    for lower_better in (False, True):
+        found = Mapper(Left(lower_better), "occlusion").maps(x)
+        values = (-1 if lower_better else 1) * found[0][0].values
+        assert values[:, :3].min() > 1e-4 and np.abs(values[:, 6:]).max() < 1e-6
+        assert found[0][0].meaning.startswith("minus") == lower_better
+        assert found[0][0].high == -found[0][0].low
+
+
+@pytest.mark.parametrize("kind", ["qualiclip-mini", "tiny-resnet", "tiny-vit"])
+def test_grad_cam_leaves_a_frozen_tower_as_it_is(kind: str, families_folder: Path) -> None:
+    pytest.importorskip("captum")
+    metric = build(kind, families_folder)
+    before = {name: value.clone() for name, value in metric.named_buffers()}
+    x = upstream.pictures(1, 96, 128)
+    found = Mapper(metric, "gradcam").maps(x)[0][0]
+    assert np.isfinite(found.values).all() and np.abs(found.values).max() > 0
+    assert all(torch.equal(value, before[name]) for name, value in metric.named_buffers())
+    assert not any(module._forward_hooks for module in metric.modules())
+
+
+def test_grad_cam_is_the_gradient_times_the_feature_map(families_folder: Path) -> None:
+    pytest.importorskip("captum")
+    metric = build("tiny-resnet", families_folder)
+    x = upstream.pictures(1, 96, 128)
+    with torch.no_grad():
+        features = metric.tower.forward_features(x)
+    features.requires_grad_()
+    (gradient,) = torch.autograd.grad(metric.rate(metric.tower.forward_head(features)).sum(), features)
+    expected = (gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)[0].detach().numpy()
+    found = Mapper(metric, "gradcam").maps(x)[0][0].values
+    assert np.allclose(found, expected, atol=1e-6) and expected.min() < 0 < expected.max()
+
+
+def test_scales() -> None:
+    assert scale_of([0.5, 0.52], "local") == pytest.approx((0.46, 0.56))
+    assert scale_of([0.2, 0.8], "local") == (0.2, 0.8)
+    assert scale_of([-1, 3], "occlusion") == (-3, 3)
+
+
+def test_enlarged_values_lie_at_the_centres_of_places() -> None:
+    values = np.array([[0, 1], [2, 3]], np.float32)
+    found = QualityMap(values, (50, 64), (32, 32), "m", "a", "local", 0.5, 0, 3, "", "")
+    large = found.enlarged()
+    assert large.shape == (50, 64)
+    assert large[15:17, 15:17].mean() == pytest.approx(0, abs=0.1) and large[0, 0] == 0
+    assert large[49, 63] == pytest.approx(3, abs=0.1)
+    assert large[:, 31:33].mean(axis=1)[0] == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "heat"}, "kind is 'heat'; expected one of local"),
+        ({"attributes": ["sharpnes"]}, "did you mean 'sharpness'"),
+        ({"attributes": []}, "attributes is empty"),
+        ({"device": "tpu9"}, "device 'tpu9' cannot be used"),
+    ],
+)
+def test_wrong_settings_are_one_line(arguments: dict, message: str, look: OpenQualiCLIP) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        Mapper(look, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_kinds_that_a_metric_lacks_are_one_line(families_folder: Path, look: OpenQualiCLIP) -> None:
+    x = upstream.pictures(1, 64, 64)
+    cases = [
+        (look, "contributions", "MobileTower"),
+        (build("tiny-convnext", families_folder), "contributions", "TimmTower"),
+        (build("tiny-convnext", families_folder), "gradcam", "TimmTower"),
+        (build("tiny-eva", families_folder), "local", "feature of its own"),
+        (build("tiny-coca", families_folder), "contributions", "no CLIP ResNet"),
+        (Left(), "local", "left on Identity"),
+        (OpenQualiCLIP("qualiclip-mini", tile=64).eval(), "local", "tile=64"),
+    ]
+    for metric, kind, message in cases:
+        with pytest.raises(SettingsError, match=message) as caught:
+            Mapper(metric, kind).maps(x)
+        assert "kinds that work" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match="2 metrics were given"):
+        Mapper(["qualiclip-mini", "qualiclip-mini+"])
+    with pytest.raises(SettingsError, match="pass attribute=NAME"):
+        quality_map(x[0], look)
+
+
+@pytest.mark.parametrize("x", [torch.rand(3, 64, 64), torch.rand(1, 3, 31, 64), torch.zeros(1, 3, 64, 64).int(), None])
+def test_wrong_images_are_refused(x: Tensor, look: OpenQualiCLIP) -> None:
+    with pytest.raises(ImageError):
+        Mapper(look).maps(x)
+
+
+def test_another_package_s_metric_is_mapped_by_occlusion() -> None:
+    pytest.importorskip("captum")
+    found = quality_map(upstream.pictures(1, 64, 64)[0], "piqe", device="cpu")
+    assert (found.kind, found.attribute, found.values.shape) == ("occlusion", "quality", (4, 4))
+    with pytest.raises(SettingsError, match="another package"):
+        Mapper("piqe", "local", device="cpu")
+
+
+def test_missing_captum_is_one_line(look: OpenQualiCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    for kind in ("occlusion", "gradcam"):
+        with pytest.raises(SettingsError, match=r"needs captum: pip install \"qualiclip-pyiqa\[explain\]\""):
+            Mapper(look, kind).maps(upstream.pictures(1, 64, 64))
+
+
+def test_figures_show_images_maps_and_scales(look: OpenQualiCLIP) -> None:
+    pytest.importorskip("matplotlib")
+    x = upstream.pictures(1, 64, 96)
+    maps = Mapper(look, attributes=["sharpness"]).maps(x)[0]
+    figure = maps[0].figure(x[0])
+    texts = [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
+    assert f"sharpness: {maps[0].score:.3f}" in texts
+    assert any("worse" in text and "better" in text for text in texts)
+    with pytest.raises(SettingsError, match="96x64 pixels, but this one has 64x64"):
+        maps[0].figure(x[0, :, :, :64])

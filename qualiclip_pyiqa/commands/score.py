@@ -29,8 +29,10 @@ from . import (
     check_output,
     chosen_metrics,
     read_options,
+    refuse,
     say,
 )
+from .maps import Maps, maps_of
 from .summary import Summary
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ def add_parser(commands: Commands) -> None:
     )
     add_metric_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".csv, .jsonl or .parquet (default: stdout)")
+    parser.add_argument(
+        "--maps", type=Path, metavar="DIR", help="also draw the quality maps of every image to a folder, see explain"
+    )
+    parser.add_argument("--force", action="store_const", const=True, help="replace maps that exist in DIR")
     parser.add_argument("--resume", action="store_true", help="continue or extend an existing FILE")
     parser.add_argument("-0", "--null", action="store_true", help="names in the list on stdin end with NUL")
     parser.add_argument("--device", help="such as cpu, cuda, or cuda:0,cuda:1 (default: cuda if there is one)")
@@ -98,6 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
         check_output(arguments.output)
     elif arguments.resume:
         raise SettingsError("--resume needs the table to continue; pass -o FILE")
+    if arguments.maps is None:
+        refuse(arguments, ["force"], "without --maps DIR")
+    elif arguments.engine != "local":
+        raise SettingsError(f"--maps has no effect with --engine {arguments.engine}; leave it out")
     if arguments.null and "-" not in arguments.paths:
         raise SettingsError("-0 has no effect without - for a list on standard input; leave it out")
     if arguments.engine != "ray":
@@ -130,10 +140,13 @@ def run(arguments: argparse.Namespace) -> int:
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
     engine = _engine(arguments, metrics, files)
+    maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
+    if maps is not None and not arguments.resume:
+        maps.check(chain.from_iterable(files[path].names if path in files else [path] for path in found.paths))
     summary = Summary(engine.columns, engine.lower_better)
     try:
         with _table(arguments, engine) as table:
-            _fill(table, found, unmatched, files, engine.score, summary)
+            _fill(table, found, unmatched, files, engine.score, summary, maps)
     except KeyboardInterrupt:
         kept = _how_to_resume(arguments.output, summary)
         say(f"qualiclip: stopped after {counted(summary.rows, 'row')}{kept}")
@@ -144,7 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise OSError(f"{error}{_how_to_resume(arguments.output, summary)}") from error
     for line in summary.lines(found.others, found.hidden):
         say(line)
-    return int(summary.errors > 0)
+    if maps is not None:
+        say(f"{counted(maps.written, 'image')} mapped to {source_name(arguments.maps)}, {maps.failed} with an error")
+    return int(summary.errors > 0 or (maps is not None and maps.failed > 0))
 
 
 def _check_columns(table: Path, metrics: Sequence[str]) -> None:
@@ -175,14 +190,18 @@ def _fill(
     files: Mapping[str, ParquetImages],
     score: Score,
     summary: Summary,
+    maps: Maps | None,
 ) -> None:
     """Score the images that the table lacks, each once; patterns that match nothing become rows with an error."""
     from tqdm import tqdm
 
     done = set()
+    unmapped = []  # rows of an earlier run
     for record in table.rows():
         done.add(table.key(record.path))
         summary.add(record)
+        if maps is not None and record.error is None and not maps.folder.path(record.path or "").exists():
+            unmapped.append(record.path or "")
 
     errors = {
         folder: f"{source_name(folder)} cannot be listed ({why}); expected a folder that can be read"
@@ -199,12 +218,19 @@ def _fill(
         elif key not in done:
             todo.append(name)
         listed.add(key)
+    if maps is not None:
+        maps.check(todo)
     total = summary.rows + len(failed) + len(todo)
     with tqdm(total=total, initial=summary.rows, unit="image", file=Screen(), disable=None) as bar:
         for record in chain(failed, score(todo) if todo else ()):
             table.write([record])
             summary.add(record)
+            if maps is not None and record.error is None:
+                maps.write(record.path or "")
             bar.update()
+    for name in unmapped:
+        assert maps is not None
+        maps.write(name)
 
 
 def _scored(scorer: Scorer, files: Mapping[str, ParquetImages], names: Iterable[str]) -> Iterator[Record]:

@@ -17,7 +17,7 @@ from ..towers.windows import SIDE
 from .found import Found, no_such_map, refuse_tile
 
 # Side of the windows in which a MobileTower's statistics are pooled, in cells of 32 pixels.
-WINDOW = 4
+WINDOW = 2
 
 
 @torch.no_grad()

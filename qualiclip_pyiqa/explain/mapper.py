@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError, did_you_mean
 from ..metrics.base import BlindMetric, check_batch
-from ..scoring.building import blind_metric, build_metrics, named_metrics
+from ..scoring.building import Metrics, blind_metric, build_metrics, named_metrics
 from ..scoring.description import lower_is_better
 from ..scoring.scorer import usable_devices
 from .contributions import contributions
@@ -35,7 +34,7 @@ class Mapper:
     """Maps of any number of images by one metric, which is built once.
 
     Args:
-        metric: name or file of a metric, a metric of pyiqa, or a `BlindMetric`.
+        metric: name or file of a metric, a metric of pyiqa, or a `BlindMetric`; or a mapping from its name to it.
         kind: one of KINDS; default: "local", or "occlusion" for other packages' metrics.
         attributes: names of the attributes to map; default: all.
         device: default: CUDA if available; for a network, where it is. A network is copied for another device.
@@ -60,7 +59,7 @@ class Mapper:
 
     def __init__(
         self,
-        metric: str | os.PathLike[str] | nn.Module,
+        metric: Metrics,
         kind: str | None = None,
         attributes: Sequence[str] | None = None,
         device: str | torch.device | None = None,
@@ -125,9 +124,12 @@ class Mapper:
         )
 
 
-def _build(metric: str | os.PathLike[str] | nn.Module, device: str | torch.device | None) -> tuple[str, nn.Module]:
+def _build(metric: Metrics, device: str | torch.device | None) -> tuple[str, nn.Module]:
     """Return a metric's name and the metric, which is a network's own object unless it must move."""
-    ((name, own),) = named_metrics(metric).items()
+    named = named_metrics(metric)
+    if len(named) > 1:
+        raise SettingsError(f"{len(named)} metrics were given ({', '.join(named)}); expected one for each Mapper")
+    ((name, own),) = named.items()
     if isinstance(own, nn.Module) and device is None:
         return name, own
     where = usable_devices(device)[0]

@@ -61,7 +61,8 @@ class TimmTower(Tower):
             grid = (features.shape[1], features.shape[2]) if last else (features.shape[2], features.shape[3])
             alone = self.places(features).transpose(1, 2).flatten(0, 1)  # (N * L, C)
             alone = alone[:, None, None] if last else alone[:, :, None, None]
-            step = round(height / grid[0]), round(width / grid[1])
+            strides = [each["reduction"] for each in getattr(self.trunk, "feature_info", [])]
+            step = (max(strides),) * 2 if strides else (round(height / grid[0]), round(width / grid[1]))
         else:
             patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", None)
             if getattr(self.trunk, "num_prefix_tokens", 0) or patch is None:

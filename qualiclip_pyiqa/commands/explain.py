@@ -1,0 +1,91 @@
+"""`qualiclip explain`: draw which places of an image are good or bad."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import SettingsError
+from ..images.convert import source_name
+from ..screen import Screen
+from . import (
+    Commands,
+    add_force_option,
+    add_metric_option,
+    add_read_options,
+    check_new,
+    chosen_metrics,
+    put,
+    read_options,
+)
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="draw which places of an image are good or bad",
+        description="Map an image's quality by one or more metrics: draw the image, and each map over it with its "
+        "score and scale, and print how the map relates to the score. `qualiclip score --maps DIR` maps every image of "
+        "a folder. docs/maps.md says which map finds what.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("path", metavar="IMAGE", nargs="+", help="file of an image")
+    add_metric_option(parser)
+    parser.add_argument(
+        "--kind",
+        metavar="KIND",
+        help="local: scores of each place's surroundings; contributions: shares of the logit (CLIP's towers); gradcam, "
+        "occlusion: what the score depends on (default: local, or occlusion for other packages' metrics)",
+    )
+    parser.add_argument(
+        "--attribute", action="append", metavar="NAME", help="attribute to map; repeatable (default: all of the metric)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="file of the drawing, such as map.png"
+    )
+    add_force_option(parser)
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    add_read_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..explain.drawing import draw_maps
+    from ..explain.mapper import Mapper
+    from ..figures import check_figure, save_figure
+    from ..images.tensors import load_image
+
+    metrics = chosen_metrics(arguments)
+    check_figure(arguments.output)
+    outputs = numbered(arguments.output, len(arguments.path))
+    for output in outputs:
+        check_new(output, arguments.force)
+    reading = read_options(arguments)
+    if reading.pop("decode_timeout", None) is not None:
+        raise SettingsError("--decode-timeout has no effect here; leave it out")
+    mappers = [
+        Mapper({name: metric}, arguments.kind, arguments.attribute, arguments.device)
+        for name, metric in metrics.items()
+    ]
+    with tqdm(total=len(outputs), unit="image", file=Screen(), disable=None) as bar:
+        for path, output in zip(arguments.path, outputs, strict=True):
+            rgb = load_image(path, **reading)
+            maps = []
+            for mapper in mappers:
+                maps += mapper.maps(rgb[None])[0]
+            save_figure(draw_maps(rgb, maps, title=source_name(path)), output)
+            bar.update()
+            for each in maps:
+                line = f"{source_name(path)}  {each.metric}  {each.attribute}  {each.score:.4f}  {each.relation}"
+                with tqdm.external_write_mode(file=Screen()):
+                    put(line)
+    return 0
+
+
+def numbered(output: Path, count: int) -> list[Path]:
+    """Return the files of several drawings: `map.png` itself for one, else `map-1.png`, `map-2.png` and so on."""
+    if count == 1:
+        return [output]
+    digits = len(str(count))
+    return [output.with_name(f"{output.stem}-{number:0{digits}}{output.suffix}") for number in range(1, count + 1)]

@@ -1,0 +1,65 @@
+"""`qualiclip score --maps DIR`: draw the maps of every image that is scored."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from ..errors import ImageError, SettingsError, reason
+from ..images.convert import source_name
+from . import read_options, say
+
+if TYPE_CHECKING:
+    from ..explain.folder import MapFolder
+    from ..scoring.building import MetricLike
+
+Sources: TypeAlias = Callable[[Sequence[str]], Iterator[str | bytes | ImageError]]
+
+
+class Maps:
+    """The folder of `--maps`: a map that fails is a message, and loses no row of the table.
+
+    Args:
+        folder: of the drawings.
+        sources: yields the images of names.
+        force: replace drawings that exist.
+
+    Attributes:
+        written, failed: number of images.
+    """
+
+    def __init__(self, folder: MapFolder, sources: Sources, force: bool) -> None:
+        self.folder, self.sources, self.force = folder, sources, force
+        self.written = self.failed = 0
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise SettingsError if the maps of one of these images exist and may not be replaced."""
+        there = None if self.force else self.folder.existing(names)
+        if there is not None:
+            raise SettingsError(
+                f"{self.folder.path(there)} exists already; pass --force to replace maps, or choose another folder"
+            )
+
+    def write(self, name: str) -> None:
+        """Draw the maps of an image that was scored."""
+        try:
+            source = next(iter(self.sources([name])))
+            if isinstance(source, ImageError):
+                raise source
+            self.folder.write(name, source)
+            self.written += 1
+        except (ImageError, SettingsError, OSError, MemoryError, RuntimeError) as error:
+            self.failed += 1
+            say(f"qualiclip: no map of {source_name(name)}: {reason(error)}")
+
+
+def maps_of(arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], sources: Sources) -> Maps:
+    """Return the folder of `--maps`, with mappers of all metrics."""
+    from ..explain.folder import MapFolder
+    from ..explain.mapper import Mapper
+
+    device = arguments.device.split(",")[0] if arguments.device else None
+    reading = {name: value for name, value in read_options(arguments).items() if name != "decode_timeout"}
+    folder = MapFolder(arguments.maps, [Mapper({name: each}, device=device) for name, each in metrics.items()], reading)
+    return Maps(folder, sources, bool(arguments.force))

@@ -1,0 +1,122 @@
+"""Draw an image and its quality maps, each with its scale."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from ..errors import SettingsError
+from ..figures import drawable, finish_figure, new_figure
+from ..images.convert import source_name
+from ..images.tensors import Source, load_image
+from .quality_map import QualityMap
+
+LONGEST = 1000  # pixels, the longest side of an image in a figure
+COLUMNS = 4  # panels beside each other, at most
+WIDTH = 4.2  # inches of a panel
+# Perceptually uniform, and from dark to light in the direction of better; diverging maps are neutral at zero.
+COLOURS, DIVERGING = "viridis", "PuOr"
+OPACITY = 0.62  # of a map over the image, which is drawn in grey below it
+BAR_PLACE: dict[str, Any] = {"location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 32}
+BARS = {
+    "local": "score of the surroundings",
+    "contributions": "share of the logit",
+    "gradcam": "Grad-CAM",
+    "occlusion": "fall of the score if hidden",
+}
+
+
+def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> Any:
+    """Draw an image, and beside it each of its maps over the image in grey, with score, colour bar and meaning.
+
+    Args:
+        picture: the image, anything that `load_image` takes.
+        maps: of this image.
+        title: of the image's panel.
+
+    Returns:
+        A matplotlib Figure, made without pyplot.
+
+    Raises:
+        SettingsError: matplotlib is not installed, no map, or a map of an image of another size.
+        ImageError: the image cannot be read.
+    """
+    if not maps:
+        raise SettingsError("there is no map to draw; expected at least one")
+    rgb = load_image(picture)
+    size = rgb.shape[1], rgb.shape[2]
+    for each in maps:
+        if each.size != size:
+            raise SettingsError(
+                f"the map is of an image of {each.size[1]}x{each.size[0]} pixels, but this one has {size[1]}x{size[0]}"
+            )
+    shrink = min(1.0, LONGEST / max(size))
+    small = tuple(max(1, round(length * shrink)) for length in size)
+    shown = rgb[None] if shrink == 1 else F.interpolate(rgb[None], size=small, mode="area")
+    pixels = shown[0].movedim(0, -1).cpu().numpy()
+    columns = min(COLUMNS, 1 + len(maps))
+    rows = -(-(1 + len(maps)) // columns)
+    tall = min(1.8, max(0.45, size[0] / size[1]))
+    figure, axes = new_figure(rows, columns, (WIDTH * columns, (WIDTH * tall + 1.25) * rows))
+    panels = list(axes.flat)
+    panels[0].imshow(pixels)
+    name = title or (source_name(picture) if isinstance(picture, str) else "image")
+    panels[0].set_title(_shortened(name), fontsize=11)
+    panels[0].set_xlabel(f"{size[1]} x {size[0]} pixels\n", fontsize=8.5, color="0.35")
+    _reserve_bar(figure, panels[0])
+    grey = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    for axis, each in zip(panels[1:], maps, strict=False):
+        _draw_map(figure, axis, grey, each)
+    for axis in panels:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in panels[1 + len(maps) :]:
+        axis.set_axis_off()
+    return finish_figure(figure)
+
+
+def _reserve_bar(figure: Any, axis: Any) -> None:
+    """Leave the space of a colour bar, so that the image is as large as its maps."""
+    bar = figure.colorbar(axis.images[0], ax=axis, **BAR_PLACE)
+    bar.set_label(" ", fontsize=8.5)
+    bar.ax.tick_params(labelsize=8, colors="none", length=0)
+    bar.outline.set_visible(False)
+    bar.solids.set_visible(False)
+
+
+def _draw_map(figure: Any, axis: Any, grey: NDArray[np.float32], found: QualityMap) -> None:
+    height, width = grey.shape
+    axis.imshow(0.25 + 0.6 * grey, cmap="gray", vmin=0, vmax=1)
+    values = found.enlarged()
+    rows, columns = (
+        np.minimum(((np.arange(n) + 0.5) * full / n).astype(int), full - 1)
+        for n, full in ((height, found.size[0]), (width, found.size[1]))
+    )
+    drawn = axis.imshow(
+        values[np.ix_(rows, columns)],
+        cmap=DIVERGING if found.diverging else COLOURS,
+        vmin=found.low,
+        vmax=found.high,
+        alpha=OPACITY,
+    )
+    axis.set_title(_shortened(f"{found.attribute}: {found.score:.3f}"), fontsize=11)
+    axis.set_xlabel(_lines(f"{found.metric}. {found.meaning}"), fontsize=8.5, color="0.35")
+    bar = figure.colorbar(drawn, ax=axis, **BAR_PLACE)
+    worse, better = ("lowers", "raises") if found.diverging else ("worse", "better")
+    bar.set_label(f"\N{LEFTWARDS ARROW} {worse}   {BARS[found.kind]}   {better} \N{RIGHTWARDS ARROW}", fontsize=8.5)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_linewidth(0.4)
+
+
+def _shortened(text: str, most: int = 46) -> str:
+    text = drawable(text)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
+
+
+def _lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(drawable(text), 58))

@@ -1,0 +1,71 @@
+"""A folder with a drawing of the maps of each of many images."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingsError
+from ..figures import check_figure, save_figure
+from ..files import writing
+from ..images.convert import source_name
+from ..images.identity import image_key
+from ..images.tensors import Source, load_image
+from .drawing import draw_maps
+from .mapper import Mapper
+from .quality_map import QualityMap
+
+
+class MapFolder:
+    """Draws the maps of images by some metrics to a folder, one PNG file for each image.
+
+    A file's name is the image's, without unusual characters, and a hash of its path, as equal names may come from
+    different folders.
+
+    Args:
+        folder: made if it is missing.
+        mappers: one for each metric.
+        reading: options of `load_image`.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or `folder` is a file.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, mappers: Sequence[Mapper], reading: dict[str, Any] | None = None) -> None:
+        self.folder, self.mappers, self.reading = folder, mappers, reading or {}
+        check_figure(folder / "map.png")
+        if folder.exists() and not folder.is_dir():
+            raise SettingsError(f"{folder} is a file; expected a folder for the maps")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Return the file of an image's maps."""
+        key = image_key(name).encode("utf-8", "surrogateescape")
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:60].strip("_-") or "image"
+        return self.folder / f"{stem}-{hashlib.sha256(key).hexdigest()[:12]}.png"
+
+    def existing(self, names: Iterable[str]) -> str | None:
+        """Return the first of these images whose maps exist already."""
+        return next((name for name in names if self.path(name).exists()), None)
+
+    def write(self, name: str, source: Source) -> Path:
+        """Map an image and draw its maps.
+
+        Args:
+            name: of the image: its path, or another text that is its own.
+            source: the image.
+
+        Raises:
+            ImageError: the image cannot be read.
+            SettingsError: a metric has no maps of this kind.
+            OSError: the file cannot be written.
+        """
+        rgb = load_image(source, **self.reading)
+        maps: list[QualityMap] = [each for mapper in self.mappers for each in mapper.maps(rgb[None])[0]]
+        save_figure(draw_maps(rgb, maps, title=source_name(name)), self.path(name))
+        return self.path(name)
