@@ -75,6 +75,7 @@ assert main(["weights", "list"]) == 0
         ("evaluate --degradations FOLDER", "eval"),
         ("evaluate --ratings RATINGS --images FOLDER", "eval"),
         ("evaluate --ratings RATINGS --images FOLDER --plot x.png", "plots"),
+        ("report FOLDER -o x.html", "report"),
         ("train --config toy --pristine FOLDER --out run", "train"),
         ("fit -m qualiclip-mini --ratings RATINGS --images FOLDER -o x.safetensors", "fit"),
         ("tune -m clipiqa+ --ratings RATINGS --images FOLDER --out run", "train"),

@@ -175,10 +175,7 @@ def _data(page: Page, slots: Mapping[int, int]) -> dict[str, Any]:
         "linkStart": address,
         "links": [[None if each is None else each[len(address) :] for each in links] for links in page.links],
         "sizes": [[row.record.width or 0, row.record.height or 0] for row in rows],
-        "values": [
-            [None if row.values[number] is None else float(f"{row.values[number]:.9g}") for row in rows]
-            for number in range(len(sheet.columns))
-        ],
+        "values": [[row.values[number] for row in rows] for number in range(len(sheet.columns))],
         "errors": {number: row.error for number, row in enumerate(rows) if row.error is not None},
         "shownErrors": {number: visible(row.error) for number, row in enumerate(rows) if row.error is not None},
         "outliers": [{row: round(z, 2) for row, z in found.items()} for found in page.outliers],

@@ -1,0 +1,257 @@
+"""Reports, the data side: what the page holds, and that it is whole, safe and beside nothing it may not replace."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import html
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_pages import ERROR, HOSTILE, data_of, hostile_table, save, write_scores
+
+from qualiclip_pyiqa import SettingsError
+from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.report import page as page_module
+from qualiclip_pyiqa.report.beside import MARKER
+from qualiclip_pyiqa.report.findings import near_duplicates, outliers, robust_z
+from qualiclip_pyiqa.report.page import write_report
+from qualiclip_pyiqa.report.previews import make_preview
+from qualiclip_pyiqa.report.render import SCRIPTS, asset
+from qualiclip_pyiqa.report.text import link, visible
+from qualiclip_pyiqa.scoring.tables import Record
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+
+
+class Elements(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("hostile")
+    report = write_report(hostile_table(folder), folder / "report.html", title=HOSTILE[0])
+    assert (report.images, report.errors, report.previews) == (21, 1, 20)
+    return folder, report.path.read_text(encoding="utf-8")
+
+
+def test_page_has_the_table(hostile: tuple[Path, str]) -> None:
+    folder, text = hostile
+    data = data_of(text)
+    with (folder / "scores.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert [data["folder"] + path for path in data["paths"]] == [row["path"] for row in rows]
+    for number, name in enumerate(("good", "bad")):
+        assert data["values"][number] == [float(row[name]) if row[name] else None for row in rows]
+    assert [column["lowerBetter"] for column in data["columns"]] == [False, True]
+    assert data["errors"] == {"20": ERROR}
+    assert data["duplicates"] == [[0, 19]]
+    assert data["outliers"][0].keys() == {"12"} and data["outliers"][0]["12"] < -3.5
+
+
+def test_hostile_names_stay_text(hostile: tuple[Path, str]) -> None:
+    _, text = hostile
+    elements = Elements(text).found
+    assert not [each for each in elements if any(name.startswith("on") for name in each[1])]
+    assert [attributes for tag, attributes in elements if tag == "img"] == [{"id": "full", "alt": ""}]
+    scripts = [attributes for tag, attributes in elements if tag == "script"]
+    assert [each for each in scripts if each.get("type") != "application/json"] == [{}]  # ours alone
+    assert "\u202e" not in text and "\udce9" not in text and "\0" not in text
+    assert html.escape(ERROR.replace("\u202e", "\\u202e"), quote=False).replace("'", "&#39;") in text
+    data = data_of(text)
+    assert data["names"]["4"] == "right\\u202egnp.exe.png" and data["names"]["6"] == "latin\\xe9.png"
+
+
+def test_links_lead_to_the_files(hostile: tuple[Path, str]) -> None:
+    folder, text = hostile
+    data = data_of(text)
+    for number, name in enumerate(HOSTILE):
+        address = data["linkStart"] + data["links"][number][0]
+        assert re.fullmatch(r"\./images/[A-Za-z0-9._~%-]+", address)
+        assert unquote_to_bytes(address) == b"./images/" + name.encode("utf-8", "surrogateescape")
+        assert (folder / Path(address.split("/")[1]) / name).is_file()
+    assert data["links"][20] == [None]
+
+
+def test_policy_allows_this_style_and_script_and_nothing_from_elsewhere(hostile: tuple[Path, str]) -> None:
+    _, text = hostile
+    policy = next(attributes for tag, attributes in Elements(text).found if "http-equiv" in attributes)["content"]
+    assert policy and policy.startswith("default-src 'none'; ") and "http" not in policy and "unsafe" not in policy
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() in policy
+    outside = [
+        value for _, attributes in Elements(text).found for value in attributes.values() if value and "//" in value
+    ]
+    assert not outside
+    assert "</script" not in "".join(asset(name) for name in SCRIPTS)
+
+
+def test_previews_have_no_metadata_and_the_orientation_of_the_image(tmp_path: Path) -> None:
+    wide = Image.open(save(tmp_path / "one.png", 1, (400, 100)))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "<script>alert(3)</script>"
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    table = write_scores(tmp_path / "s.csv", [Record(str(tmp_path / "turned.jpg"), 100, 400, {"a": 1.0})], {"a": False})
+    write_report(table, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert data_of(text)["previewSizes"] == [[100, 400]]
+    (chunk,) = re.findall(r'id="previews-0">\["(.*?)"\]', text)
+    assert b"alert(3)" not in base64.b64decode(chunk) and "alert(3)" not in text
+
+
+def test_previews_keep_to_their_bytes() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    preview = make_preview(noise, 256, 4000)
+    assert len(preview.data) <= 4000 and preview.hash is not None
+    flat = np.full((64, 64), 65535, np.uint16)
+    assert make_preview(flat, 256, 4000).hash is None
+    assert make_preview(np.ones((64, 64, 4), np.float32), 256, 4000).width == 64
+
+
+def test_robust_z_of_few_different_values() -> None:
+    assert robust_z([1.0] * 9).tolist() == [0.0] * 9
+    z = robust_z([1.0] * 9 + [2.0, float("nan")])
+    assert z[9] == pytest.approx(1 / (1.2533 * 0.1)) and np.isnan(z[10])
+    assert outliers([0.5] * 6 + [9.0]) == {}  # too few to tell
+    assert list(outliers([0.5] * 9 + [9.0])) == [9]
+
+
+def test_near_duplicates_equal_all_pairs() -> None:
+    draw = np.random.default_rng(0)
+    hashes = [int(value) for value in draw.integers(0, 2**64, 300, dtype=np.uint64)]
+    for near in range(40):
+        bits = draw.choice(64, int(draw.integers(0, 9)), replace=False)
+        hashes.append(hashes[near] ^ sum(1 << int(bit) for bit in bits))
+    found = {tuple(group) for group in near_duplicates(hashes)}
+    pairs = [(i, j) for i in range(340) for j in range(i + 1, 340) if (hashes[i] ^ hashes[j]).bit_count() <= 6]
+    groups = [set(pair) for pair in pairs]
+    assert len({group for group in found for i, j in pairs if {i, j} <= set(group)}) == len(found) > 20
+    assert all(any(group <= set(each) for each in found) for group in groups)
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
+    table = hostile_table(tmp_path)
+    output = tmp_path / "r.html"
+    write_report(table, output, thumbnails="beside")
+    files = tmp_path / "r_files"
+    assert (files / MARKER).is_file() and len(list(files.glob("000/*"))) == 20
+    before = output.read_bytes()
+    with pytest.raises(SettingsError, match="exists already"):
+        write_report(table, output)
+    output.unlink()
+    with pytest.raises(SettingsError, match="r_files exists already"):
+        write_report(table, output, thumbnails="beside")
+    output.write_bytes(before)
+    write_report(table, output, thumbnails="beside", force=True)
+    addresses = data_of(output.read_text())["previewAddresses"]
+    assert all((tmp_path / address).is_file() for address in addresses[:20]) and addresses[20] is None
+    (files / MARKER).unlink()
+    with pytest.raises(SettingsError, match="not the folder of an earlier report"):
+        write_report(table, output, thumbnails="beside", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "images", "r.html", "r_files", "scores.csv", "scores.csv.meta.json",
+    ]  # fmt: skip
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = hostile_table(tmp_path)
+    write_report(table, tmp_path / "r.html", thumbnails="beside")
+    (tmp_path / "r_files" / "mine.txt").write_text("kept")
+    before = (tmp_path / "r.html").read_bytes(), sorted(tmp_path.rglob("*"))
+
+    def broken(page: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page_module, "render", broken)
+    with pytest.raises(OSError, match=r"r\.html cannot be written \(No space left"):
+        write_report(table, tmp_path / "r.html", thumbnails="beside", force=True)
+    assert ((tmp_path / "r.html").read_bytes(), sorted(tmp_path.rglob("*"))) == before
+
+
+def test_many_images_lie_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "INSIDE_MOST", 5)
+    report = write_report(hostile_table(tmp_path), tmp_path / "r.html")
+    assert report.folder == tmp_path / "r_files" and data_of(report.path.read_text())["previewSlots"] is None
+
+
+def test_two_runs_are_compared_by_place_and_name(tmp_path: Path) -> None:
+    first, second = [], []
+    for number in range(4):
+        first.append(Record(save(tmp_path / "before" / "x" / f"{number}.png", number), 96, 64, {"q": 0.1 * number}))
+        second.append(Record(save(tmp_path / "after" / "x" / f"{number}.jpg", number), 96, 64, {"q": 0.3}))
+    one = write_scores(tmp_path / "one.csv", first, {"q": True})
+    two = write_scores(tmp_path / "two.csv", second[:3], {"q": True})
+    write_report(one, tmp_path / "r.html", two)
+    data = data_of((tmp_path / "r.html").read_text())
+    assert data["joined"].endswith("without suffix") and data["runs"] == ["one", "two"]
+    assert [column["name"] for column in data["columns"]] == ["q · change", "q · one", "q · two"]
+    assert data["pairs"] == [[1, 2, 0]] and data["columns"][0]["lowerBetter"]
+    assert data["values"][0] == [pytest.approx(0.3), pytest.approx(0.2), pytest.approx(0.1), None]
+    assert [len([each for each in links if each]) for links in data["links"]] == [2, 2, 2, 1]
+    with pytest.raises(SettingsError, match="same direction"):
+        write_report(one, tmp_path / "s.html", write_scores(tmp_path / "three.csv", second, {"q": False}))
+    other = write_scores(tmp_path / "four.csv", [Record("elsewhere.png", 1, 1, {"q": 1.0})], {"q": True})
+    with pytest.raises(SettingsError, match="no image of"):
+        write_report(one, tmp_path / "s.html", other)
+    assert not (tmp_path / "s.html").exists()
+
+
+def test_a_folder_is_scored_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("lighthouse", "lighthouse-blurred"):
+        with Image.open(PHOTOS / f"{name}.jpg") as photo:
+            photo.resize((192, 256)).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    command = ["report", str(tmp_path), "-m", "qualiclip-mini+:look", "-o", str(tmp_path / "r.html"), "--device", "cpu"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "r.html") and "3 images, 1 with an error" in said.err
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    data = data_of(text)
+    assert [column["label"] for column in data["columns"]][:3] == ["quality", "brightness", "sharpness"]
+    assert data["mapped"] == [1, 2] and set(data["mapScales"]) == {str(number) for number in range(7)}
+    assert len(re.findall(r'id="maps-\d+"', text)) == 2
+    assert cli.main(command) == 2  # it is not overwritten
+    assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report none.csv -o r.html", "none.csv cannot be read"),
+        ("report s.csv -o r.txt", "expected a page, *.html"),
+        ("report s.csv -o none/r.html", "none is not a folder"),
+        ("report s.csv -m niqe -o r.html", "no score 'niqe'"),
+        ("report s.csv -o r.html --ignore-profile", "--ignore-profile has no effect"),
+        ("report s.csv -o r.html --maps", "unknown metric 'a'"),
+        ("report empty -o r.html", "no images in empty"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_scores(tmp_path / "s.csv", [Record(save(tmp_path / "i.png", 1), 96, 64, {"a": 1.0})], {"a": False})
+    assert cli.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("qualiclip: ") and message in line
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_text_is_made_visible() -> None:
+    assert visible("a\0b\x1b[31m\u2066") == "a\\x00b\\x1b[31m\\u2066"
+    assert link("//host/x.png", Path("/y")).startswith("../")
