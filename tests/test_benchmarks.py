@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ ARGUMENTS = {
         *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
     ],
     "onednn": [],
+    "report": [],
     "rounding": [],
     "severity": ["--pristine", str(PHOTOS), "--write", "out/severities.toml"],
     "speed": [],
@@ -70,6 +72,8 @@ def test_every_benchmark_is_run() -> None:
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -> None:
+    if name == "report" and shutil.which("chromium") is None:
+        pytest.skip("no chromium is installed (apt-get install chromium)")
     given = ["--weights", str(upstream_weights)] if name in ("folder", "onednn", "speed") else []
     done = run(name, *ARGUMENTS[name], *given, "--quick", "--json", "out/result.json", folder=folder)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 // A chart of each score: all images in the background, those that pass the filters in front.
 
-const CHARTS_AT_FIRST = 8;
+const CHARTS_AT_FIRST = data.pairs.length ? 3 : 8; // of two runs, those of the first score
 
 /** Ends of a column's axis. */
 function domainOf(column) {
