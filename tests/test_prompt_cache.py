@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qualiclip_pyiqa import OpenCLIPIQA
 from qualiclip_pyiqa.pretrained import prompt_cache
+from qualiclip_pyiqa.pretrained.files import file_sha256
 from qualiclip_pyiqa.pretrained.write import write_safetensors
 from qualiclip_pyiqa.towers import backbones
 
@@ -45,6 +46,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def build(tiny_folder: Path, cache: Path) -> Build:
     def build(prompts: str = PAIR, file: Path = tiny_folder / "tiny-resnet.pt") -> OpenCLIPIQA:
+        file_sha256(file)  # as when a published file is read
         return OpenCLIPIQA("clipiqa", backbone="tiny-resnet", weights=file, prompts=prompts)
 
     return build
@@ -81,6 +83,14 @@ def test_another_model_has_its_own_features(
     torch.save(state, tmp_path / "other.pt")
     assert not torch.allclose(build(file=tmp_path / "other.pt").prompt_features, features)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_file_is_not_hashed_for_the_cache(cache: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.pt"
+    file.write_bytes((tiny_folder / "tiny-resnet.pt").read_bytes())
+    metric = OpenCLIPIQA("clipiqa", backbone="tiny-resnet", weights=file, prompts=PAIR)
+    assert metric.origin.file.computed_sha256 is None
+    assert not cache.exists()
 
 
 def truncate(path: Path) -> None:

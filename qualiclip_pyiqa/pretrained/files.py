@@ -119,9 +119,14 @@ class WeightFile:
         except WeightsError:
             return True
 
+    @property
+    def computed_sha256(self) -> str | None:
+        """The sha256 of the bytes that were loaded if this process has computed it, as it does for published files."""
+        return self.known_sha256 or _hashes.get(self.stamp)
+
     def sha256(self) -> str | None:
         """Return the sha256 of the bytes that were loaded; None if the file changed before they were hashed."""
-        known = self.known_sha256 or _hashes.get(self.stamp)
+        known = self.computed_sha256
         if known is None:
             try:
                 with OpenFile(self.path) as opened:

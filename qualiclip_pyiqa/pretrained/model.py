@@ -160,12 +160,14 @@ class LoadedModel(LoadedTower):
     def prompt_features(self, texts: Sequence[str]) -> Tensor:
         """Look up P texts in the cache on disk, and encode those that it lacks -> features (P, D), not normalised.
 
-        The text tower is built for missing texts only. Features equal those of `encode` up to rounding.
+        The text tower is built for missing texts only. Features equal those of `encode` up to rounding. The cache is
+        for files whose hash was computed when they were read, as it is for published ones: to hash a user's own file
+        takes longer than to encode its prompts.
         """
         import torch
 
-        sha256 = self.file.sha256()
-        if sha256 is None:  # the file changed since it was read
+        sha256 = self.file.computed_sha256
+        if sha256 is None:
             return self.encode(texts)
         identity = {
             "model": sha256,
