@@ -14,6 +14,9 @@ from .metrics.base import BlindMetric as BlindMetric
 from .metrics.loss import QualityLoss as QualityLoss
 from .metrics.prompts import prompt_set_names as prompt_set_names
 from .metrics.registry import METRICS as METRICS
+from .report.profile import Profile as Profile
+from .report.profile import Profiler as Profiler
+from .report.profile import profile as profile
 from .scoring.allocator import keep_freed_memory as keep_freed_memory
 from .scoring.scorer import Scorer as Scorer
 from .scoring.tables import Record as Record

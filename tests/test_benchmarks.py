@@ -27,6 +27,7 @@ ARGUMENTS = {
         *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
     ],
     "onednn": [],
+    "reference": ["--pristine", "pristine", "--write", "out/reference.toml"],
     "report": [],
     "rounding": [],
     "severity": ["--pristine", str(PHOTOS), "--write", "out/severities.toml"],

@@ -1,6 +1,7 @@
 """The `qualiclip` command.
 
     qualiclip score PATH... -m METRIC -o TABLE       score files, folders and lists
+    qualiclip describe PICTURE...                    quality and attributes of images, and how usual they are
     qualiclip explain IMAGE... -m METRIC -o map.png  draw which places of an image are good or bad
     qualiclip filter TABLE --above X | --best SHARE  list or keep the images that are good enough
     qualiclip report FOLDER|TABLE -o PAGE.html       a page about the scores: distributions, images, profiles, maps
@@ -32,13 +33,13 @@ from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..files import writing
 from ..scoring.allocator import keep_freed_memory
 from ..screen import drop_output, replace_closed_streams
-from . import evaluate, explain, filter, fit, put, report, say, score, train, tune, weights
+from . import describe, evaluate, explain, filter, fit, put, report, say, score, train, tune, weights
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 # Commands that run networks.
-_KEEP_FREED_MEMORY = ("score", "explain", "report", "evaluate", "train", "tune", "fit")
+_KEEP_FREED_MEMORY = ("score", "describe", "explain", "report", "evaluate", "train", "tune", "fit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (score, explain, filter, report, evaluate, train, tune, fit, weights):
+    for command in (score, describe, explain, filter, report, evaluate, train, tune, fit, weights):
         command.add_parser(commands)
     return parser
 

@@ -1,0 +1,141 @@
+"""References: the scores of other images, which say how usual a score is.
+
+`TableReference` is a table of `qualiclip score`, whose columns are matched by name. `shipped_reference()` holds
+percentiles of the embedded models' scores on the photographs of their training set, by model file and prompt pair; it
+is written by `benchmarks/reference.py`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SettingsError, counted, did_you_mean
+from ..evaluation.scores import read_scores
+from ..metrics.prompts import Pair
+
+Values = NDArray[np.float64]
+
+
+class Reference(Protocol):
+    """Scores of other images.
+
+    Attributes:
+        description: whose scores they are, such as "250 images of scores.csv".
+    """
+
+    @property
+    def description(self) -> str: ...
+
+    def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise SettingsError if the reference cannot be that of these columns, as `Scorer.describe` describes them."""
+        ...
+
+    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Values | None:
+        """Return the sorted scores of a column, or None if there are none.
+
+        Args:
+            column: its name.
+            described: its metric, as `Scorer.describe` describes it.
+            pairs: the antonym prompt pairs of its attribute.
+        """
+        ...
+
+
+class TableReference:
+    """The scores in a table of `qualiclip score`, matched by the names of columns.
+
+    Raises:
+        SettingsError: not a table of scores.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        scores = read_scores(path)
+        self._settings = (scores.settings or {}).get("columns", {})
+        self._values = {name: np.sort(found[np.isfinite(found)]) for name, found in scores.values.items()}
+        self.description = f"{counted(len(scores.paths), 'image')} of {path.name}"
+
+    def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
+        shared = [column for column in columns if len(self._values.get(column, ()))]
+        if not shared:
+            first = next(iter(columns))
+            has = ", ".join(name for name, values in self._values.items() if len(values)) or "none"
+            raise SettingsError(
+                f"{self.path} has no scores of {', '.join(columns)}; its scores: {has}"
+                f"{did_you_mean(first, self._values)}"
+            )
+        for column in shared:
+            before = self._settings.get(column) or {}
+            for what, known, now in _decisive(before, columns[column]):
+                if known is not None and now is not None and known != now:
+                    raise SettingsError(
+                        f"{self.path} has scores of another {column}: its {what} differ; score its images again"
+                    )
+
+    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Values | None:
+        found = self._values.get(column)
+        return None if found is None or not len(found) else found
+
+
+class ShippedReference:
+    """Percentiles of the embedded models' scores on the photographs of their training set.
+
+    A model is known by the sha256 of its file, so that another one is not compared with them.
+
+    Attributes:
+        description: whose scores they are.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.description = f"{content['photographs']:,} {content['description']}"
+        self._models: dict[str, Mapping[str, Sequence[float]]] = {
+            model["sha256"]: model["pairs"] for model in content["models"]
+        }
+
+    def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
+        """Accept every metric: those that are not in the table have no percentiles."""
+
+    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Values | None:
+        model = self._models.get((described.get("weights") or {}).get("sha256", ""))
+        # A score of several pairs, at another temperature or of windows has another distribution.
+        usual = described.get("temperature") == 1.0 and str(described.get("resize", "")).endswith("at its own size")
+        if model is None or len(pairs) != 1 or not usual:
+            return None
+        found = model.get("/".join(pairs[0]))
+        return None if found is None else np.array(found, float)
+
+
+@cache
+def shipped_reference() -> ShippedReference:
+    """Return the reference that comes with the package."""
+    path = Path(__file__).with_name("reference.toml")
+    return ShippedReference(tomllib.loads(path.read_text(encoding="utf-8")))
+
+
+def percentile(values: Values, score: float, lower_better: bool = False) -> float:
+    """Return the percentage of values that are on the worse side of a score; equal ones count half.
+
+    Example:
+        >>> percentile(np.array([1.0, 2.0, 3.0, 4.0]), 3.5), percentile(np.array([1.0, 2.0]), 1.0, lower_better=True)
+        (75.0, 75.0)
+    """
+    below = (np.searchsorted(values, score, "left") + np.searchsorted(values, score, "right")) / 2 / len(values)
+    return float(100 * (1 - below if lower_better else below))
+
+
+def _decisive(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, object, object]]:
+    """Return what decides the scores of a column, by name: before and now; None where it is unknown."""
+    fields: list[tuple[str, object, object]] = [
+        (what, before.get(what), now.get(what)) for what in ("prompts", "temperature", "resize")
+    ]
+    for what in ("weights", "context"):
+        old, new = ((each.get(what) or {}).get("sha256") for each in (before, now))
+        fields.append((what, old, new))
+    return fields
