@@ -228,6 +228,26 @@ def test_a_folder_is_scored_and_mapped(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--force" in capsys.readouterr().err
 
 
+def test_the_sets_of_a_prompt_file_are_scored_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    with Image.open(PHOTOS / "lighthouse.jpg") as photo:
+        photo.resize((96, 128)).save(tmp_path / "photos" / "small.png")
+    sets, table = tmp_path / "sets.toml", tmp_path / "scores.csv"
+    sets.write_text("[mine]\nedges = ['Sharp photo.', 'Blurry photo.']\n")
+    metric = ["-m", "qualiclip-mini:mine", "--device", "cpu"]
+    assert cli.main(["score", str(tmp_path / "photos"), "-o", str(table), *metric, "--prompts", str(sets)]) == 0
+    # A table keeps the prompts, so its maps need no file.
+    for source, options in ((tmp_path / "photos", [*metric, "--prompts", str(sets)]), (table, [])):
+        page = tmp_path / f"{source.stem}.html"
+        assert cli.main(["report", str(source), "-o", str(page), "--maps", *options]) == 0
+        data = data_of(page.read_text(encoding="utf-8"))
+        assert [column["name"] for column in data["columns"]] == ["qualiclip-mini:mine"]
+        assert set(data["mapScales"]) == {"0"}
+    capsys.readouterr()
+    assert cli.main(["report", str(table), "-o", str(tmp_path / "no.html"), "--prompts", str(sets)]) == 2
+    assert "--prompts has no effect on a table of scores" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from ..errors import counted
 from ..screen import Screen
 from . import (
-    DEFAULT_METRIC,
     Commands,
     add_force_option,
     add_metric_option,
     add_read_options,
     check_different,
     check_new,
+    chosen_metrics,
     put,
     read_options,
     refuse,
@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
             options[name] = getattr(arguments, name)
     scored = any(source.is_dir() for source in sources)
     if not scored:
-        refuse(arguments, options, "on a table of scores")
-    metrics = arguments.metric or ([DEFAULT_METRIC] if scored else [])
-    check_different("-m", metrics)
+        refuse(arguments, ("prompts", *options), "on a table of scores")
+        check_different("-m", arguments.metric or ())
+    metrics = chosen_metrics(arguments) if scored else arguments.metric or ()
 
     from ..report.page import write_report
 

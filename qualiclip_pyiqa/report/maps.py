@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import SettingsError, WeightsError
+from ..errors import PromptError, SettingsError, WeightsError
 from ..images.tensors import from_pixels
 from .runs import Run
 from .sheet import Column
@@ -16,6 +16,7 @@ from .sheet import Column
 if TYPE_CHECKING:
     from ..explain.mapper import Mapper
     from ..explain.quality_map import QualityMap
+    from ..scoring.building import MetricLike
 
 #: A page has maps of its own accord for at most this many images.
 MAPS_MOST = 500
@@ -71,20 +72,22 @@ class PageMaps:
         self.words: dict[int, tuple[str, str]] = {}
         self._mappers: list[tuple[Mapper, dict[str, int]]] = []
         wanted: dict[str, dict[str | None, int]] = {}
+        sources: dict[str, str] = {}
         for number, column in columns:
             if column.run == index:
                 metric, attribute = run.metric_of(column.source)
                 wanted.setdefault(metric, {})[attribute] = number
+                sources.setdefault(metric, column.source)
         for metric, attributes in wanted.items():
             try:
-                mapper, numbers = _mapper(metric, attributes, device)
+                mapper, numbers = _mapper({metric: run.metric_like(sources[metric])}, attributes, device)
                 if mapper.kind == "occlusion" and not required:
                     self.notes.append(
                         f"no maps for {metric}, since they take long for other packages' metrics (--maps)"
                     )
                 else:
                     self._mappers.append((mapper, numbers))
-            except (SettingsError, WeightsError) as error:
+            except (PromptError, SettingsError, WeightsError) as error:
                 self.notes.append(f"no maps for {metric}: {error}")
         if required and not self._mappers:
             raise SettingsError("; ".join(self.notes) or f"{run.source} has no score that has maps")
@@ -122,7 +125,9 @@ class PageMaps:
             self.notes.append(text)
 
 
-def _mapper(metric: str, attributes: dict[str | None, int], device: str | None) -> tuple[Mapper, dict[str, int]]:
+def _mapper(
+    metric: Mapping[str, MetricLike], attributes: dict[str | None, int], device: str | None
+) -> tuple[Mapper, dict[str, int]]:
     """Return the mapper of a metric, and the columns of its attributes by their names."""
     from ..explain.mapper import Mapper
 

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import SettingsError, counted
 from ..files import replacing, writing
 from ..optional import require
+from ..scoring.building import MetricLike
 from .beside import PreviewFolder, check_folder, files_folder
 from .findings import near_duplicates, outliers
 from .maps import MAPS_MOST, PageMap, PageMaps
@@ -67,7 +68,7 @@ def write_report(
     output: str | Path,
     second: str | Path | None = None,
     *,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[str] | Mapping[str, MetricLike] = (),
     options: Mapping[str, Any] | None = None,
     maps: bool | None = None,
     thumbnails: str | None = None,

@@ -12,7 +12,10 @@ from typing import Any, TypeAlias
 from ..errors import SettingsError
 from ..images.convert import ReadRules, source_name
 from ..images.paths import find_images
+from ..metrics.prompts import resolve_prompts
 from ..metrics.registry import guess_lower_better
+from ..metrics.specs import PromptedMetric, column_belongs, split_spec
+from ..scoring.building import MetricLike
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, Table, read_table
 from ..scoring.tables.meta import lower_better_of
@@ -87,10 +90,20 @@ class Run:
                     return column.removesuffix(f".{attribute}"), str(attribute)
         return column, None
 
+    def metric_like(self, column: str) -> MetricLike:
+        """Return the metric of a column, with the prompts that the description keeps."""
+        metric, _ = self.metric_of(column)
+        name, written = split_spec(metric)
+        described = (self.meta or {}).get("columns", {}).get(column)
+        prompts = described.get("prompts") if isinstance(described, Mapping) else None
+        if written is None or not isinstance(prompts, Mapping):
+            return metric
+        return PromptedMetric(metric, name, resolve_prompts(prompts))
+
 
 def read_run(
     source: str | Path,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[str] | Mapping[str, MetricLike] = (),
     options: Mapping[str, Any] | None = None,
     watch: Watch = lambda what, done, total: None,
 ) -> Run:
@@ -98,7 +111,8 @@ def read_run(
 
     Args:
         source: a folder of images, or a table that `qualiclip score` wrote.
-        metrics: for a folder the metrics to score by; for a table the metrics or columns to show, all if empty.
+        metrics: for a folder the metrics to score by, by name if it is a mapping; for a table the names of the metrics
+            or columns to show, all if empty.
         options: further arguments of `Scorer`, for a folder.
         watch: called after every image of a folder.
 
@@ -113,13 +127,15 @@ def read_run(
     return _read(source, metrics)
 
 
-def _score(folder: Path, metrics: Sequence[str], options: Mapping[str, Any], watch: Watch) -> Run:
+def _score(
+    folder: Path, metrics: Sequence[str] | Mapping[str, MetricLike], options: Mapping[str, Any], watch: Watch
+) -> Run:
     if not metrics:
         raise SettingsError(f"no metric was given for the folder {folder}; expected names such as 'qualiclip-mini+'")
     found = find_images([str(folder)])
     if not found.paths and not found.unreadable:
         raise SettingsError(f"no images in {folder}; expected a folder of images, or a table of scores")
-    scorer = Scorer(list(metrics), **options)
+    scorer = Scorer(metrics if isinstance(metrics, Mapping) else list(metrics), **options)
     records = [
         Record(path, error=f"{source_name(path)} cannot be listed ({why}); expected a folder that can be read")
         for path, why in found.unreadable.items()
@@ -131,7 +147,7 @@ def _score(folder: Path, metrics: Sequence[str], options: Mapping[str, Any], wat
     return Run(name, folder, scorer.columns, scorer.lower_better, records, scorer.describe())
 
 
-def _read(path: Path, metrics: Sequence[str]) -> Run:
+def _read(path: Path, metrics: Iterable[str]) -> Run:
     table = read_table(path)
     columns = _chosen(table, metrics)
     if not columns:
@@ -152,12 +168,10 @@ def _read(path: Path, metrics: Sequence[str]) -> Run:
 def _chosen(table: Table, metrics: Iterable[str]) -> tuple[str, ...]:
     wanted = list(metrics)
     for metric in wanted:
-        if not any(_belongs(column, metric) for column in table.columns):
+        if not any(column_belongs(column, metric) for column in table.columns):
             raise SettingsError(
                 f"{table.path} has no score {metric!r}; expected one of {', '.join(table.columns) or '(none)'}"
             )
-    return tuple(column for column in table.columns if not wanted or any(_belongs(column, metric) for metric in wanted))
-
-
-def _belongs(column: str, metric: str) -> bool:
-    return column == metric or column.startswith(f"{metric}.")
+    return tuple(
+        column for column in table.columns if not wanted or any(column_belongs(column, metric) for metric in wanted)
+    )
