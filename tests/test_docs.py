@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +20,15 @@ from qualiclip_pyiqa.metrics.registry import MetricSpec
 
 ROOT = Path(__file__).parents[1]
 # Later pages use what earlier ones made.
-PAGES = [ROOT / "docs" / name for name in ("training.md", "evaluation.md", "fit.md", "scoring.md", "embedded.md")]
+NAMES = ("training.md", "evaluation.md", "fit.md", "scoring.md", "embedded.md", "profile.md")
+PAGES = [ROOT / "docs" / name for name in NAMES]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("qualiclip ")]
 # Those within the text and its tables too.
-COMMANDS += re.findall(r"`(qualiclip (?:train|tune|fit|evaluate|score|filter) [^`]*--[^`]*)`", TEXT.replace("\n", " "))
+COMMANDS += re.findall(
+    r"`(qualiclip (?:train|tune|fit|evaluate|score|describe|filter) [^`]*--[^`]*)`", TEXT.replace("\n", " ")
+)
 
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
@@ -49,6 +53,8 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             rows.append([f"{level}-{number}.png", f"{5 - level}"])
     with (tmp_path / "scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
+    for photo in (ROOT / "examples" / "photos").glob("lighthouse*.jpg"):
+        shutil.copy(photo, tmp_path)
     monkeypatch.chdir(tmp_path)
     ran = 0
     for mark, block in BLOCKS:
@@ -61,7 +67,16 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 subprocess.run([sys.executable, *words[1:]], check=True)
             ran += 1
     assert ran >= 9
-    results = ("toy.csv", "mine.csv", "sheet.png", "agreement.json", "scatter.png", "levels.png")
+    results = (
+        "toy.csv",
+        "mine.csv",
+        "sheet.png",
+        "agreement.json",
+        "scatter.png",
+        "levels.png",
+        "profile.png",
+        "usual.csv",
+    )
     for made in ("runs/toy/model.safetensors", "my.safetensors", *results):
         assert (tmp_path / made).stat().st_size > 0, made
 
