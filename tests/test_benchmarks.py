@@ -22,6 +22,7 @@ ARGUMENTS = {
     "fit": [f"--{which}{what}" for which in ("", "test-") for what in ("ratings=rated/dmos.csv", "images=rated")],
     "folder": ["--images", str(PHOTOS)],
     "limits": ["--pristine", "pristine"],
+    "maps": ["--pristine", "pristine"],
     "mini": [
         *("--pristine", "pristine", "--rated", "blurred", "rated/dmos.csv", "rated", "--trained-on", "two", "blurred"),
         *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
