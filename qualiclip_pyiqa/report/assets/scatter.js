@@ -109,7 +109,7 @@ function axes() {
 }
 
 function ticks(domain) {
-  const rough = (domain[1] - domain[0]) / 4;
+  const rough = (domain[1] - domain[0]) / 6;
   const power = 10 ** Math.floor(Math.log10(rough));
   const size = [1, 2, 5, 10].find((each) => each * power >= rough) * power;
   const found = [];
