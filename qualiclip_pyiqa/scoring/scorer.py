@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -31,7 +31,11 @@ from .building import Metrics, build_metrics, named_metrics
 from .description import describe_metric, lower_is_better
 from .network import Network, Scored
 from .precision import PRECISIONS
-from .tables import Record
+from .tables import Record, to_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow
 
 # Bytes of decoded images waiting to be scored, at most.
 DECODED_BYTES = 2**30
@@ -144,6 +148,36 @@ class Scorer:
             decoder.close()
             for thread in threads:
                 thread.shutdown(cancel_futures=True)
+
+    @overload
+    def table(
+        self, images: Iterable[Source | ImageError] | Source, kind: Literal["pandas"] = "pandas"
+    ) -> pd.DataFrame: ...
+    @overload
+    def table(self, images: Iterable[Source | ImageError] | Source, kind: Literal["arrow"]) -> pyarrow.Table: ...
+    def table(
+        self, images: Iterable[Source | ImageError] | Source, kind: Literal["pandas", "arrow"] = "pandas"
+    ) -> pd.DataFrame | pyarrow.Table:
+        """Score images into one table in memory; `score` needs no memory for all of them.
+
+        Args:
+            images: as for `score`.
+            kind: "pandas" or "arrow", see `scoring.tables.to_table`.
+
+        Returns:
+            One row per image, in input order, with the columns path, width, height, the scores and error. A DataFrame
+            has `describe()` in `attrs["scores"]`, and with it the direction of each score.
+
+        Raises:
+            SettingsError: as for `score`; or pyarrow is not installed.
+
+        Example:
+            >>> scorer = Scorer("qualiclip-mini+", device="cpu", workers=0)
+            >>> table = scorer.table(["examples/photos/hats.jpg", "none.jpg"])
+            >>> table.round(2)[["width", "height", "qualiclip-mini+"]].iloc[0].tolist(), table["error"][1]
+            ([768, 512, 0.81], 'none.jpg does not exist; expected an image file')
+        """
+        return to_table(self.score(images), self.describe(), kind)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that affects the scores, JSON-ready, as stored beside a table.

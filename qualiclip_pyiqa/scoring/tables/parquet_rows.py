@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ...errors import one_line
 from ...optional import require
 from .cells import check_names, not_scores, write_cells
 from .record import Record, utf8
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _BATCH = 10_000  # rows converted at a time
 _META_KEY = b"qualiclip_pyiqa"
@@ -79,16 +82,25 @@ def write_parquet(
 ) -> None:
     """Write a whole file, with `meta` in the metadata of its schema, so that it stays with a file that is moved."""
     pyarrow = require_pyarrow()
+    with pyarrow.parquet.ParquetWriter(file, _schema(columns, meta)) as writer:
+        rows = iter(records)
+        while batch := list(islice(rows, _BATCH)):
+            writer.write_table(arrow_table(batch, columns, meta))
+
+
+def arrow_table(records: Iterable[Record], columns: Sequence[str], meta: Mapping[str, object] | None) -> pyarrow.Table:
+    """Return records as an Arrow table, as `write_parquet` writes it."""
+    cells = [
+        {utf8(name): utf8(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in (write_cells(record, columns) for record in records)
+    ]
+    return require_pyarrow().Table.from_pylist(cells, schema=_schema(columns, meta))
+
+
+def _schema(columns: Sequence[str], meta: Mapping[str, object] | None) -> pyarrow.Schema:
+    pyarrow = require_pyarrow()
     text, side, score = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
-    schema = pyarrow.schema(
+    return pyarrow.schema(
         [("path", text), ("width", side), ("height", side), *((utf8(c), score) for c in columns), ("error", text)],
         metadata=None if meta is None else {_META_KEY: json.dumps(meta).encode()},
     )
-    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        rows = iter(records)
-        while batch := list(islice(rows, _BATCH)):
-            cells = [
-                {utf8(name): utf8(value) if isinstance(value, str) else value for name, value in row.items()}
-                for row in (write_cells(record, columns) for record in batch)
-            ]
-            writer.write_table(pyarrow.Table.from_pylist(cells, schema=schema))
