@@ -194,6 +194,17 @@ def test_occlusion_finds_what_a_toy_scores() -> None:
         assert found[0][0].high == -found[0][0].low
 
 
+def test_passes_are_counted() -> None:
+    pytest.importorskip("captum")
+    ticks: list[int] = []
+    for kind, metric, size in (("occlusion", Left(), (64, 128)), ("occlusion", Left(), (32, 40))):
+        mapper = Mapper(metric, kind)
+        ticks.clear()
+        mapper.maps(torch.rand(1, 3, *size), lambda: ticks.append(1))
+        assert len(ticks) == mapper.passes(*size) > 1
+    assert Mapper("qualiclip-mini", device="cpu").passes(64, 64) == 1
+
+
 @pytest.mark.parametrize("kind", ["qualiclip-mini", "tiny-resnet", "tiny-vit"])
 def test_grad_cam_leaves_a_frozen_tower_as_it_is(kind: str, families_folder: Path) -> None:
     pytest.importorskip("captum")

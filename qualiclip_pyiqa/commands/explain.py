@@ -71,9 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
     with tqdm(total=len(outputs), unit="image", file=Screen(), disable=None) as bar:
         for path, output in zip(arguments.path, outputs, strict=True):
             rgb = load_image(path, **reading)
-            maps = []
-            for mapper in mappers:
-                maps += mapper.maps(rgb[None])[0]
+            total = sum(mapper.passes(rgb.shape[1], rgb.shape[2]) for mapper in mappers)
+            hidden = True if total == len(mappers) else None  # one pass each is no wait
+            with tqdm(total=total, unit="pass", leave=False, file=Screen(), disable=hidden) as passes:
+                maps = [each for mapper in mappers for each in mapper.maps(rgb[None], passes.update)[0]]
             save_figure(draw_maps(rgb, maps, title=source_name(path)), output)
             bar.update()
             for each in maps:

@@ -18,15 +18,14 @@ from .contributions import contributions
 from .found import Found, no_such_map
 from .gradcam import grad_cam
 from .local import local_scores
-from .occlusion import occlusion
+from .occlusion import count_passes, occlusion
 from .quality_map import KINDS, QualityMap, scale_of
 
-# Each maps (metric, images as from `BlindMetric.prepare`, columns of the scores) to the maps of these columns.
+# Besides occlusion: (metric, images as from `BlindMetric.prepare`, columns of the scores) -> maps of these columns.
 _COMPUTE: dict[str, Callable[[Any, Tensor, Sequence[int]], Found]] = {
     "local": local_scores,
     "contributions": contributions,
     "gradcam": grad_cam,
-    "occlusion": occlusion,
 }
 
 
@@ -86,11 +85,16 @@ class Mapper:
         self._sign = -1 if lower_is_better(built) else 1
         self.device = _device_of(self._network)
 
-    def maps(self, rgb: Tensor) -> list[list[QualityMap]]:
+    def passes(self, height: int, width: int) -> int:
+        """Count the passes of the network that an image of this size takes; more than one for occlusion only."""
+        return count_passes(height, width) if self.kind == "occlusion" else 1
+
+    def maps(self, rgb: Tensor, tick: Callable[[], object] = lambda: None) -> list[list[QualityMap]]:
         """Map images of one size.
 
         Args:
             rgb: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype.
+            tick: called after each of the `passes`.
 
         Returns:
             For each image, a map for each of `attributes`.
@@ -101,7 +105,11 @@ class Mapper:
         """
         network = self._network
         images = network.prepare(rgb) if isinstance(network, BlindMetric) else check_batch(rgb).float()
-        found = _COMPUTE[self.kind](network, images.to(self.device), self._columns)
+        if self.kind == "occlusion":
+            found = occlusion(network, images.to(self.device), self._columns, tick)
+        else:
+            found = _COMPUTE[self.kind](network, images.to(self.device), self._columns)
+            tick()
         size = rgb.shape[2], rgb.shape[3]
         return [[self._cut(found, n, a, size) for a in range(len(self._columns))] for n in range(len(rgb))]
 
