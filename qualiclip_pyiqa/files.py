@@ -55,6 +55,21 @@ def text_codec(start: bytes) -> tuple[str, str]:
     return ("utf-16", "strict") if start.startswith(UTF16_MARKS) else ("utf-8-sig", "surrogateescape")
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text has no byte that was not UTF-8 when it was decoded, see `text_codec`.
+
+    Example:
+        >>> is_utf8("café"), is_utf8("café".encode("latin-1").decode(*text_codec(b"")))
+        (True, False)
+    """
+    return not any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def encoding_hint(*texts: str) -> str:
+    """Return what to do about texts of a table that may be wrong since it is not UTF-8, for the end of an error."""
+    return "" if all(map(is_utf8, texts)) else "; the table is not UTF-8: save it as UTF-8 and try again"
+
+
 def best_delimiter(header: Callable[[str], Sequence[str]], wanted: Collection[str]) -> str:
     """Return the delimiter that splits a CSV header into most of the wanted columns, then into most columns.
 

@@ -489,6 +489,19 @@ def test_lists_in_any_encoding(
     assert [row.path for row in rows(tmp_path / "s.jsonl")] == paths
 
 
+def test_missing_image_of_a_list_in_another_encoding_is_told_how_to_save_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [str(folder / "1.png"), str(folder / "é.png"), str(folder / "none.png")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode("latin-1"))))
+    out = tmp_path / "s.jsonl"
+    assert score("-", "-o", out, "--workers", 0) == 1
+    errors = [row.error or "" for row in rows(out)]
+    assert errors[0] == "" and "UTF-8" not in errors[2] and "none.png does not exist" in errors[2]
+    assert "does not exist" in errors[1]
+    assert errors[1].endswith("; its name is not UTF-8: if a list or table names it, save that as UTF-8")
+
+
 def test_lists_that_are_no_text(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(folder)
     strange = picture(folder / os.fsdecode(b"\xff\xfe.png"))  # begins as UTF-16 does

@@ -129,6 +129,30 @@ def test_names_that_are_not_utf8(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("image,mos\né.png,1\n", {}, r"line 2: '\\udce9\.png' not found; expected an image below"),
+        ("image,qualité\na.png,1\n", {}, r"has no usual column of opinion scores"),
+        ("image,qualité\na.png,1\n", {"opinion_column": "qualité"}, r"has no column 'qualité'"),
+        ("image,mos\na.png,1£\n", {}, r"line 2: mos is '1\\udca3'; expected a number"),
+    ],
+)
+def test_table_in_another_encoding_is_told_how_to_save_it(
+    folder: Path, text: str, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message) as error:
+        read(folder, text.encode("latin-1"), **options)
+    assert str(error.value).endswith("; the table is not UTF-8: save it as UTF-8 and try again")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_image_of_a_utf8_table_has_no_hint_about_encoding(folder: Path) -> None:
+    with pytest.raises(SettingsError, match=r"é\.png not found") as error:
+        read(folder, "image,mos\né.png,1\n")
+    assert "UTF-8" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a.png,1.5\nsub/b.JPG,2\n", r"line 1 looks like data, not a header \(a\.png, 1\.5\); insert one"),

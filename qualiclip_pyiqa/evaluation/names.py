@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import SettingsError
+from ..files import encoding_hint
 from ..images.convert import source_name
 from ..images.formats import has_image_suffix
 from ..images.paths import find_images
@@ -63,7 +64,9 @@ class FileNames:
                 raise SettingsError(f"{where}: {source_name(name)} may be {both}; add its folder and suffix")
             if found:
                 return Path(found[0][0]), by_stem
-        raise SettingsError(f"{where}: {source_name(name)} not found; expected an image {self._place}")
+        raise SettingsError(
+            f"{where}: {source_name(name)} not found; expected an image {self._place}{encoding_hint(name)}"
+        )
 
     @property
     def _place(self) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import SettingsError, counted, did_you_mean
-from ..files import DELIMITERS, best_delimiter, text_codec
+from ..files import DELIMITERS, best_delimiter, encoding_hint, text_codec
 from ..images.convert import source_name
 from ..images.identity import image_key
 from .agreement import LARGEST
@@ -179,7 +179,8 @@ def _named(table: Path, names: Sequence[str], wanted: str) -> int:
     found = [k for k in alike if names[k] == wanted] or alike
     if not found:
         raise SettingsError(
-            f"{table} has no column {wanted!r}{did_you_mean(wanted, names)}; its columns: {', '.join(names) or 'none'}"
+            f"{table} has no column {wanted!r}{did_you_mean(wanted, names)}; its columns: {_joined(names)}"
+            f"{encoding_hint(*names)}"
         )
     if len(found) > 1:
         raise SettingsError(f"{table} has {len(found)} columns {names[found[0]]!r}; expected one")
@@ -200,14 +201,18 @@ def _column(
     lower = [name.strip().lower() for name in names]
     found = next((name for name in usual if name in lower), None)
     if found is None:
-        has = ", ".join(names) or "none"
+        has = _joined(names)
         raise SettingsError(
             f"{table}, line 1 looks like data, not a header ({has}); insert one, such as image,mos"
             if any(_is_number(name) for name in names)
             else f"{table} has no usual column of {what}; its columns, separated by {DELIMITERS[delimiter]}: {has}; "
-            f"pass {option} NAME"
+            f"pass {option} NAME{encoding_hint(*names)}"
         )
     return _named(table, names, found)
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ", ".join(map(source_name, names)) or "none"
 
 
 def _is_number(cell: str) -> bool:
@@ -224,7 +229,9 @@ def _number(table: Path, line: int, column: str, cell: str) -> float:
         number = float(cell)
     except ValueError:
         comma = " with a decimal point" if _is_number(cell.replace(",", ".")) else ""
-        raise SettingsError(f"{table}, line {line}: {column} is {cell!r}; expected a number{comma}") from None
+        raise SettingsError(
+            f"{table}, line {line}: {column} is {cell!r}; expected a number{comma}{encoding_hint(cell)}"
+        ) from None
     if not math.isfinite(number):
         raise SettingsError(f"{table}, line {line}: {column} is {cell!r}; expected a finite number")
     if abs(number) > LARGEST:

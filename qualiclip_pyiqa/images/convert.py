@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError, SettingsError, kind_of, one_line
+from ..files import is_utf8
 from . import decode, jxl, png
 from .formats import RefusedError, check_opened, open_image, plugin_format
 
@@ -184,7 +185,8 @@ def _opened(source: EncodedSource, name: str) -> Iterator[BinaryIO]:
             raise ImageError(f"{name} is a pipe, socket or device; expected an image file")
         file = path.open("rb")
     except FileNotFoundError:
-        raise ImageError(f"{name} does not exist; expected an image file") from None
+        hint = "" if is_utf8(str(path)) else "; its name is not UTF-8: if a list or table names it, save that as UTF-8"
+        raise ImageError(f"{name} does not exist; expected an image file{hint}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
