@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import random
 import shutil
@@ -27,6 +28,9 @@ from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.degradations.base import LEVELS
 from qualiclip_pyiqa.metrics.prompts import LOOK
 from qualiclip_pyiqa.towers.mobile import LAYOUT
+from qualiclip_pyiqa.training.alignment import build
+from qualiclip_pyiqa.training.alignment import save as save_aligned
+from qualiclip_pyiqa.training.config import load_config
 from qualiclip_pyiqa.training.embedded import __main__ as command
 from qualiclip_pyiqa.training.embedded import attributes, crops
 from qualiclip_pyiqa.training.embedded.attributes import ATTRIBUTES, Ladder, change, fit_attributes
@@ -52,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trunk, a judge, photographs and rated images."""
     path = tmp_path_factory.mktemp("embedded")
     write_trunk(path / "trunk.safetensors")
-    write_tower(path / "judge.safetensors", seed=1)
+    write_judge(path / "judge.safetensors")
     for name in ("pristine", "rated", "out"):
         (path / name).mkdir()
     for number in range(3):
@@ -65,6 +69,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             save(path / "rated" / f"{number}.png", synthetic_photograph(100 + number, 64, 72))
             writer.writerow([f"{number}.png", 20 + 3 * number])
     return path
+
+
+def write_judge(path: Path) -> None:
+    """Write a model such as `qualiclip train --config mini` writes, with random weights."""
+    torch.manual_seed(1)
+    aligned = build(dataclasses.replace(load_config("mini"), widths=(8, 8, 8, 8), hidden=16, dim=8), 1, None)
+    save_aligned(path, aligned, aligned.tower.state_dict(), {}, "CC0-1.0")
 
 
 def save(path: Path, rgb: Tensor) -> None:
@@ -154,7 +165,7 @@ def test_splits_print_a_table_and_write_nothing(
 def _wrong(folder: Path, tmp_path: Path) -> list[tuple[dict[str, object], str]]:
     garbage, other = tmp_path / "garbage.safetensors", tmp_path / "other.safetensors"
     garbage.write_bytes(b"garbage" * 99)
-    shutil.copy(folder / "judge.safetensors", other)
+    write_tower(other)
     (tmp_path / "empty").mkdir()
     (tmp_path / "few").mkdir()
     shutil.copy(folder / "pristine" / "0.png", tmp_path / "few")
@@ -170,6 +181,7 @@ def _wrong(folder: Path, tmp_path: Path) -> list[tuple[dict[str, object], str]]:
         ({"trunk": other}, "other.safetensors lacks 102 tensors"),
         ({"judge": tmp_path / "none.safetensors"}, "none.safetensors"),
         ({"judge": garbage}, "garbage.safetensors"),
+        ({"judge": other}, "other.safetensors is an embedded model; expected one of `qualiclip train --config mini`"),
         ({"pristine": tmp_path / "none"}, "none"),
         ({"pristine": tmp_path / "empty"}, "empty has no images to train on"),
         ({"pristine": tmp_path / "small"}, "small has 0 photographs of at least 64 pixels a side; expected"),
@@ -181,17 +193,21 @@ def _wrong(folder: Path, tmp_path: Path) -> list[tuple[dict[str, object], str]]:
         ({"ratings": tmp_path / "flat.csv", **images}, "flat.csv"),
         ({"ratings": tmp_path / "one.csv", **images}, "one.csv"),
         ({"out": tmp_path / "file"}, "file is not a folder"),
+        ({"out": tmp_path / "file" / "new"}, "file is not a folder"),
+        ({"trunk": garbage, "out": tmp_path / "new" / "models"}, "garbage.safetensors cannot be read"),
+        ({"judge": garbage, "out": tmp_path / "new" / "models"}, "garbage.safetensors"),
+        ({"pristine": tmp_path / "empty", "out": tmp_path / "new" / "models"}, "has no images to train on"),
         ({"ratings": folder / "mos.csv", **images, "splits": -1}, "--splits is -1; expected"),
     ]
 
 
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(22))
 def test_errors_are_one_line(index: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, said = _wrong(folder, tmp_path)[index]
     assert command.main(words(folder, **options)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
-    assert not list((folder / "out").iterdir())
+    assert not list((folder / "out").iterdir()) and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("more", [{"ratings": "mos.csv"}, {"images": "rated"}, {"splits": 3}])

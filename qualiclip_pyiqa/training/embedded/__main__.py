@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import random
 import statistics as statistics_of
 import sys
@@ -81,7 +82,7 @@ def train(options: argparse.Namespace) -> None:
     check(options)
     torch.manual_seed(options.seed)
     tower = read_tower(options.trunk)
-    judge = OpenQualiCLIP("qualiclip", weights=options.judge).eval()
+    judge = read_judge(options.judge)
     ratings = None if options.ratings is None else read_opinions(options.ratings, options.images)
     paths = [path for path in list_photographs(options.pristine) if shorter_side(path) >= SIDE]
     if len(paths) < LEAST_LADDERS:
@@ -109,14 +110,29 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check what can be checked before hours of training, and make the folder to write to."""
+    """Check what can be checked before hours of training."""
     for name, least in (("photographs", 1), ("ladders", LEAST_LADDERS), ("splits", 0)):
         if getattr(options, name) < least:
             raise SettingsError(f"--{name} is {getattr(options, name)}; expected an integer of at least {least}")
     if not options.splits:
-        if options.out.exists() and not options.out.is_dir():
-            raise SettingsError(f"{options.out} is not a folder; expected the folder to write to")
-        options.out.mkdir(parents=True, exist_ok=True)
+        nearest = next(path for path in (options.out, *options.out.absolute().parents) if os.path.lexists(path))
+        if not nearest.is_dir():
+            raise SettingsError(f"{nearest} is not a folder; expected --out to be one to write to, or a new one")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise SettingsError(f"{nearest} cannot be written to; expected --out to be a folder that can, or a new one")
+
+
+def read_judge(model: Path) -> OpenQualiCLIP:
+    """Load the judge of crops.
+
+    Raises:
+        SettingsError: an embedded model, which would be trained to repeat itself, and may hold opinion scores.
+        WeightsError: the file cannot be read.
+    """
+    judge = OpenQualiCLIP("qualiclip", weights=model).eval()
+    if judge.origin.backbone == "mobile":
+        raise SettingsError(f"--judge {model} is an embedded model; expected one of `qualiclip train --config mini`")
+    return judge
 
 
 def read_tower(trunk: Path) -> MobileTower:
@@ -201,6 +217,7 @@ def write(path: Path, tower: MobileTower, licence: str, summary: dict[str, int])
         "source": "trained with `python -m qualiclip_pyiqa.training.embedded`",
         "training": json.dumps(summary),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, state, metadata)
 
 
