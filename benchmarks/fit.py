@@ -81,7 +81,7 @@ def within(found: Rated, own: Floats | None, count: int, splits: int) -> Row:
     if count >= groups:
         raise SettingsError(f"--fitted-on {count}: the table has {groups} groups of images; expected fewer")
     settings = FitOptions(splits=splits, test_share=1 - count / groups if count else 0.2)
-    figures = cross_validate(found.x, found.y, found.groups, settings)
+    figures = cross_validate(found.x, found.y, found.groups, settings).agreement
     row: Row = {"fitted on": count or "80 %"}
     for name in ("srcc", "plcc"):
         row |= {name.upper(): figures[name]["median"], f"{name.upper()} sd": figures[name]["sd"]}
@@ -95,7 +95,9 @@ def within(found: Rated, own: Floats | None, count: int, splits: int) -> Row:
 def across(name: str, ratings: Ratings, other: Ratings) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "fitted.safetensors"
-        model = fit(choose_tower(name), ratings, out, FitOptions(splits=1, cache=default_cache()), watch, device="cpu")
+        model, _ = fit(
+            choose_tower(name), ratings, out, FitOptions(splits=1, cache=default_cache()), watch, device="cpu"
+        )
         means = other.mean_opinions()
         scores = score_images(Scorer({"fitted": out}, device="cpu"), list(means), watch)
     if scores.errors:

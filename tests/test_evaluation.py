@@ -253,6 +253,21 @@ def test_command_with_ratings(rated: Path, tmp_path: Path, capsys: pytest.Captur
     assert ": no correlation, because all" in capsys.readouterr().out
 
 
+def test_number_of_workers_is_chosen(rated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    score = Scorer.score
+
+    def noted(scorer: Scorer, images: Any) -> Any:
+        used.append(scorer.workers)
+        return score(scorer, images)
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    assert evaluate("--ratings", rated / "mos.csv", "--images", rated, "-m", "qualiclip-mini", "--workers", 0) == 0
+    assert evaluate("--gmad", "qualiclip-mini", "qualiclip-mini+", rated, "--levels", 1, "--workers", 2) == 0
+    assert used == [0, 2]
+    assert evaluate("--ratings", rated / "mos.csv", "--images", rated, "--workers", -1) == 2
+
+
 def test_command_with_a_data_set_of_pyiqa(
     rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,6 +463,7 @@ def test_names_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
         ),
         (("--degradations", "DIR", "--images", "DIR"), "--images has no effect with --degradations"),
         (("--degradations", "DIR", "--group", "x"), "--group has no effect with --degradations"),
+        (("--degradations", "DIR", "--workers", "0"), "--workers has no effect with --degradations; leave it out"),
         (("--degradations", "DIR", "--no-lower-better"), "--lower-better has no effect with --degradations"),
         (("--dataset", "spaq", "--lower-better"), "--lower-better has no effect with --dataset"),
         (("--dataset", "spaq", "--mos-column", "x"), "--mos-column has no effect with --dataset"),
@@ -736,6 +752,7 @@ def test_tables_of_scores_that_do_not_fit(rated: Path, tmp_path: Path, capsys: p
         ((table(*rows, "in/3.png,64,64,7,1,1,"),), "has two rows of in/3.png with different scores"),
         ((table(*rows), "-m", "piq"), "has no score 'piq'; did you mean 'piqe'?; its scores: piqe, niqe.a, niqe.b"),
         ((table(*rows), "--max-pixels", 7), "--max-pixels has no effect with --scores; leave it out"),
+        ((table(*rows), "--workers", 0), "--workers has no effect with --scores; leave it out"),
         ((tmp_path / "none.csv",), "none.csv cannot be read"),
     ):
         assert cli.main(["evaluate", "--ratings", str(mos), "--scores", *map(str, arguments)]) == 2

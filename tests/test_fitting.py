@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -31,17 +33,18 @@ from torchvision.transforms.functional import to_pil_image
 
 from qualiclip_pyiqa import BlindMetric, FittedIQA, OpenQualiCLIP, QualityLoss, Scorer
 from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.commands.fit import warnings
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.metrics.fitted import bounded, standardised
-from qualiclip_pyiqa.pretrained.fitted import FIGURES, load_fitted
+from qualiclip_pyiqa.pretrained.fitted import FIGURES, load_fitted, write_fitted
 from qualiclip_pyiqa.pretrained.model import load_model
 from qualiclip_pyiqa.scoring.tables import Record
 from qualiclip_pyiqa.towers.base import freeze
 from qualiclip_pyiqa.training import features
 from qualiclip_pyiqa.training.features import compute_statistics
-from qualiclip_pyiqa.training.fitting import ChosenTower, FitOptions, choose_tower, cross_validate, fit
+from qualiclip_pyiqa.training.fitting import ChosenTower, CrossValidation, FitOptions, choose_tower, cross_validate, fit
 from qualiclip_pyiqa.training.ridge import STRENGTHS, choose_strength, fit_ridge
 from qualiclip_pyiqa.training.splits import folds, repeated_splits, united
 
@@ -194,6 +197,8 @@ def test_create_metric_has_range_and_direction_of_the_file(rated: Path, tmp_path
     assert pyiqa.create_metric("qualiclip-mini", device="cpu").score_range == "0, 1"
     with pytest.raises(SettingsError, match=r"pass weights=FILE, made with `qualiclip fit -m TOWER"):
         pyiqa.create_metric("fitted", device="cpu")
+    with pytest.raises(SettingsError, match=r"dmos.safetensors is a metric of `qualiclip fit`, which takes no prompts"):
+        pyiqa.create_metric("fitted", device="cpu", weights=str(tmp_path / "dmos.safetensors"), prompts="look")
 
 
 # ---------------------------------------------------------------- towers
@@ -345,6 +350,14 @@ def test_every_tower_has_a_name(
     [
         ({"few": 5}, 2, "5 rated images; expected at least 20, better 100 or more"),
         ({"mos": "3"}, 2, "all opinion scores are 3; there is nothing to fit"),
+        ({"others": 4}, 2, "26 of 30 images have the opinion score 3; expected at least 5 images with another one"),
+        (
+            {"scaled": (1e37, 0)},
+            2,
+            "8e+38 are beyond float32, in which metrics score; expected numbers of at most 1e+20",
+        ),
+        ({"scaled": (1e-37, 0)}, 2, "are beyond float32"),
+        ({"scaled": (1e-3, 1e6)}, 2, "opinion scores from 1000000.02 to 1000000.08 are beyond float32"),
         ({"nan": True}, 2, "mos is 'nan'; expected a finite number"),
         ({"name": "none.png"}, 2, "none.png not found; expected an image below"),
         ({"scene": "one"}, 2, "30 images in 1 group, never divided; expected at least 3 groups"),
@@ -374,6 +387,12 @@ def test_bad_input_is_one_line(
     header, *rows = csv.reader((rated / "scores.csv").open())
     for row in rows:
         row[1], row[2] = change.get("mos", row[1]), change.get("scene", row[2])
+    if "scaled" in change:
+        scale, offset = change["scaled"]
+        for row in rows:
+            row[1] = str(float(row[1]) * scale + offset)
+    for row in rows[change.get("others", COUNT) :]:
+        row[1] = "3"
     rows[3][0] = change.get("name", rows[3][0])
     rows[4][1] = "nan" if "nan" in change else rows[4][1]
     images = rated
@@ -458,7 +477,7 @@ def test_copies_of_an_image_and_repeated_ratings_are_one_group(
     found = read_ratings(write_rows(tmp_path / "s.csv", rows), tmp_path, group_column="scene")
     seen: dict[str, Any] = {}
 
-    def noted(x: Any, y: Any, groups: Any, options: FitOptions) -> dict[str, Any]:
+    def noted(x: Any, y: Any, groups: Any, options: FitOptions) -> CrossValidation:
         seen.update(y=y, groups=groups)
         return cross_validate(x, y, groups, options)
 
@@ -484,7 +503,7 @@ def test_nothing_of_the_test_part_decides_its_scores() -> None:
     one, other = (choose_strength(x[split.training], each[split.training], inner) for each in (y, changed))
     assert one == other
     # From noise nothing can be learned: an agreement would have leaked.
-    found = cross_validate(x, y, groups, FitOptions(splits=40))
+    found = cross_validate(x, y, groups, FitOptions(splits=40)).agreement
     assert abs(found["srcc"]["median"]) < 0.35  # type: ignore[arg-type]
 
 
@@ -533,7 +552,89 @@ def test_strength_at_the_edge_is_said(rated: Path, tmp_path: Path, capsys: pytes
     table = write_rows(tmp_path / "noise.csv", [["image", "mos"], *drawn])
     out = tmp_path / "my.safetensors"
     assert run("-m", "qualiclip-mini", "--ratings", table, "--images", rated, "-o", out, "--workers", 0) == 0
-    assert ("WARNING" in capsys.readouterr().err) == load_fitted(out).fit.at_edge
+    assert ("WARNING: that is the weakest" in capsys.readouterr().err) == load_fitted(out).fit.at_edge
+
+
+def test_what_makes_figures_worthless_is_said(rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Test parts of six images; a single one each; opinion scores of which few differ."""
+    rows = list(csv.reader((rated / "scores.csv").open()))[1:]
+    tables = {
+        "good": [[name, mos] for name, mos, _ in rows],
+        "few": [[name, 50 + 10 * number if number < 5 else 20] for number, (name, *_) in enumerate(rows)],
+    }
+    said = {}
+    for name, test in (("good", 0.2), ("good", 0.01), ("few", 0.1)):
+        table = write_rows(tmp_path / "t.csv", [["image", "mos"], *tables[name]])
+        words = ["-m", "qualiclip-mini", "--ratings", table, "--images", rated, "-o", tmp_path / "my.safetensors"]
+        assert run(*words, "--workers", 0, "--device", "cpu", "--test", test, "--force") == 0
+        said[name, test] = capsys.readouterr().err
+        FittedIQA(weights=tmp_path / "my.safetensors")
+    assert (
+        "WARNING: test parts hold 6 images, where chance alone moves an SRCC by 0.45 (standard deviation), so the "
+        "figures say little; expected 20 or more"
+    ) in said["good", 0.2]
+    assert "no split has an SRCC" not in said["good", 0.2] and "is negative" not in said["good", 0.2]
+    assert "WARNING: no split has an SRCC" in said["good", 0.01] and "chance" not in said["good", 0.01]
+    assert re.search(r"WARNING: the SRCC is that of \d of 10 splits", said["few", 0.1])
+
+
+def test_warnings_depend_on_the_figures(fitted: dict[str, Path]) -> None:
+    stored = load_fitted(fitted["mini"]).fit
+    spread = {"median": -0.1, "sd": 0.0, "min": -0.1, "max": -0.1}
+    bad = dataclasses.replace(stored, at_edge=False, agreement=dict.fromkeys(FIGURES, spread))
+    (line,) = warnings(bad, CrossValidation({}, [20, 20, 20], 3))
+    assert line.startswith("the median SRCC is negative (-0.1000)")
+    good = dataclasses.replace(bad, agreement=dict.fromkeys(FIGURES, spread | {"median": 0.9}))
+    assert list(warnings(good, CrossValidation({}, [20, 20, 20], 3))) == []
+    assert len(list(warnings(good, CrossValidation({}, [1, 4, 9], 3)))) == 1
+
+
+@pytest.mark.parametrize("offset", [0, 50_000])
+def test_figures_are_those_of_the_metric_that_is_written(
+    offset: float, rated: Path, ratings: Ratings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores that agreement is computed from are, bit for bit, those of a file with the same regression."""
+    ratings.opinions = [opinion / 10 + offset for opinion in ratings.opinions]
+    out = tmp_path / "my.safetensors"
+    seen = {}
+
+    def noted(x: Any, y: Any, groups: Any, options: FitOptions) -> CrossValidation:
+        seen["x"], seen["y"] = x, y
+        return cross_validate(x, y, groups, options)
+
+    monkeypatch.setattr("qualiclip_pyiqa.training.fitting.cross_validate", noted)
+    quick_fit(choose_tower("qualiclip-mini"), ratings, out)
+    metric = FittedIQA(weights=out).eval()
+    found = fit_ridge(seen["x"], seen["y"], [metric.fit.strength]).stored_scores(seen["x"])
+    expected = [float(scores(metric, load_image(path)[None])) for path in ratings.mean_opinions()]
+    assert found == pytest.approx(expected, abs=2e-3 if offset else 1e-5)
+    rated_by = metric.rate(torch.from_numpy(seen["x"].astype(np.float32)))[:, 0].double().numpy()
+    assert np.array_equal(found, rated_by)
+
+
+def test_file_that_cannot_be_loaded_is_not_written(
+    ratings: Ratings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(path: Path, model: Any, *words: str) -> None:
+        fit = dataclasses.replace(model.fit, intercept=float("inf"))
+        write_fitted(path, dataclasses.replace(model, fit=fit), *words)
+
+    monkeypatch.setattr("qualiclip_pyiqa.training.fitting.write_fitted", spoiled)
+    out = tmp_path / "my.safetensors"
+    out.write_bytes(b"old")
+    with pytest.raises(
+        WeightsError, match=r"my.safetensors is not written, since .*: it: metadata 'fit.intercept' is inf"
+    ):
+        quick_fit(choose_tower("qualiclip-mini"), ratings, out, dataclasses.replace(QUICK, force=True))
+    assert out.read_bytes() == b"old" and [path.name for path in tmp_path.glob("my.*")] == [out.name]
+
+
+def test_statistic_that_float32_cannot_scale_is_constant() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 3))
+    x[:, 1] *= 1e-44
+    found = fit_ridge(x, rng.normal(size=30), [1.0])
+    assert found.weights[1, 0] == 0 and bool((found.stored()[1] > 0).all())
 
 
 # ---------------------------------------------------------------- cache

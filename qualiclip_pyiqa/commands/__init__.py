@@ -22,7 +22,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _SEEDS = 2**32  # number of seeds; more fit into 64 bits, but seeds are added to
 DEFAULT_METRIC = "qualiclip-mini+"
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
-READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout")
+READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout", "workers")
 
 
 def say(line: str) -> None:
@@ -138,6 +138,9 @@ def add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
     parser.add_argument(
         "--decode-timeout", type=a_number, metavar="SECONDS", help="give up on an image after this time (default: 60)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="number of decoding processes; 0: none (default: by the CPU cores)"
     )
 
 

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 USELESS: dict[str, tuple[str, ...]] = {
     "ratings": ("levels", "limit", "bank"),
     "dataset": (*(name for name in RATING_OPTIONS if name != "images"), "group", "levels", "limit", "bank"),
-    "degradations": (*RATING_OPTIONS, "group", "levels", "scores", "decode_timeout"),
+    # Photographs to degrade are decoded in this process.
+    "degradations": (*RATING_OPTIONS, "group", "levels", "scores", "decode_timeout", "workers"),
     "gmad": ("metric", *RATING_OPTIONS, "group", "limit", "bank", "seed", "scores"),
 }
 SHOWN = 10  # errors printed; all are in the JSON

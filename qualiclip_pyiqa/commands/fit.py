@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,9 @@ from . import (
 if TYPE_CHECKING:
     from ..pretrained.fitted import Fit
     from ..scoring.tables import Record
+    from ..training.fitting import CrossValidation
+
+FEW_TESTED = 20  # images in a test part, below which its figures are mostly chance
 
 
 def add_parser(commands: Commands) -> None:
@@ -65,7 +70,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--seed", type=a_seed, default=0, metavar="N", help="seed of the splits (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor write the cache of statistics")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
     add_read_options(parser)
 
 
@@ -89,10 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
         cache=None if arguments.no_cache else default_cache(),
         force=arguments.force,
     )
-    reading = read_options(arguments) | {"device": arguments.device, "workers": arguments.workers}
-    model = fit(tower, ratings, arguments.output, options, _bar, **reading)
+    reading = read_options(arguments) | {"device": arguments.device}
+    model, found = fit(tower, ratings, arguments.output, options, _bar, **reading)
     for line in _lines(model.fit):
         say(line)
+    for warning in warnings(model.fit, found):
+        say(f"qualiclip: WARNING: {warning}")
     put(arguments.output)
     return 0
 
@@ -117,8 +123,37 @@ def _lines(fit: Fit) -> Iterator[str]:
             f"{text.number(each['max'])})"
         )
     yield f"qualiclip: fitted on all {fit.images} images with strength {fit.strength:.3g}"
+
+
+def warnings(fit: Fit, found: CrossValidation) -> Iterator[str]:
+    """Yield what keeps a fit's figures, or the fit itself, from meaning much; one line each."""
     if fit.at_edge:
         yield (
-            "qualiclip: WARNING: that is the weakest or strongest penalty that was tried; with so few or such ratings "
-            "the tower's statistics hold little about them, or nothing keeps the regression from fitting them"
+            "that is the weakest or strongest penalty that was tried; with so few or such ratings the tower's "
+            "statistics hold little about them, or nothing keeps the regression from fitting them"
+        )
+    median = fit.agreement["srcc"]["median"]
+    if median is None:
+        yield (
+            "no split has an SRCC, since its test part is too small or its scores or opinion scores are all equal, so "
+            "nothing is known about the metric; rate more images, or pass a larger --test"
+        )
+    elif found.measured < fit.splits:
+        yield (
+            f"the SRCC is that of {found.measured} of {fit.splits} splits; in the others the test part is too small, "
+            "or scores or opinion scores are all equal"
+        )
+    if median is not None and median < 0:
+        yield (
+            f"the median SRCC is negative ({median:.4f}): on new images the metric orders quality no better than "
+            "chance; do not use it without more ratings, or another tower"
+        )
+    typical = statistics.median_low(found.tests)
+    if median is not None and typical < FEW_TESTED:
+        least, most = min(found.tests), max(found.tests)
+        size = str(least) if least == most else f"{least} to {most}"
+        chance = 1 / math.sqrt(max(typical - 1, 1))
+        yield (
+            f"test parts hold {size} images, where chance alone moves an SRCC by {chance:.2f} (standard deviation), "
+            f"so the figures say little; expected {FEW_TESTED} or more: rate more images, such as 100"
         )

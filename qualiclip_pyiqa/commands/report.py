@@ -53,7 +53,6 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--title", help="heading of the page (default: name of the folder or table)")
     parser.add_argument("--device", help="such as cpu or cuda, for a folder (default: cuda if there is one)")
-    parser.add_argument("--workers", type=int, metavar="N", help="number of decoding processes, for a folder")
     add_read_options(parser)
     add_force_option(parser)
 
@@ -62,9 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_new(arguments.output, arguments.force)
     sources = [each for each in (arguments.source, arguments.second) if each is not None]
     options = read_options(arguments)
-    for name in ("device", "workers"):
-        if getattr(arguments, name) is not None:
-            options[name] = getattr(arguments, name)
+    if arguments.device is not None:
+        options["device"] = arguments.device
     scored = any(source.is_dir() for source in sources)
     if not scored:
         refuse(arguments, ("prompts", *options), "on a table of scores")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ..scoring.scorer import Scorer
 
 # Options of `Scorer`, besides `READ_OPTIONS`.
-OPTIONS = ("device", "batch_size", "workers", "precision", "compile")
+OPTIONS = ("device", "batch_size", "precision", "compile")
 Score: TypeAlias = Callable[[Iterable[str]], Iterator[Record]]
 
 
@@ -86,7 +86,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("-0", "--null", action="store_true", help="names in the list on stdin end with NUL")
     parser.add_argument("--device", help="such as cpu, cuda, or cuda:0,cuda:1 (default: cuda if there is one)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="maximum number of images of equal size per batch")
-    parser.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), tf32, bf16 or fp16")
     parser.add_argument("--compile", action="store_true", help="use torch.compile, which pays off for many images")
     add_read_options(parser)

@@ -57,6 +57,14 @@ def bounded(predictions: Tensor, low: float, high: float) -> Tensor:
     return (middle + half * torch.where(over > 0, bent, u)).clamp(low, high)  # only rounding is clamped
 
 
+def regress(statistics: Tensor, regression: Tensor, intercept: float, low: float, high: float) -> Tensor:
+    """Score statistics (M, S) -> (M, 1) by a regression (3, S) of their dtype: mean, scale and weight."""
+    mean, scale, weight = regression
+    # Not a matrix product, whose order of summation depends on the batch.
+    predictions = (standardised(statistics, mean, scale) * weight).sum(dim=1, keepdim=True)
+    return bounded(predictions + intercept, low, high)
+
+
 class FittedIQA(BlindMetric):
     """A metric fitted by `qualiclip fit`, from its file; also `pyiqa.create_metric("fitted", weights=FILE)`.
 
@@ -66,13 +74,14 @@ class FittedIQA(BlindMetric):
         model_type: `fitted`.
         weights: the file.
         tile: see `BlindMetric`; a metric fitted on whole images may be far off on windows.
+        prompts: refused, as the regression takes none.
 
     Shape:
         x: (N, 3, H, W) or (N, 1, H, W), RGB or grey in 0..1, H and W at least 32, any floating-point dtype
         -> (N, 1), float32 (float64 for a metric in double precision), within the range of the opinion scores.
 
     Raises:
-        SettingsError: no file was passed.
+        SettingsError: no file was passed, or prompts were.
         WeightsError: the file is missing, damaged, of another kind, or its regression does not fit its tower.
     """
 
@@ -80,9 +89,17 @@ class FittedIQA(BlindMetric):
 
     regression: Tensor
 
-    def __init__(self, model_type: str = "fitted", weights: str | Path | None = None, tile: int | None = None) -> None:
+    def __init__(
+        self,
+        model_type: str = "fitted",
+        weights: str | Path | None = None,
+        tile: int | None = None,
+        prompts: object = None,
+    ) -> None:
         if not weights:
             raise SettingsError(f"{model_type} is a metric of your own; pass weights=FILE, made with `{HOW_TO_FIT}`")
+        if prompts is not None:
+            raise SettingsError(f"{weights} is a metric of `qualiclip fit`, which takes no prompts; leave prompts out")
         model = load_fitted(weights)
         fit = model.fit
         super().__init__(model_type, FITTED_PAPER, f"{fit.low!r}, {fit.high!r}", fit.lower_better, tile)
@@ -105,10 +122,8 @@ class FittedIQA(BlindMetric):
         """Score statistics: (M, S) -> (M, 1)."""
         precise = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            mean, scale, weight = self.regression.to(precise)
-            # Not a matrix product, whose order of summation depends on the batch.
-            predictions = (standardised(features.to(precise), mean, scale) * weight).sum(dim=1, keepdim=True)
-            return bounded(predictions + self.fit.intercept, self.fit.low, self.fit.high)
+            fit, regression = self.fit, self.regression.to(precise)
+            return regress(features.to(precise), regression, fit.intercept, fit.low, fit.high)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedIQA:
         """Apply `.to()` and the like; all go through this method. Half precision is for the tower only."""

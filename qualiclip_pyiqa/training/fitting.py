@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from ..errors import SettingsError, WeightsError, counted, did_you_mean
 from ..evaluation.agreement import LEAST, Floats, agreement
 from ..evaluation.ratings import Ratings
+from ..files import replacing
 from ..images.convert import source_name
+from ..metrics.fitted import FittedIQA
 from ..metrics.prompts import resolve_prompts
 from ..metrics.registry import METRICS
 from ..pretrained.fitted import FIGURES, Fit, FittedModel, load_fitted, write_fitted
@@ -30,6 +33,11 @@ from .splits import Indices, folds, repeated_splits, united
 LEAST_IMAGES = 20
 LEAST_GROUPS = 3  # one to test on, two to choose the strength by
 INNER_FOLDS = 5
+LEAST_OTHERS = INNER_FOLDS  # images whose opinion score is not the most frequent one: one for each fold
+# Of opinion scores, in absolute value: intermediate results are larger, and float32 ends at 3e38.
+LARGEST_OPINION = 1e20
+LEAST_RANGE = 1e-20
+LEAST_STEPS = 10_000  # numbers of float32 in the range of the opinion scores
 SUFFIX = ".safetensors"
 # Rules of reading that change an image's pixels.
 _RULES = ("ignore_orientation", "ignore_profile", "allow_truncated")
@@ -65,6 +73,22 @@ class Rated:
     y: Floats
     groups: Indices
     hashes: list[str]
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What repeated splits found.
+
+    Attributes:
+        agreement: `srcc`, `plcc` and `krcc`, each with `median`, `sd`, `min` and `max` over the splits in which it is
+            defined; None if there are none.
+        tests: number of images in the test part of each split.
+        measured: number of splits in which the SRCC is defined.
+    """
+
+    agreement: dict[str, dict[str, float | None]]
+    tests: list[int] = field(repr=False)
+    measured: int
 
 
 @dataclass(frozen=True)
@@ -160,7 +184,7 @@ def _check_backbone_name(name: str) -> None:
 
 
 def check_ratings(ratings: Ratings) -> None:
-    """Raise SettingsError if there are too few images or opinion scores are constant."""
+    """Raise SettingsError if there are too few images, or opinion scores that nothing can be fitted to in float32."""
     opinions = ratings.mean_opinions()
     if len(opinions) < LEAST_IMAGES:
         raise SettingsError(
@@ -168,6 +192,20 @@ def check_ratings(ratings: Ratings) -> None:
         )
     if len(set(opinions.values())) == 1:
         raise SettingsError(f"all opinion scores are {next(iter(opinions.values())):g}; there is nothing to fit")
+    (usual, count), *_ = Counter(opinions.values()).most_common(1)
+    if len(opinions) - count < LEAST_OTHERS:
+        raise SettingsError(
+            f"{count} of {len(opinions)} images have the opinion score {usual:g}; expected at least {LEAST_OTHERS} "
+            "images with another one: rate more images, or on a finer scale"
+        )
+    low, high = min(opinions.values()), max(opinions.values())
+    largest = max(-low, high)
+    if largest > LARGEST_OPINION or high - low < max(LEAST_RANGE, LEAST_STEPS * float(np.spacing(np.float32(largest)))):
+        raise SettingsError(
+            f"opinion scores from {low} to {high} are beyond float32, in which metrics score; expected numbers of at "
+            f"most {LARGEST_OPINION:g} whose range holds {LEAST_STEPS:,} of float32's numbers: rescale them, "
+            "for example to 0..100"
+        )
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -180,12 +218,13 @@ def check_target(path: Path, force: bool) -> None:
 
 def fit(
     tower: ChosenTower, ratings: Ratings, out: Path, options: FitOptions, watch: Watch, **reading: Any
-) -> FittedModel:
+) -> tuple[FittedModel, CrossValidation]:
     """Fit a metric, measure it by repeated splits, and write it to a file, whole or not at all.
 
     In each split the strength is chosen and the regression fitted on the training part alone. The metric that is
-    written is fitted on all images in the same way. Tower, images, ratings and options determine the bytes of the file,
-    for one machine, version of torch and NumPy, and number of threads.
+    written is fitted on all images in the same way, and loaded from its file before that gets its name. Tower, images,
+    ratings and options determine the bytes of the file, for one machine, version of torch and NumPy, and number of
+    threads.
 
     Args:
         tower: from `choose_tower`.
@@ -196,7 +235,11 @@ def fit(
         watch: wraps the records of images that are computed, for example in a progress bar.
         reading: options of `Scorer`: device, workers and rules of reading.
 
+    Returns:
+        The metric, and what the repeated splits found.
+
     Raises:
+        WeightsError: the file cannot be loaded again; `out` is unchanged.
         SettingsError: `out` exists; ratings or options from which nothing can be fitted; SciPy is not installed.
         ImageError: images that cannot be read.
         OSError: `out` cannot be written, or the cache cannot be used.
@@ -212,6 +255,7 @@ def fit(
     x, y, groups = rated.x, rated.y, rated.groups
     chosen = choose_strength(x, y, folds(groups, INNER_FOLDS, [options.seed, options.splits]))
     ridge = fit_ridge(x, y, [STRENGTHS[chosen]])
+    found = cross_validate(x, y, groups, options)
     file = provenance(tower.model.file)
     described = Fit(
         pos_embedding=tower.pos_embedding,
@@ -227,24 +271,30 @@ def fit(
         splits=options.splits,
         test_share=options.test_share,
         seed=options.seed,
-        agreement=cross_validate(x, y, groups, options),
+        agreement=found.agreement,
         tower_name=tower.name[:200],
         tower_file=file["file"][:200],
         tower_sha256=file["sha256"] or "",
         ratings=ratings.columns[:1000],
         reading=", ".join(f"{name}={value}" for name, value in sorted(reading.items()) if name in _RULES),
     )
-    model = FittedModel(
-        tower.model,
-        described,
-        torch.from_numpy(np.stack([ridge.mean, ridge.scale, ridge.weights[:, 0]]).astype(np.float32)),
-        _hashes(rated.hashes),
-    )
+    model = FittedModel(tower.model, described, ridge.stored(), _hashes(rated.hashes))
     try:
-        write_fitted(out, model, file["licence"], f"fitted with `qualiclip fit` on the tower of {file['file']}")
+        with replacing(out) as part:
+            write_fitted(part, model, file["licence"], f"fitted with `qualiclip fit` on the tower of {file['file']}")
+            _check_loads(part, out)
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error.strerror or error}); make room and repeat") from error
-    return model
+    return model, found
+
+
+def _check_loads(part: Path, out: Path) -> None:
+    """Raise WeightsError if a file cannot be loaded as a metric."""
+    try:
+        FittedIQA(weights=part)
+    except WeightsError as error:
+        why = str(error).replace(str(part), "it")
+        raise WeightsError(f"{out} is not written, since it could not be used: {why}") from error
 
 
 def rated_statistics(tower: ChosenTower, ratings: Ratings, cache: Path | None, watch: Watch, **reading: Any) -> Rated:
@@ -281,32 +331,34 @@ def rated_statistics(tower: ChosenTower, ratings: Ratings, cache: Path | None, w
     return Rated(found.values.astype(np.float64), y, groups, found.hashes)
 
 
-def cross_validate(x: Floats, y: Floats, groups: Indices, options: FitOptions) -> dict[str, dict[str, float | None]]:
+def cross_validate(x: Floats, y: Floats, groups: Indices, options: FitOptions) -> CrossValidation:
     """Measure by repeated splits how a metric fitted on one part agrees with the opinion scores of the other.
+
+    The scores are those that the metric gives once it is written, in float32.
 
     Args:
         x: (n, S) statistics.
         y: (n,) opinion scores.
         groups: (n,), never divided.
         options: number of splits, share of the test part, and seed.
-
-    Returns:
-        `srcc`, `plcc` and `krcc`, each with `median`, `sd`, `min` and `max` over the splits in which it is defined.
     """
+    tests: list[int] = []
     figures: dict[str, list[float]] = {name: [] for name in FIGURES}
     for number, split in enumerate(repeated_splits(groups, options.splits, options.test_share, options.seed)):
+        tests.append(len(split.test))
         opinions = y[split.training]
         if np.ptp(opinions) == 0 or len(split.test) < LEAST or len(set(groups[split.training].tolist())) < 2:
             continue
         inner = folds(groups[split.training], INNER_FOLDS, [options.seed, number])
         chosen = choose_strength(x[split.training], opinions, inner)
         ridge = fit_ridge(x[split.training], opinions, [STRENGTHS[chosen]])
-        found = agreement(ridge.scores(x[split.test])[:, 0], y[split.test])
+        found = agreement(ridge.stored_scores(x[split.test]), y[split.test])
         for name, values in figures.items():
             value = getattr(found, name)
             if value is not None:
                 values.append(value)
-    return {name: _spread(values) for name, values in figures.items()}
+    spread = {name: _spread(values) for name, values in figures.items()}
+    return CrossValidation(spread, tests, len(figures["srcc"]))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..metrics.fitted import bounded, standardised
+from ..metrics.fitted import bounded, regress, standardised
 from .splits import Split
 
 # Half decades. The largest eigenvalue of Z^T Z / n is at most about S, the number of statistics.
@@ -52,6 +52,16 @@ class Ridge:
         scores: Floats = bounded(torch.from_numpy(predicted), self.low, self.high).numpy()
         return scores
 
+    def stored(self) -> torch.Tensor:
+        """Return mean, scale and weight of each statistic as a file holds them, for the first strength: (3, S)."""
+        return torch.from_numpy(np.stack([self.mean, self.scale, self.weights[:, 0]]).astype(np.float32))
+
+    def stored_scores(self, x: Floats) -> Floats:
+        """Score images as the metric in a file does, in float32: (n, S) -> (n,), for the first strength."""
+        statistics = torch.from_numpy(x.astype(np.float32))
+        scores = regress(statistics, self.stored(), float(self.intercepts[0]), self.low, self.high)
+        return scores[:, 0].double().numpy()
+
 
 def fit_ridge(x: Floats, y: Floats, strengths: Sequence[float]) -> Ridge:
     """Fit a regression for each strength.
@@ -62,7 +72,7 @@ def fit_ridge(x: Floats, y: Floats, strengths: Sequence[float]) -> Ridge:
         strengths: K positive numbers.
     """
     mean, scale = x.mean(axis=0), x.std(axis=0)
-    constant = scale <= _CONSTANT * np.abs(mean) + np.finfo(float).tiny
+    constant = scale <= _CONSTANT * np.abs(mean) + np.finfo(np.float32).tiny  # a file holds float32
     scale = np.where(constant, 1.0, scale)
     z = np.where(constant, 0.0, _standardised(x, mean, scale))
     centre = z.mean(axis=0)
