@@ -24,6 +24,7 @@ from qualiclip_pyiqa.report.findings import near_duplicates, outliers, robust_z
 from qualiclip_pyiqa.report.page import write_report
 from qualiclip_pyiqa.report.previews import make_preview
 from qualiclip_pyiqa.report.render import SCRIPTS, asset
+from qualiclip_pyiqa.report.runs import Run
 from qualiclip_pyiqa.report.text import link, visible
 from qualiclip_pyiqa.scoring.tables import Record
 
@@ -275,3 +276,20 @@ def test_bad_input_gets_one_line(
 def test_text_is_made_visible() -> None:
     assert visible("a\0b\x1b[31m\u2066") == "a\\x00b\\x1b[31m\\u2066"
     assert link("//host/x.png", Path("/y")).startswith("../")
+
+
+@pytest.mark.parametrize(
+    ("column", "prompts", "word"),
+    [
+        ("m", {"quality": [["Good photo.", "Bad photo."]]}, "better"),
+        ("m.brightness", {"quality": [], "brightness": [["Bright photo.", "Dark photo."]]}, "brighter"),
+        ("m", {"fog": [["Clear photo.", "Foggy photo."]]}, "better"),
+        ("m", {"quality": [["Good photo.", "Bad photo."], ["Bright photo.", "Dark photo."]]}, "better"),
+        ("m", {"quality": "damaged"}, "better"),
+        ("m", None, "better"),
+    ],
+)
+def test_more_of_what_describes_an_image_is_not_called_better(column: str, prompts: object, word: str) -> None:
+    meta = {"columns": {column: {"prompts": prompts, "lower_better": False}}}
+    run = Run("t", Path("t.csv"), (column,), {column: False}, (), meta)
+    assert run.comparative(column) == word

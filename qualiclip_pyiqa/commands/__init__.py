@@ -21,6 +21,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _SEEDS = 2**32  # number of seeds; more fit into 64 bits, but seeds are added to
 DEFAULT_METRIC = "qualiclip-mini+"
+LOOK_METRIC = f"{DEFAULT_METRIC}:look"  # default where attributes are shown beside quality
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
 READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout", "workers")
 

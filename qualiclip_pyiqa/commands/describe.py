@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import ImageError, SettingsError, counted
 from ..images.convert import source_name
 from . import (
+    LOOK_METRIC,
     Commands,
     add_force_option,
     add_metric_option,
@@ -26,8 +27,6 @@ from . import (
 if TYPE_CHECKING:
     from ..report.profile import Profile, Profiler, Trait
 
-DEFAULT = "qualiclip-mini+:look"
-
 
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
@@ -39,7 +38,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="image file")
-    add_metric_option(parser, DEFAULT)
+    add_metric_option(parser, LOOK_METRIC)
     parser.add_argument(
         "--against",
         type=Path,
@@ -57,7 +56,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.force and arguments.output is None:
         raise SettingsError("--force has no effect without -o FILE; leave it out")
-    metrics = chosen_metrics(arguments, default=DEFAULT)
+    metrics = chosen_metrics(arguments, default=LOOK_METRIC)
     if arguments.output is not None:
         from ..figures import check_figure
         from ..report.bars import MOST

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import counted
 from ..screen import Screen
 from . import (
+    LOOK_METRIC,
     Commands,
     add_force_option,
     add_metric_option,
@@ -39,7 +40,7 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("source", type=Path, metavar="FOLDER|TABLE", help="a folder to score, or a table of scores")
     parser.add_argument("second", type=Path, nargs="?", metavar="SECOND", help="a folder or table to compare with")
-    add_metric_option(parser)
+    add_metric_option(parser, LOOK_METRIC)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the page, *.html")
     parser.add_argument(
         "--maps",
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not scored:
         refuse(arguments, ("prompts", *options), "on a table of scores")
         check_different("-m", arguments.metric or ())
-    metrics = chosen_metrics(arguments) if scored else arguments.metric or ()
+    metrics = chosen_metrics(arguments, default=LOOK_METRIC) if scored else arguments.metric or ()
 
     from ..report.page import write_report
 

@@ -9,27 +9,16 @@ from typing import Any
 
 from ..errors import ImageError
 from ..images.tensors import Source
-from ..metrics.prompts import LOOK, Pair
+from ..metrics.prompts import Pair
 from ..scoring.building import Metrics, blind_metric
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record
 from .reference import Reference, TableReference, Values, percentile, shipped_reference
+from .words import COMPARATIVES
 
 DEFAULT_METRICS = "qualiclip-mini+:look"
 # A score is unusual if at most this percentage of the reference lies beyond it.
 UNUSUAL = 5.0
-
-# Comparatives for the positive and the negative side of predefined pairs; others are named by their texts.
-_WORDS: dict[str, Pair] = {
-    "quality": ("better", "worse"),
-    "brightness": ("brighter", "darker"),
-    "sharpness": ("sharper", "blurrier"),
-    "noisiness": ("cleaner", "noisier"),
-    "colorfulness": ("more colorful", "duller"),
-    "contrast": ("higher in contrast", "lower in contrast"),
-    "compression": ("less compressed", "more compressed"),
-}
-_COMPARATIVES = {LOOK[name]: words for name, words in _WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -96,8 +85,8 @@ class Trait:
         pairs = self.attribute.pairs
         if not pairs:
             comparative = "worse" if low else "better"
-        elif len(pairs) == 1 and pairs[0] in _COMPARATIVES:
-            comparative = _COMPARATIVES[pairs[0]][low]
+        elif len(pairs) == 1 and pairs[0] in COMPARATIVES:
+            comparative = COMPARATIVES[pairs[0]][low]
         else:
             comparative = f"closer to {(self.attribute.low if low else self.attribute.high)!r}"
         return f"{comparative} than {beyond} %"

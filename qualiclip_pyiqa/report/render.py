@@ -166,7 +166,7 @@ def _data(page: Page, slots: Mapping[int, int]) -> dict[str, Any]:
         "title": visible(page.title),
         "runs": [visible(name) for name in sheet.names],
         "joined": sheet.joined,
-        "columns": [_column(column) for column in sheet.columns],
+        "columns": [_column(sheet, column) for column in sheet.columns],
         "pairs": sheet.pairs,
         "folder": start,
         "shownFolder": visible(start),
@@ -194,12 +194,13 @@ def _data(page: Page, slots: Mapping[int, int]) -> dict[str, Any]:
     }
 
 
-def _column(column: Column) -> dict[str, Any]:
+def _column(sheet: Sheet, column: Column) -> dict[str, Any]:
     return {
         "name": column.name,
         "shown": visible(column.name),
         "label": visible(column.label),
         "lowerBetter": column.lower_better,
+        "more": sheet.runs[column.run or 0].comparative(column.source),
         "run": column.run,
         "limits": column.limits,
     }

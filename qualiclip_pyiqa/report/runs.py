@@ -19,6 +19,7 @@ from ..scoring.building import MetricLike
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, Table, read_table
 from ..scoring.tables.meta import lower_better_of
+from .words import COMPARATIVES
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,22 @@ class Run:
                 if column.endswith(f".{attribute}"):
                     return column.removesuffix(f".{attribute}"), str(attribute)
         return column, None
+
+    def comparative(self, column: str) -> str:
+        """Return what an image with a better score is: "better", or for a look attribute's pair "brighter" and so on.
+
+        Brightness, colours and contrast describe an image: more of them is not better.
+        """
+        described = (self.meta or {}).get("columns", {}).get(column)
+        prompts = described.get("prompts") if isinstance(described, Mapping) else None
+        if not isinstance(prompts, Mapping):
+            return "better"
+        _, attribute = self.metric_of(column)
+        pairs = prompts.get(attribute) if attribute is not None else next(iter(prompts.values()), None)
+        if not isinstance(pairs, list) or len(pairs) != 1 or not isinstance(pairs[0], list) or len(pairs[0]) != 2:
+            return "better"
+        positive, negative = map(str, pairs[0])
+        return COMPARATIVES.get((positive, negative), ("better", "worse"))[0]
 
     def metric_like(self, column: str) -> MetricLike:
         """Return the metric of a column, with the prompts that the description keeps."""

@@ -59,7 +59,7 @@ function histogram(column) {
     element(
       "p",
       { className: "sub" },
-      element("span", { textContent: `${about.lowerBetter ? "lower" : "higher"} is better` }),
+      element("span", { textContent: `${about.lowerBetter ? "lower" : "higher"} is ${about.more}` }),
       element("span", { textContent: known ? `median ${scoreText(quantile(column, 0.5))}` : "no scores" }),
     ),
     chart,

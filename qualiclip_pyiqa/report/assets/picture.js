@@ -167,7 +167,7 @@ function showProfile(row) {
     }
     const z = (outliersOf.get(row) ?? []).find(([where]) => where === index)?.[1];
     const rank = element("span", { className: "rank" });
-    rank.append(share === null ? "no rank" : `better than ${Math.round(100 * share)} % of the others`);
+    rank.append(share === null ? "no rank" : `${column.more} than ${Math.round(100 * share)} % of the others`);
     if (z !== undefined) rank.append(" · ", element("b", { textContent: `outlier, ${z > 0 ? "+" : "−"}${Math.abs(z).toFixed(1)} deviations` }));
     return element(
       "li",
