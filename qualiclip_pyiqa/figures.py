@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import SettingsError
 from .files import replacing, writing
 from .optional import require
@@ -78,6 +81,13 @@ def save_figure(figure: Any, path: Path) -> None:
     finish_figure(figure)
     with writing(path), replacing(path) as part:
         figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")
+
+
+def figure_pixels(figure: Any) -> NDArray[np.uint8]:
+    """Draw a figure of `new_figure` -> (H, W, 3), RGB."""
+    canvas = finish_figure(figure).canvas
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def drawable(text: str) -> str:

@@ -26,6 +26,7 @@ import pyiqa
 import pytest
 import torch
 import upstream
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -440,7 +441,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a run: (step, value) by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard" / "qualiclip"))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -450,6 +451,84 @@ def test_tensorboard_has_every_part(toy: Path) -> None:
     assert {"loss/loss", "loss/positive", "accuracy/all", "accuracy/jpeg", "waiting", "learning_rate"} <= found.keys()
     assert [step for step, _ in found["loss/loss"]] == [30, 60]
     assert found["loss/loss"][1][1] == pytest.approx(lines_of(toy.parent)[2]["loss"])
+
+
+def test_tensorboard_has_scores_and_a_map(toy: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = scalars(toy.parent)
+    names = {positive.rstrip(".").lower() for positive, _ in QUALITY_SETS["qualiclip"]}
+    assert {f"score/{name}" for name in ("quality", *names)} == {tag for tag in found if tag.startswith("score/")}
+    assert all(0 < value < 1 for name in names for _, value in found[f"score/{name}"])
+    mean = sum(found[f"score/{name}"][-1][1] for name in names) / len(names)
+    assert found["score/quality"][-1] == (60, pytest.approx(mean, abs=1e-4))
+    events = EventAccumulator(str(toy.parent / "tensorboard" / "qualiclip"))
+    events.Reload()
+    shown = events.Images("map/quality")
+    assert [image.step for image in shown] == [30, 60] and min(shown[0].width, shown[0].height) > 100
+
+
+class Recorder(GeneralTracker):
+    """A tracker of the caller's own."""
+
+    name = "recorder"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict]] = []
+        self.images: list[tuple[int, dict]] = []
+
+    @property
+    def tracker(self) -> list:
+        return self.logged
+
+    def store_init_configuration(self, values: dict) -> None:
+        pass
+
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        self.logged.append((step, values))
+
+    def log_images(self, values: dict, step: int | None = None, **more: object) -> None:
+        assert not more
+        self.images.append((step, values))
+
+
+def test_any_tracker_is_told_and_none_changes_the_model(folder: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    runs = [
+        trainer.train(short(), folder, tmp_path / name, trackers=trackers)
+        for name, trackers in (("tracked", [recorder, "tensorboard"]), ("untracked", []))
+    ]
+    assert same_bytes(*runs)
+    told = {name for _, values in recorder.logged for name in values}
+    assert {"loss/loss", "accuracy/all", "score/quality", "score/good photo"} <= told
+    (step, images), *_ = recorder.images
+    assert step == short().validate_every and images["map/quality"].ndim == 4
+    assert images["map/quality"].dtype == np.uint8 and images["map/quality"].shape[-1] == 3
+    assert (tmp_path / "tracked" / "tensorboard").is_dir() and not (tmp_path / "untracked" / "tensorboard").exists()
+
+
+def test_weights_and_biases_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer.train(short(), folder, tmp_path / "run", trackers=["wandb"])
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert next(kept.glob("run-*.wandb")).stat().st_size > 1000
+    assert list(kept.glob("files/media/images/map/quality*.png"))
+
+
+def test_an_unknown_or_missing_tracker_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match="tracker is 'wand'; expected one of tensorboard, wandb"):
+        trainer.train(short(), folder, tmp_path / "a", trackers=["wand"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        trainer.train(short(), folder, tmp_path / "a", trackers=["wandb"])
+    assert not (tmp_path / "a").exists()
 
 
 def test_relative_sharpness_is_fitted_to_the_photographs_that_are_trained_on(toy: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..optional import require
 from . import RATING_OPTIONS, Commands, a_seed, add_rating_options, put, rated, refuse, say
 
-NEEDED = ("accelerate", "kornia", "scipy", "tensorboard")  # the extra `train`
+NEEDED = ("accelerate", "captum", "kornia", "matplotlib", "scipy", "tensorboard")  # the extra `train`
 
 
 def add_parser(commands: Commands) -> None:
@@ -41,6 +41,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--licence", default="not stated", help="licence of the weights, which depends on those of the photographs"
     )
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        metavar="NAME",
+        help="tensorboard (default) or wandb; repeatable. Trackers get the scores of the validation photographs and a "
+        "quality map too",
+    )
     parser.add_argument("--device", choices=["cpu"], help="cpu: do not use a GPU")
     parser.add_argument("--ratings", type=Path, metavar="CSV", help="opinion scores; the SRCC is logged, no more")
     add_rating_options(parser)
@@ -69,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             ratings=None if arguments.ratings is None else rated(arguments),
             resume=arguments.resume,
             device=arguments.device,
+            trackers=arguments.tracker or ["tensorboard"],
         )
     except DivergedError as error:
         say(f"qualiclip: {error}")

@@ -41,6 +41,7 @@ from .ema import recalibrate, update_ema, warmed_decay
 from .losses import alignment_losses
 from .photographs import read_energies, read_photograph
 from .stacks import Degraded, Stacks, batch_of
+from .trackers import AlignedMetric, log_image, show_scores, start_trackers
 from .validation import Validation, rated_srcc
 
 MODEL, LOG = "model.safetensors", "log.jsonl"
@@ -257,7 +258,16 @@ class Run:
                 | ({"srcc": found["srcc"]} if found.get("srcc") is not None else {}),
                 step=progress.step,
             )
+            if self.accelerator.trackers:
+                self._show_scores()
         self.accelerator.wait_for_everyone()
+
+    def _show_scores(self) -> None:
+        """Give the trackers what the validation photographs score, and a map."""
+        metric = AlignedMetric(self.state.ema, self.aligned)
+        means, image = show_scores(metric, self.validation.pristine)
+        self.accelerator.log(means, step=self.progress.step)
+        log_image(self.accelerator, "map/quality", image, self.progress.step)
 
     def _evaluate(self) -> dict[str, Any]:
         accuracy, falling = self.validation.evaluate(self.state.ema, self.aligned)
@@ -275,9 +285,7 @@ class Run:
         """Prepare the validation images, and truncate both logs to the checkpoint."""
         delete_partial_files(self.out)
         self.validation = Validation([read_photograph(path) for path in self.validation_paths], self.config, self.seed)
-        self.accelerator.init_trackers(
-            "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
-        )
+        start_trackers(self.accelerator, self.out, self.progress.step)
         self.journal = (self.out / LOG).open("ab")
         self.journal.truncate(min(self.progress.log_bytes, self.journal.tell()))  # a lost log starts empty
         self.journal.seek(0, os.SEEK_END)

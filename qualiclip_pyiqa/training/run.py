@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ from .checkpoint import PATTERN, find_checkpoint
 from .config import Config
 from .loop import LOG, MODEL, Run, delete_partial_files
 from .photographs import shorter_side, split_photographs
+from .trackers import Tracker, check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def train(
     ratings: Ratings | None = None,
     resume: bool = False,
     device: str | None = None,
+    trackers: Sequence[Tracker] = ("tensorboard",),
 ) -> Path:
     """Train a model and return its path.
 
@@ -61,16 +64,19 @@ def train(
         ratings: rated images; the SRCC with their opinion scores is logged at every validation, for information only.
         resume: continue from the last checkpoint in `out`, or from the beginning if there is none.
         device: `cpu` to ignore a GPU; None: chosen by Accelerate.
+        trackers: of Accelerate, that get the log's figures, the scores of the validation photographs and a quality map
+            at every validation: "tensorboard", "wandb", or objects of your own. They decide nothing.
 
     Raises:
-        SettingsError: photographs missing or too few, weights that do not fit, a folder that holds another run.
+        SettingsError: an unknown tracker, photographs missing or too few, weights that do not fit, a folder that holds
+            another run.
         ImageError: a photograph that cannot be decoded.
         WeightsError: weights or a checkpoint that cannot be found or read.
         DivergedError: the loss became NaN or infinite; the message names the step and the part.
     """
     if torch.get_default_dtype() != torch.float32:
         raise SettingsError(f"torch's default dtype is {torch.get_default_dtype()}; expected torch.float32 to train")
-    accelerator = create_accelerator(config, out, device)
+    accelerator = create_accelerator(config, out, device, trackers)
     earlier = [path.name for name in (MODEL, LOG, PATTERN) for path in out.glob(name)]
     if earlier and not resume:
         raise SettingsError(
@@ -103,12 +109,15 @@ def train(
     return out / MODEL
 
 
-def create_accelerator(config: Config, out: Path, device: str | None) -> Accelerator:
+def create_accelerator(
+    config: Config, out: Path, device: str | None, trackers: Sequence[Tracker] = ("tensorboard",)
+) -> Accelerator:
     """Create an Accelerator, independently of earlier runs in this process.
 
     Raises:
-        SettingsError: an unavailable device or precision.
+        SettingsError: an unavailable device, precision or tracker.
     """
+    chosen = check_trackers(trackers)
     if device not in (None, "cpu"):
         raise SettingsError(f"device is {device!r}; expected cpu or none: `accelerate launch` chooses GPUs")
     # Accelerate stores device and precision for the whole process and has no public reset. If the private one is gone,
@@ -121,8 +130,8 @@ def create_accelerator(config: Config, out: Path, device: str | None) -> Acceler
             cpu=device == "cpu",
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             gradient_accumulation_steps=config.accumulate,
-            log_with="tensorboard",
-            project_dir=out,
+            log_with=chosen or None,
+            project_dir=out / "tensorboard",
             # The other processes wait while the main process validates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )

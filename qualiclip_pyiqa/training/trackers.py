@@ -1,0 +1,111 @@
+"""What trackers of Accelerate (TensorBoard, Weights & Biases, ...) show of a validation besides the log's figures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from torch import Tensor, nn
+
+from ..errors import SettingsError
+from ..explain.drawing import draw_maps
+from ..explain.mapper import Mapper
+from ..figures import figure_pixels
+from ..metrics.base import BlindMetric
+from ..metrics.prompt_iqa import PromptIQA
+from ..metrics.prompts import Prompts
+from ..metrics.registry import QUALICLIP_PAPER
+from ..optional import require
+from ..towers.base import freeze
+from .alignment import PROMPTS, Aligned
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Name of one of Accelerate's trackers, or one of the caller's own.
+Tracker: TypeAlias = str | GeneralTracker
+
+TRACKERS = ("tensorboard", "wandb")
+PROJECT = "qualiclip"  # at Weights & Biases, and the folder of TensorBoard's events
+
+
+def check_trackers(trackers: Sequence[Tracker]) -> list[Tracker]:
+    """Return the trackers, each once.
+
+    Raises:
+        SettingsError: an unknown one, or one whose package is not installed.
+    """
+    for tracker in trackers:
+        if isinstance(tracker, GeneralTracker):
+            continue
+        if tracker not in TRACKERS:
+            raise SettingsError(f"tracker is {tracker!r}; expected one of {', '.join(TRACKERS)}")
+        if tracker == "wandb":
+            try:
+                require("wandb", "train", "the tracker wandb")
+            except SettingsError as error:
+                raise SettingsError("the tracker wandb needs wandb: pip install wandb") from error
+    return list(dict.fromkeys(trackers))
+
+
+def start_trackers(accelerator: Accelerator, out: Path, step: int) -> None:
+    """Start the trackers of a run that has taken `step` steps; TensorBoard forgets later ones."""
+    # WANDB_MODE=offline and the like apply.
+    own = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": str(out), "name": out.resolve().name}}
+    accelerator.init_trackers(PROJECT, init_kwargs=own)
+
+
+class AlignedMetric(PromptIQA):
+    """The metric of a tower in training: its quality, and each antonym prompt pair as an attribute.
+
+    Args:
+        tower: copied and frozen.
+        aligned: whose anchors and scale it has.
+    """
+
+    def __init__(self, tower: nn.Module, aligned: Aligned) -> None:
+        BlindMetric.__init__(self, "quality", QUALICLIP_PAPER)
+        self.tower = freeze(copy.deepcopy(tower))
+        self.temperature = float(aligned.metadata["temperature"])
+        self.logit_scale = float(torch.tensor(aligned.logit_scale, dtype=torch.float32).exp())
+        self.text_tower = self.prompt_learner = self.context_file = None
+        pairs = tuple((positive.rstrip(".").lower(), ((positive, negative),)) for positive, negative in PROMPTS)
+        self._set_features(Prompts((("quality", tuple(PROMPTS)), *pairs)), torch.cat([aligned.anchors.cpu()] * 2))
+        self.to(aligned.anchors.device)
+
+
+@torch.no_grad()
+def show_scores(metric: AlignedMetric, pristine: Tensor) -> tuple[dict[str, float], NDArray[np.uint8]]:
+    """Score pristine photographs, and draw the quality map of the first.
+
+    Args:
+        metric: of the tower in training.
+        pristine: (V, 3, S, S) uint8.
+
+    Returns:
+        The mean of each score as `score/NAME`; the drawing (H, W, 3): local scores, or occlusion for a tower without.
+    """
+    device = metric.prompt_features.device
+    scores = torch.cat([metric(part.to(device).float().div(255)) for part in pristine.split(8)]).mean(0)
+    means = {f"score/{name}": round(float(s), 5) for name, s in zip(metric.attributes, scores, strict=True)}
+    first = pristine[0].float().div(255)
+    try:
+        found = Mapper(metric, attributes=["quality"]).maps(first[None])[0]
+    except SettingsError:  # a tower without local scores
+        found = Mapper(metric, "occlusion", ["quality"]).maps(first[None])[0]
+    return means, figure_pixels(draw_maps(first, found, title="a validation photograph"))
+
+
+def log_image(accelerator: Accelerator, name: str, image: NDArray[np.uint8], step: int) -> None:
+    """Log an image (H, W, 3) to every tracker that takes images."""
+    for tracker in accelerator.trackers:
+        take = getattr(tracker, "log_images", None)
+        if take is not None:
+            layout: dict[str, Any] = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            take({name: image[None]}, step=step, **layout)
