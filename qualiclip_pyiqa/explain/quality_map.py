@@ -113,7 +113,7 @@ def quality_map(
         >>> from qualiclip_pyiqa import quality_map
         >>> found = quality_map("examples/photos/lighthouse.jpg", "qualiclip-mini-sharpness", device="cpu")
         >>> found.values.shape, found.size, found.kind
-        ((16, 24), (512, 768), 'local')
+        ((24, 16), (768, 512), 'local')
     """
     from ..errors import SettingsError
     from ..images.tensors import load_image

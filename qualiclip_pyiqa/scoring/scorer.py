@@ -174,8 +174,8 @@ class Scorer:
         Example:
             >>> scorer = Scorer("qualiclip-mini+", device="cpu", workers=0)
             >>> table = scorer.table(["examples/photos/hats.jpg", "none.jpg"])
-            >>> table.round(2)[["width", "height", "qualiclip-mini+"]].iloc[0].tolist(), table["error"][1]
-            ([768, 512, 0.81], 'none.jpg does not exist; expected an image file')
+            >>> table["qualiclip-mini+"].round(2).tolist(), table["error"][1]
+            ([0.81, nan], 'none.jpg does not exist; expected an image file')
         """
         return to_table(self.score(images), self.describe(), kind)
 
