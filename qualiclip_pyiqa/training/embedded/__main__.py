@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...errors import ImageError, SettingsError, WeightsError
 from ...evaluation.ratings import Ratings, read_ratings
+from ...images.convert import MIN_SIDE
 from ...images.tensors import load_image
 from ...metrics.prompt_iqa import OpenQualiCLIP
 from ...metrics.prompts import LOOK
@@ -47,6 +48,7 @@ from .opinions import Rated, fit_opinions, logits_of
 PAIRS = ["quality", *ATTRIBUTES]
 LEAST_LADDERS = 2  # whose statistics have a standard deviation
 STRENGTH = 300.0  # of the ridge regression on crops
+FRAME = 8  # pixels that a rated image loses of its height and width: the side of a JPEG block
 SLOPE = 1.5  # logits per standard deviation of the crops' targets: a pristine crop scores about 0.9
 
 
@@ -92,7 +94,7 @@ def train(options: argparse.Namespace) -> None:
         )
     random.Random(f"photographs {options.seed}").shuffle(paths)
     crops = make_crops(tower, sorted(paths[: options.photographs]), judge, options.seed)
-    rated = None if ratings is None else read_rated(tower, ratings)
+    rated = None if ratings is None else read_rated(tower, ratings, options.seed)
     if rated is not None and options.splits:
         test(tower, rated, crops, options.splits, options.seed)
         return
@@ -158,14 +160,24 @@ def read_opinions(table: Path, folder: Path) -> Ratings:
     return ratings
 
 
-def read_rated(tower: MobileTower, ratings: Ratings) -> Rated:
-    """Read rated images, each with its mirror image."""
+def read_rated(tower: MobileTower, ratings: Ratings, seed: int) -> Rated:
+    """Read rated images, each with its mirror image; both lack a few rows and columns of pixels at random sides.
+
+    Otherwise a model learns how a JPEG file's blocks lie to the network's strides, and its scores of an image change
+    when the first row of pixels is cut off.
+    """
+    rng = random.Random(f"framings {seed}")
+
+    def framed(image: Tensor) -> Tensor:
+        height, width = (max(MIN_SIDE, side - FRAME) for side in image.shape[1:])
+        top, left = (rng.randint(0, side - kept) for side, kept in zip(image.shape[1:], (height, width), strict=True))
+        return image[:, top : top + height, left : left + width]
 
     def images() -> Iterator[Tensor]:
         for path in ratings.paths:
             image = load_image(path)
-            yield image
-            yield image.flip(-1)
+            yield framed(image)
+            yield framed(image.flip(-1))
 
     opinions = torch.tensor(ratings.opinions, dtype=torch.float64) * (-1 if ratings.lower_better else 1)
     # Scales of 1, 5, 10 or 100 are taken as such; others by their extremes.
