@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qualiclip_pyiqa.degradations.bank import DEGRADATIONS
 from qualiclip_pyiqa.degradations.base import LEVELS
+from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.metrics.prompts import LOOK
 from qualiclip_pyiqa.towers.mobile import LAYOUT
 from qualiclip_pyiqa.training.alignment import build
@@ -325,6 +326,28 @@ def test_change_has_the_sign_of_the_type() -> None:
 
 def levels_of() -> range:
     return range(1, LEVELS + 1)
+
+
+def test_rated_images_are_framed_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image and its mirror image lack 8 rows and columns, at sides that the seed decides."""
+    ratings = command.read_opinions(folder / "mos.csv", folder / "rated")
+    monkeypatch.setattr(command, "pass_frozen", lambda tower, images: list(images))
+    first, again, other = (command.read_rated(random_tower(), ratings, seed).passed for seed in (0, 0, 1))
+    assert len(first) == 2 * RATED and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    framings = set()
+    for number, framed in enumerate(first):
+        image = load_image(ratings.paths[number // 2])
+        image = image.flip(-1) if number % 2 else image
+        assert framed.shape == (3, image.shape[1] - 8, image.shape[2] - 8)
+        (place,) = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            if torch.equal(framed, image[:, top : top + framed.shape[1], left : left + framed.shape[2]])
+        ]
+        framings.add(place)
+    assert len(framings) > 10
 
 
 def test_logits_of_opinions() -> None:
