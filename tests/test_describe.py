@@ -79,7 +79,7 @@ def test_a_profile_says_what_is_wrong() -> None:
     assert "blurrier than 99 %" in blurred.unusual and "noisier than 99 %" in noisy.unusual
     assert not {"blurrier", "noisier", "worse"} & {text.split()[0] for text in plain.unusual}
     assert (plain.width, plain.height) == (512, 768)
-    assert plain.reference == "3,251 photographs of the embedded models' training set"
+    assert plain.reference == "800 photographs of the embedded models' training set"
     sharpness = blurred.traits[2].attribute
     assert (sharpness.column, sharpness.metric) == ("qualiclip-mini+:look.sharpness", "qualiclip-mini+:look")
     assert (sharpness.high, sharpness.low) == LOOK["sharpness"]
@@ -123,7 +123,7 @@ def test_text_names_pairs_directions_and_percentiles(capsys: pytest.CaptureFixtu
     row = next(line for line in out.partition("blurred")[2].splitlines() if line.strip().startswith("sharpness"))
     assert "<1 %" in row and row.endswith("Sharp photo. / Blurry photo.")
     assert "unusual: blurrier than 99 %, worse than 99 %" in out
-    assert "3,251 photographs" in out
+    assert "800 photographs" in out
 
 
 def test_against_a_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
