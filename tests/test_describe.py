@@ -122,7 +122,7 @@ def test_text_names_pairs_directions_and_percentiles(capsys: pytest.CaptureFixtu
     assert out.count("qualiclip-mini+:look") == 2
     row = next(line for line in out.partition("blurred")[2].splitlines() if line.strip().startswith("sharpness"))
     assert "<1 %" in row and row.endswith("Sharp photo. / Blurry photo.")
-    assert "unusual: blurrier than 99 %, worse than 99 %" in out
+    assert "unusual: worse than 99 %, blurrier than 99 %" in out
     assert "800 photographs" in out
 
 
