@@ -10,7 +10,7 @@ or a sixty-fourth of the area, of the photograph's own aspect. Values are compar
 - Pointing: share of photographs in which the map's lowest value lies in the region. By chance, the region's share.
 - AUROC: probability that a place in the region has a lower value than one outside, mean over photographs.
 - Occlusion: Spearman's correlation with the occlusion map of the same attribute; of the first photographs only, with
-  regions of a sixteenth, as an occlusion map takes 256 passes. So are the rows of Grad-CAM and occlusion.
+  regions of a sixteenth, as an occlusion map takes some 230 passes. So are the rows of Grad-CAM and occlusion.
 
 Beside the maps: random values (smoothed as a map is), and plain sharpness, the log of the Laplacian's energy in the
 windows of the local map. Embedded models only: contributions need a CLIP tower, whose weights are not part of the
