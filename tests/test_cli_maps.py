@@ -50,7 +50,6 @@ def test_several_images_have_numbered_drawings(tmp_path: Path) -> None:
         (["0.png", "-o", "map.png", "--kind", "contributions"], 2, "kinds that work: local"),
         (["0.png", "-o", "map.png", "--attribute", "beauty"], 2, "has no attribute 'beauty'; expected one of quality"),
         (["0.png", "-o", "map.png", "-m", "qualiclp-mini"], 2, "did you mean .qualiclip-mini"),
-        (["0.png", "-o", "map.png", "--decode-timeout", "3"], 2, "--decode-timeout has no effect"),
         (["text.png", "-o", "map.png"], 1, "text.png"),
     ],
 )

@@ -23,7 +23,8 @@ _SEEDS = 2**32  # number of seeds; more fit into 64 bits, but seeds are added to
 DEFAULT_METRIC = "qualiclip-mini+"
 LOOK_METRIC = f"{DEFAULT_METRIC}:look"  # default where attributes are shown beside quality
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
-READ_OPTIONS = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels", "decode_timeout", "workers")
+READ_RULES = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels")
+READ_OPTIONS = (*READ_RULES, "decode_timeout", "workers")
 
 
 def say(line: str) -> None:
@@ -118,6 +119,17 @@ def add_rating_options(parser: argparse.ArgumentParser) -> None:
 
 def add_read_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `Scorer` for reading images; each is None unless it is given."""
+    add_read_rules(parser)
+    parser.add_argument(
+        "--decode-timeout", type=a_number, metavar="SECONDS", help="give up on an image after this time (default: 60)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="number of decoding processes; 0: none (default: by the CPU cores)"
+    )
+
+
+def add_read_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_image`; each is None unless it is given."""
     parser.add_argument(
         "--ignore-orientation",
         action="store_const",
@@ -137,17 +149,11 @@ def add_read_options(parser: argparse.ArgumentParser) -> None:
         help="score images with truncated data",
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
-    parser.add_argument(
-        "--decode-timeout", type=a_number, metavar="SECONDS", help="give up on an image after this time (default: 60)"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="number of decoding processes; 0: none (default: by the CPU cores)"
-    )
 
 
-def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the `READ_OPTIONS` that were given, by name."""
-    return {name: getattr(arguments, name) for name in READ_OPTIONS if getattr(arguments, name) is not None}
+def read_options(arguments: argparse.Namespace, names: Sequence[str] = READ_OPTIONS) -> dict[str, Any]:
+    """Return the options of reading that were given, by name: all, or only `READ_RULES`."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def check_output(path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import SettingsError
 from ..images.convert import source_name
 from ..screen import Screen
 from . import (
+    READ_RULES,
     Commands,
     add_force_option,
     add_metric_option,
-    add_read_options,
+    add_read_rules,
     check_new,
     chosen_metrics,
     put,
@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_force_option(parser)
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
-    add_read_options(parser)
+    add_read_rules(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,9 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     outputs = numbered(arguments.output, len(arguments.path))
     for output in outputs:
         check_new(output, arguments.force)
-    reading = read_options(arguments)
-    if reading.pop("decode_timeout", None) is not None:
-        raise SettingsError("--decode-timeout has no effect here; leave it out")
+    reading = read_options(arguments, READ_RULES)
     mappers = [
         Mapper({name: metric}, arguments.kind, arguments.attribute, arguments.device)
         for name, metric in metrics.items()

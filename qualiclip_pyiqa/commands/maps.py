@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import ImageError, SettingsError, reason
 from ..images.convert import source_name
-from . import read_options, say
+from . import READ_RULES, read_options, say
 
 if TYPE_CHECKING:
     from ..explain.folder import MapFolder
@@ -60,6 +60,6 @@ def maps_of(arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], so
     from ..explain.mapper import Mapper
 
     device = arguments.device.split(",")[0] if arguments.device else None
-    reading = {name: value for name, value in read_options(arguments).items() if name != "decode_timeout"}
+    reading = read_options(arguments, READ_RULES)
     folder = MapFolder(arguments.maps, [Mapper({name: each}, device=device) for name, each in metrics.items()], reading)
     return Maps(folder, sources, bool(arguments.force))

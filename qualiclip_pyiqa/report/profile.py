@@ -228,7 +228,7 @@ def profile(
     Example:
         >>> found = profile("examples/photos/lighthouse-blurred.jpg", device="cpu")
         >>> round(found.traits[0].score, 1), found.traits[0].attribute.name
-        (0.2, 'quality')
+        (0.1, 'quality')
     """
     (found,) = Profiler(metrics, against, **{"workers": 0, **options}).profiles([picture])
     if found.error is not None:

@@ -175,7 +175,7 @@ class Scorer:
             >>> scorer = Scorer("qualiclip-mini+", device="cpu", workers=0)
             >>> table = scorer.table(["examples/photos/hats.jpg", "none.jpg"])
             >>> table["qualiclip-mini+"].round(2).tolist(), table["error"][1]
-            ([0.81, nan], 'none.jpg does not exist; expected an image file')
+            ([0.79, nan], 'none.jpg does not exist; expected an image file')
         """
         return to_table(self.score(images), self.describe(), kind)
 
