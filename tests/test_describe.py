@@ -21,7 +21,7 @@ from qualiclip_pyiqa.pretrained.find import find
 from qualiclip_pyiqa.report import profile as profile_module
 from qualiclip_pyiqa.report.bars import draw_profiles
 from qualiclip_pyiqa.report.profile import Attribute, Trait
-from qualiclip_pyiqa.report.reference import percentile, shipped_reference
+from qualiclip_pyiqa.report.reference import TableReference, percentile, shipped_reference
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 PHOTO, BLURRED, NOISY = (str(PHOTOS / f"lighthouse{end}.jpg") for end in ("", "-blurred", "-noisy"))
@@ -227,3 +227,22 @@ def test_figures_show_scores_without_a_reference_too(tmp_path: Path) -> None:
     assert any("dark" in text for text in texts)
     with pytest.raises(SettingsError, match="0 profiles to draw; expected 1 to 24"):
         draw_profiles([], [])
+
+
+def test_what_makes_a_reference_weak_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = tmp_path / "scores.csv"
+    table.write_text("path,width,height,qualiclip-mini,error\na.png,64,64,0.5,\nb.png,64,64,0.6,\n")
+    TableReference(table)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("scores.csv.meta.json" in line and "is not known" in line for line in said)
+    assert any("scores.csv has 2 images: percentiles of so few" in line for line in said)
+    rows = "".join(f"{number}.png,64,64,0.{number:03},\n" for number in range(100))
+    table.write_text(f"path,width,height,qualiclip-mini,error\n{rows}")
+    caplog.clear()
+    TableReference(table)
+    assert not any("so few" in record.getMessage() for record in caplog.records)
+
+
+def test_a_profile_is_printed_without_its_reference() -> None:
+    found = qualiclip_pyiqa.profile(PHOTO, device="cpu")
+    assert "array" not in repr(found) and "sharpness" in repr(found)

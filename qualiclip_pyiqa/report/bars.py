@@ -77,7 +77,7 @@ def _caption(profile: Profile, wide: int) -> list[str]:
     if profile.reference is not None:
         said.append(
             f"Shaded: the middle half and the middle 90 % of {source_name(profile.reference)}. "
-            "Percent: how many of these have a lower score"
+            "Percent: how many of these have a lower score, equal ones counted half"
             + (
                 "."
                 if all(trait.attribute.pairs for trait in profile.traits)

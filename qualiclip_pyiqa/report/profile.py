@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Attribute:
     pairs: tuple[Pair, ...]
     lower_better: bool
     score_range: tuple[float, float] | None
-    reference: Values | None
+    reference: Values | None = field(repr=False)
 
     @property
     def high(self) -> str:
@@ -132,7 +132,7 @@ class Profile:
                     "metric": trait.attribute.metric,
                     "attribute": trait.attribute.name,
                     "score": trait.score,
-                    "percentile": None if trait.percentile is None else round(trait.percentile, 2),
+                    "percentile": None if trait.percentile is None else round(trait.percentile),
                     "lower_better": trait.attribute.lower_better,
                     "score_range": trait.attribute.score_range,
                     "prompts": [list(pair) for pair in trait.attribute.pairs],

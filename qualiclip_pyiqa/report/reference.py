@@ -7,6 +7,7 @@ is written by `benchmarks/reference.py`.
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,8 +20,13 @@ from numpy.typing import NDArray
 from ..errors import SettingsError, counted, did_you_mean
 from ..evaluation.scores import read_scores
 from ..metrics.prompts import Pair
+from ..scoring.tables import meta_path
 
 Values = NDArray[np.float64]
+# Images below which the 5th and 95th percentile rest on less than five images each.
+FEW = 100
+
+logger = logging.getLogger(__name__)
 
 
 class Reference(Protocol):
@@ -61,6 +67,20 @@ class TableReference:
         self._settings = (scores.settings or {}).get("columns", {})
         self._values = {name: np.sort(found[np.isfinite(found)]) for name, found in scores.values.items()}
         self.description = f"{counted(len(scores.paths), 'image')} of {path.name}"
+        if not self._settings:
+            logger.warning(
+                "%s has no description beside it (%s), so whether its scores are of the same model and prompts is not "
+                "known; score its images with `qualiclip score -o`",
+                path,
+                meta_path(path).name,
+            )
+        if len(scores.paths) < FEW:
+            logger.warning(
+                "%s has %s: percentiles of so few say little, and none may be unusual; better %d or more",
+                path,
+                counted(len(scores.paths), "image"),
+                FEW,
+            )
 
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         shared = [column for column in columns if len(self._values.get(column, ()))]
