@@ -83,9 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif profiler.reference is None and whole:
         put("no percentiles: no reference is known for these metrics; pass --against TABLE of `qualiclip score`")
     elif whole:
-        put(
-            f"percentile: how many of {source_name(profiler.reference or '')} have a lower score (equal ones count half)"
-        )
+        reference = source_name(profiler.reference or "")
+        put(f"percentile: how many of {reference} have a lower score (equal ones count half)")
     if arguments.output is not None:
         _draw(arguments.output, profiler, whole, len(found))
     return int(len(whole) < len(found))
