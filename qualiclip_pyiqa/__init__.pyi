@@ -10,8 +10,8 @@ from .explain.quality_map import QualityMap as QualityMap
 from .explain.quality_map import quality_map as quality_map
 from .images.tensors import as_batch as as_batch
 from .images.tensors import load_image as load_image
+from .loop.loss import QualityLoss as QualityLoss
 from .metrics.base import BlindMetric as BlindMetric
-from .metrics.loss import QualityLoss as QualityLoss
 from .metrics.prompts import prompt_set_names as prompt_set_names
 from .metrics.registry import METRICS as METRICS
 from .report.profile import Profile as Profile

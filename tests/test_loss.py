@@ -115,12 +115,14 @@ def test_refuses_what_it_cannot_be() -> None:
     class Unbounded(nn.Module):
         score_range: str | None = None
 
-    for score_range in (None, "0", "0, inf", "0, nan", "low, high"):
+    for score_range in (None, "0", "0, inf", "0, nan", "low, high", "1, 0"):
         Unbounded.score_range = score_range
-        with pytest.raises(SettingsError, match=f"score_range is {score_range!r}; expected .* best score"):
+        with pytest.raises(SettingsError, match=f"score_range is {score_range!r}; expected .* finite"):
             QualityLoss(Unbounded())
-    with pytest.raises(SettingsError, match=r"metric is 'qualiclip-mini'; expected a metric, such as pyiqa\.create"):
-        QualityLoss("qualiclip-mini")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"metric is 3; expected a name or a metric, such as 'qualiclip-mini'"):
+        QualityLoss(3)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"unknown metric 'qualiclip-mni'.*did you mean 'qualiclip-mini'"):
+        QualityLoss("qualiclip-mni")
 
 
 def test_lower_better_metrics_keep_their_sign() -> None:
@@ -128,6 +130,6 @@ def test_lower_better_metrics_keep_their_sign() -> None:
         score_range, lower_better = "0, 10", True
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.mean(dim=(1, 2, 3))[:, None]
+            return 10 * x.mean(dim=(1, 2, 3))[:, None]
 
-    assert float(QualityLoss(Distance())(torch.full((2, 3, 4, 4), 0.25))) == 0.25
+    assert float(QualityLoss(Distance())(torch.full((2, 3, 32, 32), 0.25))) == 0.25

@@ -1,0 +1,195 @@
+"""Quality as a loss for training loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ImageError, SettingsError
+from ..metrics.base import check_batch
+from ..scoring.building import build_metrics
+from ..towers.recompute import recompute_activations
+from .range import clamp_keeping_gradient
+from .views import check_crops, check_scales, crop_boxes, cut, resized
+
+REDUCTIONS = ("mean", "sum", "none")
+RELATIVE_TO = (None, "input", "target")
+
+
+class QualityLoss(nn.Module):
+    """Distance of an image's quality from the best score, differentiable in the image. Lower is better, 0..1.
+
+    With s the score on the scale 0 (worst) to 1 (best), an image's loss is
+
+        1 - s(x)                     relative_to=None
+        max(0, s(target) - s(x))     relative_to="target", and likewise "input"
+
+    averaged over the crops and scales, times `weight`. The relative forms ask how much worse the image is than the
+    other one, and reward nothing beyond: once the score is reached, the gradient is zero. A network that optimises a
+    frozen metric without such a bound finds images that only the metric likes (reward hacking).
+    `relative_to="target"` is for training with ground truth; `"input"` is a guard that an image must not come out worse
+    than it went in.
+
+    The metric is copied, frozen and always in eval mode. It does not appear in the parent's parameters, buffers or
+    state dict, but follows the parent's `.to()`, `.cuda()`, `.half()` and `.to_empty()` (which leaves its values
+    undefined, like the parent's: build a new loss).
+
+    Values outside 0..1 count as 0 or 1, as in a saved image. Their gradient is kept where it leads back into 0..1, and
+    is zero where it leads farther out: no pixel is stuck outside, and none drifts away without limit.
+
+    Args:
+        metric: a no-reference metric: its name (also with prompts, `"qualiclip-mini+:sharpness"`), the file of a model
+            trained with this package, a metric of `pyiqa.create_metric` (with or without `as_loss`), or its network.
+            The loss uses the mean of several attributes. Named ones are built on the CPU.
+        weight: factor on the loss, at least 0.
+        reduction: "mean" or "sum" over the batch, or "none".
+        relative_to: None, "target" or "input", see above.
+        crops: (n, size): score n random crops of `size` pixels a side of every image, or the whole of a shorter side,
+            instead of the image. Positions are new in every call, drawn by torch's generator of the image's device.
+        scales: factors by which images are resized (bilinear, antialiased) before they are scored or cropped.
+        checkpointing: recompute activations in the backward pass instead of storing them: much less memory, and the
+            time of another forward pass.
+
+    Shape:
+        x: (N, 3, H, W) or (N, 1, H, W), RGB or grey; H and W at least 32, at every scale
+        target, input: the same; they may differ from x in H and W unless there are crops
+        -> scalar, or (N,) without reduction; float32 (float64 for a metric in double precision).
+
+    Raises:
+        SettingsError: not a metric, a full-reference metric, one whose range of scores is unknown or infinite, or an
+            invalid option; in `forward`, the image that `relative_to` names is missing.
+        ImageError: in `forward`, a wrong shape or dtype, or an image that is too small.
+
+    Example:
+        >>> import torch
+        >>> loss = QualityLoss("qualiclip-mini", relative_to="target")
+        >>> restored = torch.rand(1, 3, 64, 64, requires_grad=True)
+        >>> loss(restored, torch.rand(1, 3, 64, 64)).backward()
+        >>> restored.grad.shape
+        torch.Size([1, 3, 64, 64])
+    """
+
+    def __init__(
+        self,
+        metric: str | os.PathLike[str] | nn.Module,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        relative_to: str | None = None,
+        crops: Sequence[int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            hint = " (YAML reads 1e-2 as text: write 0.01 or 1.0e-2)" if isinstance(weight, str) else ""
+            raise SettingsError(f"weight is {weight!r}; expected a number of at least 0{hint}")
+        if reduction not in REDUCTIONS:
+            raise SettingsError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+        if relative_to not in RELATIVE_TO:
+            raise SettingsError(f"relative_to is {relative_to!r}; expected None, 'input' or 'target'")
+        self.weight, self.reduction, self.relative_to = float(weight), reduction, relative_to
+        self.crops, self.scales = check_crops(crops), check_scales(scales)
+        network, self.worst, self.best = _frozen(metric)
+        if checkpointing:
+            recompute_activations(network)
+        self.checkpointing = bool(checkpointing)
+        # A tuple hides the network from parameters(), state_dict(), train(), DDP and FSDP.
+        self._unregistered: tuple[nn.Module] = (network,)
+
+    def forward(self, x: Tensor, target: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            x: the network's output.
+            target: the ground truth, needed for `relative_to="target"` and otherwise ignored, so that the loss can
+                stand where a pixel loss is called.
+            input: the network's input, needed for `relative_to="input"` and otherwise ignored.
+        """
+        x = self._prepared(x, "x")
+        other = self._other(x, target, input)
+        each = [self._loss_of_scale(x, other, scale) for scale in self.scales]
+        loss = self.weight * (each[0] if len(each) == 1 else torch.stack(each).mean(dim=0))
+        return loss if self.reduction == "none" else loss.sum() if self.reduction == "sum" else loss.mean()
+
+    def _other(self, x: Tensor, target: Tensor | None, input: Tensor | None) -> Tensor | None:
+        """Return the image to compare with, prepared."""
+        if self.relative_to is None:
+            return None
+        given = target if self.relative_to == "target" else input
+        if given is None:
+            call = "loss(restored, target)" if self.relative_to == "target" else "loss(restored, input=degraded)"
+            raise SettingsError(f"relative_to={self.relative_to!r} needs the {self.relative_to}: call {call}")
+        other = self._prepared(given.detach(), self.relative_to)
+        if len(other) != len(x):
+            raise ImageError(f"{self.relative_to} has {len(other)} images and x has {len(x)}; expected as many")
+        if self.crops is not None and other.shape[2:] != x.shape[2:]:
+            raise ImageError(
+                f"{self.relative_to} is {other.shape[3]}x{other.shape[2]} pixels and x is {x.shape[3]}x{x.shape[2]}; "
+                "crops need equal sizes: resize one, or leave crops out"
+            )
+        return other
+
+    def _prepared(self, x: Tensor, name: str) -> Tensor:
+        x = check_batch(x)
+        if not len(x):
+            raise ImageError(f"{name} has shape {tuple(x.shape)}; expected at least one image")
+        # Resizing needs float32.
+        return clamp_keeping_gradient(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def _loss_of_scale(self, x: Tensor, other: Tensor | None, scale: float) -> Tensor:
+        """Compute each image's loss at one scale: (N, 3, H, W) -> (N,)."""
+        x = resized(x, scale)
+        boxes = None if self.crops is None else crop_boxes(x, *self.crops)
+        scores = self._scores(x if boxes is None else cut(x, boxes))
+        if other is None:
+            loss = 1 - scores
+        else:
+            with torch.no_grad():
+                other = resized(other, scale)
+                bound = self._scores(other if boxes is None else cut(other, boxes))
+            loss = (bound - scores).relu()
+        return loss.unflatten(0, (len(x), -1)).mean(dim=1)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """Score images on the scale 0 (worst) to 1 (best): (M, 3, H, W) -> (M,)."""
+        scores: Tensor = self._unregistered[0](x)
+        if scores.numel() % len(x) or (scores.dim() == 0 and len(x) > 1):
+            raise SettingsError(
+                f"the metric returned a tensor of shape {tuple(scores.shape)} for {len(x)} images; "
+                "expected a score for each image"
+            )
+        return (scores.reshape(len(x), -1).mean(dim=1) - self.worst) / (self.best - self.worst)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityLoss:
+        """Apply `.to()` and the like, all of which go through this method of `nn.Module`, to the network too."""
+        self._unregistered[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+
+def _frozen(metric: str | os.PathLike[str] | nn.Module) -> tuple[nn.Module, float, float]:
+    """Return a metric's frozen network, its worst score and its best."""
+    if isinstance(metric, str | os.PathLike):
+        metric = build_metrics({"metric": os.fspath(metric)}, torch.device("cpu"))["metric"]
+        network = getattr(metric, "net", metric)
+    elif isinstance(metric, nn.Module):
+        network = copy.deepcopy(getattr(metric, "net", metric))
+    else:
+        raise SettingsError(f"metric is {metric!r}; expected a name or a metric, such as 'qualiclip-mini'")
+    if getattr(metric, "metric_mode", "NR") != "NR":
+        raise SettingsError(f"{getattr(metric, 'metric_name', metric)} needs a reference; expected an NR metric")
+    score_range = getattr(metric, "score_range", None)
+    try:
+        # pyiqa marks bounds that are only typical by a tilde.
+        low, high = (float(bound.strip().removeprefix("~")) for bound in str(score_range).split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise SettingsError(f"score_range is {score_range!r}; expected a metric whose range of scores is finite")
+    worst, best = (high, low) if getattr(metric, "lower_better", False) else (low, high)
+    return network.eval().requires_grad_(False), worst, best
