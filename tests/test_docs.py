@@ -20,14 +20,15 @@ from qualiclip_pyiqa.metrics.registry import MetricSpec
 
 ROOT = Path(__file__).parents[1]
 # Later pages use what earlier ones made.
-NAMES = ("training.md", "evaluation.md", "fit.md", "scoring.md", "embedded.md", "profile.md", "report.md")
+NAMES = ("training.md", "evaluation.md", "fit.md", "scoring.md", "embedded.md", "profile.md", "report.md", "serving.md")
 PAGES = [ROOT / "docs" / name for name in NAMES]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("qualiclip ")]
 # Those within the text and its tables too.
 COMMANDS += re.findall(
-    r"`(qualiclip (?:train|tune|fit|evaluate|score|describe|report|filter) [^`]*--[^`]*)`", TEXT.replace("\n", " ")
+    r"`(qualiclip (?:train|tune|fit|evaluate|score|describe|report|filter|serve) [^`]*--[^`]*)`",
+    TEXT.replace("\n", " "),
 )
 
 

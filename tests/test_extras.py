@@ -76,6 +76,7 @@ assert main(["weights", "list"]) == 0
         ("evaluate --ratings RATINGS --images FOLDER", "eval"),
         ("evaluate --ratings RATINGS --images FOLDER --plot x.png", "plots"),
         ("report FOLDER -o x.html", "report"),
+        ("serve qualiclip-mini", "serve"),
         ("train --config toy --pristine FOLDER --out run", "train"),
         ("fit -m qualiclip-mini --ratings RATINGS --images FOLDER -o x.safetensors", "fit"),
         ("tune -m clipiqa+ --ratings RATINGS --images FOLDER --out run", "train"),

@@ -74,8 +74,9 @@ def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp
     configs = (ROOT / "qualiclip_pyiqa" / "training" / "configs").glob("*.toml")
     assert {f"qualiclip_pyiqa/training/configs/{path.name}" for path in configs} <= set(held)
     assert {"qualiclip_pyiqa/degradations/severities.toml", "qualiclip_pyiqa/report/reference.toml"} <= set(held)
-    assets = (ROOT / "qualiclip_pyiqa" / "report" / "assets").iterdir()
-    assert {f"qualiclip_pyiqa/report/assets/{path.name}" for path in assets} <= set(held)
+    for room in ("report", "serve"):
+        assets = (ROOT / "qualiclip_pyiqa" / room / "assets").iterdir()
+        assert {f"qualiclip_pyiqa/{room}/assets/{path.name}" for path in assets} <= set(held)
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/weights/LICENSE", "qualiclip_pyiqa/_weights/LICENSE"} <= set(
         held
     )

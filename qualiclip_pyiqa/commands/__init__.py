@@ -117,18 +117,27 @@ def add_rating_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_read_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Scorer` for reading images; each is None unless it is given."""
-    add_read_rules(parser)
+def add_read_options(parser: argparse.ArgumentParser, timeout: int = 60, pixels: int = 89) -> None:
+    """Add the options of `Scorer` for reading images; each is None unless it is given.
+
+    Args:
+        parser: of the command.
+        timeout: default seconds, for the help.
+        pixels: default limit in millions, for the help.
+    """
+    add_read_rules(parser, pixels)
     parser.add_argument(
-        "--decode-timeout", type=a_number, metavar="SECONDS", help="give up on an image after this time (default: 60)"
+        "--decode-timeout",
+        type=a_number,
+        metavar="SECONDS",
+        help=f"give up on an image after this time (default: {timeout})",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="number of decoding processes; 0: none (default: by the CPU cores)"
     )
 
 
-def add_read_rules(parser: argparse.ArgumentParser) -> None:
+def add_read_rules(parser: argparse.ArgumentParser, pixels: int = 89) -> None:
     """Add the options of `load_image`; each is None unless it is given."""
     parser.add_argument(
         "--ignore-orientation",
@@ -148,7 +157,7 @@ def add_read_rules(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="score images with truncated data",
     )
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 89 million)")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help=f"refuse larger images (default: {pixels} million)")
 
 
 def read_options(arguments: argparse.Namespace, names: Sequence[str] = READ_OPTIONS) -> dict[str, Any]:

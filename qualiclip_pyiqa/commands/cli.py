@@ -5,6 +5,7 @@
     qualiclip explain IMAGE... -m METRIC -o map.png  draw which places of an image are good or bad
     qualiclip filter TABLE --above X | --best SHARE  list or keep the images that are good enough
     qualiclip report FOLDER|TABLE -o PAGE.html       a page about the scores: distributions, images, profiles, maps
+    qualiclip serve METRIC...                        score images over HTTP, and on a page in the browser
     qualiclip evaluate -m METRIC --ratings CSV ...   agreement with opinion scores, degradations, gMAD competitions
     qualiclip train --config NAME --pristine DIR ... train a model without opinion scores
     qualiclip tune -m METRIC --ratings CSV ...       learn a prompt context from opinion scores
@@ -33,7 +34,7 @@ from ..errors import ImageError, PromptError, SettingsError, WeightsError
 from ..files import writing
 from ..scoring.allocator import keep_freed_memory
 from ..screen import drop_output, replace_closed_streams
-from . import describe, evaluate, explain, filter, fit, put, report, say, score, train, tune, weights
+from . import describe, evaluate, explain, filter, fit, put, report, say, score, serve, train, tune, weights
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -118,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (score, describe, explain, filter, report, evaluate, train, tune, fit, weights):
+    for command in (score, describe, explain, filter, report, serve, evaluate, train, tune, fit, weights):
         command.add_parser(commands)
     return parser
 

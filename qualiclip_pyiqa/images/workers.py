@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -49,6 +50,12 @@ class DecodedImage:
     result: np.ndarray | Exception
 
 
+class Results(Protocol):
+    """Takes results from a decoder's threads, as a `queue.SimpleQueue` does."""
+
+    def put(self, item: DecodedImage, /) -> None: ...
+
+
 class Decoder:
     """Decodes images in worker processes and puts a `DecodedImage` for each on a queue, in any order.
 
@@ -68,7 +75,7 @@ class Decoder:
         self,
         workers: int,
         ahead: int,
-        results: queue.SimpleQueue[DecodedImage],
+        results: Results,
         rules: ReadRules | None = None,
         timeout: float = 60.0,
     ) -> None:

@@ -1,0 +1,99 @@
+"""The Ray Serve application. Replicas, autoscaling, queues and batches are Ray Serve's own.
+
+qualiclip serve qualiclip-mini+
+serve run qualiclip_pyiqa.serve.app:build metrics=qualiclip-mini+
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.util.metrics import Counter
+
+from ..scoring.allocator import keep_freed_memory
+from ..scoring.network import Scored
+from .figures import cluster_figures
+from .http import make_app
+from .service import Service
+from .settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+NAME = "qualiclip"
+# Ray Serve's log is for what goes wrong; `/metrics` counts requests.
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def _app() -> FastAPI:
+    def service() -> Service:
+        replica: Any = serve.get_replica_context().servable_object
+        own: Service = replica.service
+        return own
+
+    return make_app(service, cluster_figures)
+
+
+@serve.deployment(name=NAME)
+@serve.ingress(_app)
+class QualityServer:
+    """A replica: HTTP, decoding processes and networks."""
+
+    async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]  # as serve.ingress allows
+        cpus, gpus = settings.resources()
+        keep_freed_memory()
+        torch.set_num_threads(max(1, int(cpus)))
+        self.service = Service(settings, "cuda" if gpus else "cpu")
+        await self.service.warm_up()
+        self.score_batch.set_max_batch_size(self.service.scorer.batch_size)  # type: ignore[attr-defined]
+        self.score_batch.set_batch_wait_timeout_s(settings.batch_wait)  # type: ignore[attr-defined]
+        self.service.score_one = self.score_batch
+        images = Counter("qualiclip_images", "Images by outcome: scored, mapped, refused or failed.", ("outcome",))
+        self.service.count = lambda outcome: images.inc(tags={"outcome": outcome})
+
+    @serve.batch
+    async def score_batch(self, images: list[np.ndarray]) -> list[Scored]:
+        return await self.service.score_batch(images)
+
+    def check_health(self) -> None:
+        """Let Ray Serve replace a replica whose decoding processes do not work."""
+        if self.service.decoding.failure is not None:
+            raise self.service.decoding.failure
+
+    def __del__(self) -> None:
+        if hasattr(self, "service"):  # it was built
+            self.service.close()
+
+
+def build(args: ServeSettings) -> Application:
+    """Build the application, for `serve.run`, `serve run` and Ray Serve's configuration files.
+
+    Args:
+        args: settings. A configuration file may override what concerns replicas under `deployments`.
+    """
+    cpus, gpus = args.resources()
+    args = args.model_copy(update={"cpus": cpus, "gpus": gpus})
+    application: Application = QualityServer.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        max_ongoing_requests=args.max_ongoing,
+        max_queued_requests=args.max_queued,
+        backpressure_config={"status_code": 503, "retry_after_s": 1},
+        graceful_shutdown_timeout_s=args.timeout,
+        max_constructor_retry_count=2,
+        logging_config=LOGGING,
+        **_scaling(args.replicas),
+    ).bind(args)
+    return application
+
+
+def _scaling(replicas: str) -> dict[str, Any]:
+    """Convert `ServeSettings.replicas` to options of Ray Serve."""
+    low, colon, high = replicas.partition(":")
+    if colon:
+        return {"autoscaling_config": {"min_replicas": int(low), "max_replicas": int(high)}}
+    return {"num_replicas": replicas if replicas == "auto" else int(replicas)}

@@ -1,0 +1,121 @@
+"""Read the images of a request, within limits of bytes, number and time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.types import Message
+
+from ..images.convert import source_name
+
+# Bytes of all uploads that a replica holds at once.
+HELD_BYTES = 2**29
+# Of a body that is one image: declared to be one, or nothing in particular (as curl's --data-binary does).
+_RAW = ("image/", "application/octet-stream", "application/x-www-form-urlencoded")
+_NAME = 200  # characters of a file's name that are repeated in an answer
+
+
+class RequestError(Exception):
+    """A request that cannot be answered: the status and one line."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(line)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An encoded image, and its file's name if the request has one."""
+
+    name: str | None
+    data: bytes
+
+
+class Uploads:
+    """Reads requests, whose bytes count until they are answered.
+
+    Args:
+        max_bytes: of a body.
+        max_images: of a request.
+        timeout: seconds from the start of a request to its answer.
+    """
+
+    def __init__(self, max_bytes: int, max_images: int, timeout: float) -> None:
+        self.max_bytes, self.max_images, self.timeout = max_bytes, max_images, timeout
+        self.held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[list[Upload]]:
+        """Read the body, one image or several as files of a form, and limit the time of the context too.
+
+        Raises:
+            RequestError: another kind of body, too large, too many images or none, too many uploads at once,
+                or not in time.
+        """
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self.max_bytes:
+            raise self._too_large()
+        count = 0
+
+        async def receive() -> Message:
+            nonlocal count
+            message = await request.receive()
+            size = len(message.get("body", b""))
+            count += size
+            self.held += size
+            if count > self.max_bytes:
+                raise self._too_large()
+            if self.held > HELD_BYTES:
+                raise RequestError(503, "the server holds as many uploads as it can; try again later")
+            return message
+
+        end = asyncio.get_running_loop().time() + self.timeout
+        try:
+            async with _until(end, RequestError(408, f"the upload did not end within {self.timeout:g} seconds")):
+                images = await self._images(Request(request.scope, receive))
+            async with _until(end, RequestError(503, f"no answer within {self.timeout:g} seconds; try again later")):
+                yield images
+        finally:
+            self.held -= count
+
+    async def _images(self, request: Request) -> list[Upload]:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            async with request.form(max_files=self.max_images, max_fields=8) as form:
+                files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+                images = [Upload(_shown(file.filename), await file.read()) for file in files]
+            if not images:
+                raise RequestError(400, "the form has no file; expected images as files of a form")
+            return images
+        if kind and not kind.startswith(_RAW):
+            raise RequestError(
+                415,
+                f"the body is of type {source_name(kind[:100])}; expected an image, or a form (multipart/form-data)",
+            )
+        data = await request.body()
+        if not data:
+            raise RequestError(400, "the body is empty; expected an image")
+        return [Upload(None, data)]
+
+    def _too_large(self) -> RequestError:
+        return RequestError(413, f"the body is too large; at most {self.max_bytes} bytes are accepted")
+
+
+@asynccontextmanager
+async def _until(end: float, error: RequestError) -> AsyncIterator[None]:
+    """Raise an error at a time of the event loop's clock."""
+    try:
+        async with asyncio.timeout_at(end):
+            yield
+    except TimeoutError:
+        raise error from None
+
+
+def _shown(name: str | None) -> str | None:
+    """Return a file's name as one printable line of bounded length."""
+    return source_name(name[-_NAME:]) if name else None

@@ -1,0 +1,336 @@
+"""The server's app without Ray: what it accepts, refuses and answers, and its limits of memory and time."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qualiclip_pyiqa.errors import ImageError, SettingsError
+from qualiclip_pyiqa.images.convert import ReadRules, read_pixels
+from qualiclip_pyiqa.scoring.scorer import Scorer
+
+testclient = pytest.importorskip("starlette.testclient", reason="the extra serve is not installed")
+pytest.importorskip("httpx", reason="httpx is not installed")
+
+from qualiclip_pyiqa.serve import decoding, uploads  # noqa: E402
+from qualiclip_pyiqa.serve.decoding import Decoding  # noqa: E402
+from qualiclip_pyiqa.serve.http import make_app  # noqa: E402
+from qualiclip_pyiqa.serve.service import Service  # noqa: E402
+from qualiclip_pyiqa.serve.settings import ServeSettings, make_settings  # noqa: E402
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+LOOK = "qualiclip-mini:look"
+
+
+def png(width: int = 64, height: int = 48, seed: int = 0, high: int = 255) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, high, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def settings() -> ServeSettings:
+    return make_settings(
+        metrics=[LOOK, "entropy"], workers=1, max_bytes=300_000, max_pixels=100_000, max_images=3, timeout=20
+    )
+
+
+@pytest.fixture(scope="module")
+def service(settings: ServeSettings) -> Iterator[Service]:
+    made = Service(settings)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[Any]:
+    with testclient.TestClient(make_app(lambda: service, lambda: "# figures\n")) as made:
+        made.portal.call(service.warm_up)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, float]:
+    (record,) = Scorer([LOOK, "entropy"], device="cpu", workers=0).score([png()])
+    return dict(record.scores)
+
+
+def test_a_body_is_one_image(client: Any, expected: dict[str, float]) -> None:
+    for headers in ({"content-type": "image/png"}, {}, {"content-type": "application/octet-stream"}):
+        answer = client.post("/score", content=png(), headers=headers)
+        assert answer.status_code == 200
+        content = answer.json()
+        assert (content["width"], content["height"], content["name"]) == (64, 48, None)
+        assert content["scores"] == pytest.approx(expected, abs=2e-6) and list(content["scores"])[-1] == "entropy"
+        assert content["lower_better"] == dict.fromkeys(expected, False)
+        assert content["error"] is None and content["map"] is None
+
+
+def test_a_form_is_several_images_in_order(client: Any, expected: dict[str, float]) -> None:
+    files = [
+        ("image", ("a.png", png())),
+        ("image", ("<b>\n.png", b"nothing")),
+        ("other", ("c.png", png(40, 64))),
+    ]
+    answer = client.post("/score", files=files)
+    assert answer.status_code == 200
+    first, second, third = answer.json()["images"]
+    assert first["name"] == "a.png" and first["scores"] == pytest.approx(expected, abs=2e-6)
+    assert second["error"].endswith("is not an image of a supported format") and "\n" not in second["error"]
+    assert second["scores"] == {} and second["width"] is None
+    assert (third["name"], third["width"], third["height"]) == ("c.png", 40, 64)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "line"),
+    [
+        ({"content": b""}, 400, "the body is empty; expected an image"),
+        ({"content": b"%!PS-Adobe"}, 422, "the image is not an image of a supported format"),
+        ({"content": png()[:200]}, 422, "the image is damaged"),
+        ({"content": png(31, 64)}, 422, "the image is 31x64 pixels; the smallest that can be scored is 32x32"),
+        (
+            {"content": png(100, 1001, high=1)},
+            422,
+            "the image is too large and may be a decompression bomb (100x1001, limit",
+        ),
+        ({"content": b"0" * 300_001}, 413, "the body is too large; at most 300000 bytes are accepted"),
+        ({"content": iter([b"0" * 200_000] * 2)}, 413, "the body is too large; at most 300000 bytes are accepted"),
+        ({"json": {}}, 415, "the body is of type application/json; expected an image, or a form (multipart/form-data)"),
+        ({"files": [("image", ("a.png", b"1"))] * 4}, 400, "Too many files. Maximum number of files is 3."),
+        ({"files": [("image", ("a.png", b"1"))] * 2}, 422, "a.png is not an image of a supported format"),
+        ({"data": {"image": "1"}, "files": {}}, 422, "the image is not an image of a supported format"),
+        (
+            {"content": b"--x--", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+            400,
+            "the form has no file; expected images as files of a form",
+        ),
+        ({"content": b"?", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary in multipart"),
+        ({"content": png(), "params": {"map": "gif"}}, 400, "map is 'gif': input should be 'values' or 'png'"),
+        ({"content": png(), "params": {"map": "png", "metric": "x"}}, 400, "metric is 'x'; expected one of qualiclip"),
+        (
+            {"content": png(), "params": {"map": "png", "attribute": "sharpnes"}},
+            400,
+            "qualiclip-mini:look has no attribute 'sharpnes'; expected one of quality, brightness, sharpness,",
+        ),
+        (
+            {"content": png(), "params": {"map": "png", "metric": "entropy"}},
+            400,
+            "a map of kind 'local' is not defined",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(client: Any, service: Service, body: dict[str, Any], status: int, line: str) -> None:
+    answer = client.post("/score", **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error[: len(line)]) == (status, line)
+    assert "\n" not in error and service.uploads.held == 0 and service.decoding._held == 0
+    assert client.post("/score", content=png()).status_code == 200
+
+
+def test_unknown_paths_and_methods(client: Any) -> None:
+    assert client.get("/nothing").json() == {"error": "Not Found"}
+    answer = client.get("/score")
+    assert answer.status_code == 405 and answer.json() == {"error": "Method Not Allowed"}
+    assert client.get("/assets/..%2Fhttp.py").status_code == 404
+
+
+def test_maps(client: Any, service: Service) -> None:
+    photo = Image.open(PHOTOS / "hats.jpg").resize((240, 160))
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    wish = {"map": "values", "attribute": "sharpness"}
+    found = client.post("/score", content=file.getvalue(), params=wish).json()["map"]
+    again = service.maps.map(read_pixels(file.getvalue()), LOOK, "sharpness")
+    assert found["attribute"] == "sharpness" and found["metric"] == LOOK and found["png"] is None
+    assert np.allclose(found["values"], again.values, rtol=1e-5) and np.shape(found["values"]) == (5, 8)
+    found = client.post("/score", content=file.getvalue(), params={**wish, "map": "png"}).json()["map"]
+    assert found["values"] is None
+    drawn = base64.b64decode(found["png"].removeprefix("data:image/png;base64,"))
+    answer = client.post("/map", content=file.getvalue(), params={"attribute": "sharpness"})
+    assert answer.headers["content-type"] == "image/png" and answer.content == drawn
+    with Image.open(io.BytesIO(drawn)) as image:
+        assert image.size == (240, 160) and image.mode == "RGBA"
+        opacity = np.asarray(image)[..., 3]
+    whole = again.enlarged()
+    worst, best = np.unravel_index(whole.argmin(), whole.shape), np.unravel_index(whole.argmax(), whole.shape)
+    assert opacity[worst] > 190 and opacity[best] < 15  # bad places are covered, good ones are not
+    assert client.post("/map", files=[("a", ("a.png", png()))] * 2).status_code == 400
+    assert client.post("/map", content=b"no").json() == {"error": "the image is not an image of a supported format"}
+
+
+def test_descriptions(client: Any) -> None:
+    about = client.get("/describe").json()
+    assert about["limits"] == {"bytes": 300_000, "pixels": 100_000, "images": 3, "seconds": 20, "decode_seconds": 10}
+    assert about["metrics"][0]["maps"][:3] == ["quality", "brightness", "sharpness"]
+    assert about["metrics"][1] == {"name": "entropy", "maps": []}
+    assert "PNG" in about["formats"] and "EPS" not in about["formats"]
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/metrics").text == "# figures\n"
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {"/score", "/map", "/describe", "/health", "/metrics"}
+    docs = client.get("/docs")
+    for words in ("POST /score", "multipart/form-data", "ImageAnswer", "quality map", "Figures for Prometheus"):
+        assert words in docs.text
+    for page in (docs, client.get("/")):
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "http:" not in page.text and "https:" not in page.text
+        for link in {part.split('"')[0] for part in page.text.split('href="')[1:] + page.text.split('src="')[1:]}:
+            if not link.startswith(("#", "data:")):
+                assert client.get(f"/{link}").status_code == 200, link
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 60))  # type: ignore[arg-type]
+
+
+def test_a_decoder_that_does_not_come_back_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def hang(self: Any, thread: int, number: int, source: bytes) -> np.ndarray | ImageError:
+        if source == b"hang":
+            release.wait(30)
+        return np.zeros((64, 64, 3), np.uint8)
+
+    monkeypatch.setattr("qualiclip_pyiqa.images.workers.Decoder._decode", hang)
+    made = Decoding(1, ReadRules(), 10)
+
+    async def work() -> None:
+        async def decode(data: bytes) -> tuple[int, ...]:
+            async with made.pixels(data) as pixels:
+                return pixels.shape
+
+        gone = asyncio.create_task(decode(b"hang"))
+        waiting = [asyncio.create_task(decode(b"")) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        gone.cancel()  # its client left: the others are decoded once its process is free
+        waiting[-1].cancel()
+        release.set()
+        assert await asyncio.gather(*waiting[:-1]) == [(64, 64, 3)] * 4
+        assert made._decoder.pending == 0 and made._held == 0 and not made._waiting
+        assert made._slots._value == 2
+
+    run(work)
+    made.close()
+
+
+def test_pixels_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "DECODED_BYTES", 2 * 64 * 48 * 3)
+    made = Decoding(1, ReadRules(), 10)
+    held: list[int] = []
+
+    async def work() -> None:
+        end = asyncio.Event()
+
+        async def hold() -> None:
+            async with made.pixels(png()):
+                held.append(1)
+                await end.wait()
+
+        tasks = [asyncio.create_task(hold()) for _ in range(12)]
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if len(held) >= 4:
+                break
+        await asyncio.sleep(0.1)
+        assert 2 <= len(held) <= 4  # two fill the limit; two more may have been on their way
+        end.set()
+        await asyncio.gather(*tasks)
+        assert len(held) == 12 and made._held == 0
+
+    run(work)
+    made.close()
+
+
+def test_time_runs_out(client: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.uploads, "timeout", 0.2)
+
+    async def never(pixels: np.ndarray) -> Any:
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(service, "score_one", never)
+    answer = client.post("/score", content=png())
+    assert answer.status_code == 503 and answer.json() == {"error": "no answer within 0.2 seconds; try again later"}
+
+    async def slow() -> None:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if sent or hasattr(receive, "asked"):
+                await asyncio.sleep(30)
+            receive.asked = True  # type: ignore[attr-defined]
+            return {"type": "http.request", "body": b"1", "more_body": True}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": []}
+        await client.app(scope, receive, send)
+        assert sent[0]["status"] == 408
+        assert sent[1]["body"] == b'{"error":"the upload did not end within 0.2 seconds"}'
+
+    client.portal.call(slow)
+    assert service.uploads.held == 0 and service.decoding._held == 0
+
+
+def test_uploads_are_bounded(client: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "HELD_BYTES", 1000)
+    answer = client.post("/score", content=b"0" * 1001)
+    assert answer.status_code == 503 and "try again later" in answer.json()["error"] and service.uploads.held == 0
+
+
+def test_a_batch_of_many_sizes(service: Service, client: Any, expected: dict[str, float]) -> None:
+    images = [read_pixels(png(width, 48, seed)) for seed, width in enumerate((64, 40, 64, 52))]
+    scored = client.portal.call(service.score_batch, images)
+    alone = Scorer([LOOK, "entropy"], device="cpu", workers=0).score(images)
+    for found, record in zip(scored, alone, strict=True):
+        assert found.scores == pytest.approx(record.scores, abs=2e-6)
+    assert scored[0].scores == pytest.approx(expected, abs=2e-6)
+
+
+def test_outcomes_are_counted(client: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(service, "count", counted.append)
+    client.post("/score", files=[("a", ("a.png", png())), ("b", ("b.png", b"no"))])
+    client.post("/map", content=png())
+    assert sorted(counted) == ["mapped", "refused", "scored"]
+
+
+def test_a_server_whose_decoders_do_not_start_is_unhealthy(client: Any, service: Service) -> None:
+    service.decoding.failure = SettingsError("decoding processes fail to start")
+    try:
+        answer = client.get("/health")
+        assert answer.status_code == 503 and answer.json() == {"error": "decoding processes fail to start"}
+    finally:
+        service.decoding.failure = None
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"max_bytes": 0}, "max_bytes is 0: input should be greater than or equal to 1"),
+        ({"replicas": "3:2"}, "replicas is '3:2': expected a number of at least 1, MIN:MAX or auto"),
+        ({"replicas": 0}, "replicas is 0: expected a number of at least 1, MIN:MAX or auto"),
+        ({"workers": 0}, "workers is 0: input should be greater than or equal to 1"),
+        ({"timeout": "soon"}, "timeout is 'soon': input should be a valid number"),
+        ({"max_byte": 3}, "max_byte is 3: extra inputs are not permitted"),
+    ],
+)
+def test_wrong_settings_are_one_line(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        make_settings(metrics="qualiclip-mini", **values)
+    assert str(error.value)[: len(line)] == line and "\n" not in str(error.value)
+
+
+def test_settings_from_text() -> None:
+    made = ServeSettings(metrics="qualiclip-mini", max_bytes="5", cpus="2", replicas=3)  # type: ignore[arg-type]
+    assert (made.metrics, made.max_bytes, made.replicas) == (("qualiclip-mini",), 5, "3")
+    assert made.resources()[0] == 2
