@@ -83,6 +83,15 @@ def test_table_summary_and_status(
     assert "5/5" in capsys.readouterr().err
 
 
+def test_the_summary_calls_no_brightness_better(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("qualiclip-mini:brightness", "qualiclip-mini")
+    assert score("examples/photos", *(word for name in names for word in ("-m", name))) == 0
+    said = capsys.readouterr().err
+    assert "qualiclip-mini:brightness (higher is brighter): " in said
+    assert "qualiclip-mini (higher is better): " in said
+    assert [said.count(f"  {end}: ") for end in ("lowest", "highest", "worst", "best")] == [1, 1, 1, 1]
+
+
 def test_a_table_of_other_metrics_is_refused_before_they_are_built(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

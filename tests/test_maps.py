@@ -310,6 +310,8 @@ def test_figures_show_images_maps_and_scales(look: OpenQualiCLIP) -> None:
     figure = maps[0].figure(x[0])
     texts = [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
     assert f"sharpness: {maps[0].score:.3f}" in texts
-    assert any("worse" in text and "better" in text for text in texts)
+    assert any("blurrier" in text and "sharper" in text for text in texts)
+    quality, brightness = Mapper(look, attributes=["quality", "brightness"]).maps(x)[0]
+    assert (quality.comparatives, brightness.comparatives) == (("better", "worse"), ("brighter", "darker"))
     with pytest.raises(SettingsError, match="96x64 pixels, but this one has 64x64"):
         maps[0].figure(x[0, :, :, :64])

@@ -18,6 +18,7 @@ from report_pages import ERROR, HOSTILE, data_of, hostile_table, save, write_sco
 
 from qualiclip_pyiqa import SettingsError
 from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.metrics.prompts import QUALITY_SETS
 from qualiclip_pyiqa.report import page as page_module
 from qualiclip_pyiqa.report.beside import MARKER
 from qualiclip_pyiqa.report.findings import near_duplicates, outliers, robust_z
@@ -283,8 +284,10 @@ def test_text_is_made_visible() -> None:
     [
         ("m", {"quality": [["Good photo.", "Bad photo."]]}, "better"),
         ("m.brightness", {"quality": [], "brightness": [["Bright photo.", "Dark photo."]]}, "brighter"),
-        ("m", {"fog": [["Clear photo.", "Foggy photo."]]}, "better"),
-        ("m", {"quality": [["Good photo.", "Bad photo."], ["Bright photo.", "Dark photo."]]}, "better"),
+        ("m", {"fog": [["Clear photo.", "Foggy photo."]]}, "closer to 'Clear photo.'"),
+        ("m", {"quality": [list(pair) for pair in QUALITY_SETS["qualiclip"]]}, "better"),
+        ("m", {"quality": [["Good photo.", "Bad photo."]] * 2}, "closer to 'Good photo. (+1)'"),
+        ("m", {"quality": []}, "better"),
         ("m", {"quality": "damaged"}, "better"),
         ("m", None, "better"),
     ],

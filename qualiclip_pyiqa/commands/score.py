@@ -19,6 +19,7 @@ from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
 from ..images.paths import FoundPaths, find_images, matches
+from ..metrics.prompts import Pair
 from ..metrics.specs import column_belongs
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_meta
 from ..screen import Screen
@@ -52,12 +53,14 @@ class Engine:
         score: yields one record per path, in order.
         columns: names of the scores.
         lower_better: whether a lower score is better, by column.
+        comparatives: what an image with a higher score is, and one with a lower score, by column.
         describe: returns the description of the table.
     """
 
     score: Score
     columns: tuple[str, ...]
     lower_better: Mapping[str, bool]
+    comparatives: Mapping[str, Pair]
     describe: Callable[[], dict[str, Any]]
 
 
@@ -142,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
     maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
     if maps is not None and not arguments.resume:
         maps.check(chain.from_iterable(files[path].names if path in files else [path] for path in found.paths))
-    summary = Summary(engine.columns, engine.lower_better)
+    summary = Summary(engine.columns, engine.lower_better, engine.comparatives)
     try:
         with _table(arguments, engine) as table:
             _fill(table, found, unmatched, files, engine.score, summary, maps)
@@ -323,8 +326,10 @@ def _engine(
         from ..scoring.ray import RayScorer
 
         cluster = RayScorer(metrics, **options)
-        return Engine(cluster.score, cluster.columns, cluster.lower_better, cluster.describe)
+        return Engine(cluster.score, cluster.columns, cluster.lower_better, cluster.comparatives, cluster.describe)
     from ..scoring.scorer import Scorer
 
     scorer = Scorer(metrics, **options)
-    return Engine(partial(_scored, scorer, files), scorer.columns, scorer.lower_better, scorer.describe)
+    return Engine(
+        partial(_scored, scorer, files), scorer.columns, scorer.lower_better, scorer.comparatives, scorer.describe
+    )

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import counted
 from ..images.convert import source_name
+from ..metrics.prompts import Pair
 from ..scoring.tables import Record
 
 EXTREMES = 5  # number of worst images, best images and errors shown
@@ -16,18 +17,21 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Summary:
-    """Summary of records: rows and errors; for each score, mean, quantiles, and the worst and best images.
+    """Summary of records: rows and errors; for each score, mean, quantiles, and the images at both ends.
 
     Args:
         columns: names of the scores.
         lower_better: whether a lower score is better, by column.
+        comparatives: what an image with a higher score is, and one with a lower score, by column.
     """
 
-    def __init__(self, columns: Sequence[str], lower_better: Mapping[str, bool]) -> None:
+    def __init__(
+        self, columns: Sequence[str], lower_better: Mapping[str, bool], comparatives: Mapping[str, Pair]
+    ) -> None:
         self.rows = 0
         self.errors = 0
         self.repeated = 0  # names of images that other names name too
-        self._lower_better = lower_better
+        self._lower_better, self._comparatives = lower_better, comparatives
         self._first_errors: list[str] = []
         self._scores = {column: array("d") for column in columns}
         self._paths: dict[str, list[str]] = {column: [] for column in columns}
@@ -61,12 +65,15 @@ class Summary:
                 yield from self._column(column, np.asarray(scores))
 
     def _column(self, column: str, scores: np.ndarray) -> Iterator[str]:
-        better = "lower" if self._lower_better[column] else "higher"
+        lower_better, words = self._lower_better[column], self._comparatives[column]
+        meaning = f"lower is {words[1]}" if lower_better else f"higher is {words[0]}"
         marks = " ".join(f"{q:.0%} {v:.4f}" for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True))
-        yield f"{column} ({better} is better): count {len(scores)}, mean {np.mean(scores):.4f}; quantiles {marks}"
-        ranked = sorted(zip(scores, self._paths[column], strict=True), reverse=better == "lower")
+        yield f"{source_name(column)} ({meaning}): count {len(scores)}, mean {np.mean(scores):.4f}; quantiles {marks}"
+        ranked = sorted(zip(scores, self._paths[column], strict=True), reverse=lower_better)
         worst = ranked[: min(EXTREMES, len(ranked) // 2)]
         best = ranked[len(worst) :][::-1][:EXTREMES]
-        for what, rows in (("worst", worst), ("best", best)):
+        # What describes an image, such as brightness, has no worst and best.
+        ends = ("worst", "best") if "better" in words else ("lowest", "highest")
+        for what, rows in zip(ends, (worst, best), strict=True):
             if rows:
                 yield f"  {what}: " + ", ".join(f"{score:.4f} {source_name(path)}" for score, path in rows)

@@ -107,8 +107,8 @@ def _draw_map(figure: Any, axis: Any, grey: NDArray[np.float32], found: QualityM
     axis.set_title(_shortened(f"{found.attribute}: {found.score:.3f}"), fontsize=11)
     axis.set_xlabel(_lines(f"{found.metric}. {found.meaning}"), fontsize=8.5, color="0.35")
     bar = figure.colorbar(drawn, ax=axis, **BAR_PLACE)
-    worse, better = ("lowers", "raises") if found.diverging else ("worse", "better")
-    bar.set_label(f"\N{LEFTWARDS ARROW} {worse}   {BARS[found.kind]}   {better} \N{RIGHTWARDS ARROW}", fontsize=8.5)
+    more, less = ("raises", "lowers") if found.diverging else found.comparatives
+    bar.set_label(f"\N{LEFTWARDS ARROW} {less}   {BARS[found.kind]}   {more} \N{RIGHTWARDS ARROW}", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_linewidth(0.4)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError, did_you_mean
 from ..metrics.base import BlindMetric, check_batch
+from ..metrics.prompts import Pair
+from ..metrics.words import comparatives
 from ..scoring.building import Metrics, blind_metric, build_metrics, named_metrics
 from ..scoring.description import lower_is_better
 from ..scoring.scorer import usable_devices
@@ -82,6 +84,9 @@ class Mapper:
             raise SettingsError(f"attributes is empty; expected some of {', '.join(known)}")
         self._network = built if network is None else network
         self._columns = [known.index(name) for name in self.attributes]
+        prompts = getattr(network, "prompts", None)
+        groups = {} if prompts is None else dict(prompts.groups)
+        self._pairs: list[tuple[Pair, ...]] = [groups.get(name, ()) for name in self.attributes]
         self._sign = -1 if lower_is_better(built) else 1
         self.device = _device_of(self._network)
 
@@ -129,6 +134,7 @@ class Mapper:
             high=high,
             meaning=found.meaning if self._sign > 0 else f"minus the {found.meaning} (of which lower is better)",
             relation=found.relation(n, a),
+            comparatives=comparatives(self._pairs[a]),
         )
 
 

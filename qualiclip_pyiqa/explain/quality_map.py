@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..metrics.prompts import Pair
+from ..metrics.words import BETTER
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,6 +36,7 @@ class QualityMap:
         low, high: ends of a colour bar's scale, which may be wider than the values.
         meaning: what the values are, in one line.
         relation: how they relate to the score, in one line.
+        comparatives: what a place with a larger value is, and one with a smaller value, such as "brighter", "darker".
     """
 
     values: NDArray[np.float32]
@@ -46,6 +50,7 @@ class QualityMap:
     high: float
     meaning: str
     relation: str
+    comparatives: Pair = BETTER
 
     @property
     def diverging(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from ..errors import ImageError
 from ..images.tensors import Source
 from ..metrics.prompts import Pair
+from ..metrics.words import comparatives
 from ..scoring.building import Metrics, blind_metric
+from ..scoring.description import attribute_of
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record
 from .reference import Reference, TableReference, Values, percentile, shipped_reference
-from .words import COMPARATIVES
 
 DEFAULT_METRICS = "qualiclip-mini+:look"
 # A score is unusual if at most this percentage of the reference lies beyond it.
@@ -82,14 +83,8 @@ class Trait:
             return None
         low = self.percentile <= UNUSUAL
         beyond = min(99, int(100 - self.percentile if low else self.percentile))
-        pairs = self.attribute.pairs
-        if not pairs:
-            comparative = "worse" if low else "better"
-        elif len(pairs) == 1 and pairs[0] in COMPARATIVES:
-            comparative = COMPARATIVES[pairs[0]][low]
-        else:
-            comparative = f"closer to {(self.attribute.low if low else self.attribute.high)!r}"
-        return f"{comparative} than {beyond} %"
+        # Without prompts, a percentile counts the images with a worse score, whatever the direction.
+        return f"{comparatives(self.attribute.pairs)[low]} than {beyond} %"
 
 
 @dataclass(frozen=True)
@@ -252,19 +247,15 @@ def _attributes(
     """Describe the columns of a scorer."""
     metrics = scorer.networks[0].metrics
     for column in scorer.columns:
-        net = blind_metric(metrics[column])
-        columns: Sequence[str] = [name for name, metric in metrics.items() if metric is metrics[column]]
-        names = ("quality",) if net is None else net.attributes
-        name = names[columns.index(column)]
-        prompts = getattr(net, "prompts", None)
-        pairs = () if prompts is None else dict(prompts.groups)[name]
+        name, pairs = attribute_of(column, metrics)
+        single = sum(metric is metrics[column] for metric in metrics.values()) == 1
         yield Attribute(
             column=column,
-            metric=column if len(columns) == 1 else column.removesuffix(f".{name}"),
+            metric=column if single else column.removesuffix(f".{name}"),
             name=name,
             pairs=pairs,
             lower_better=scorer.lower_better[column],
-            score_range=_range(getattr(net or metrics[column], "score_range", None)),
+            score_range=_range(getattr(blind_metric(metrics[column]) or metrics[column], "score_range", None)),
             reference=reference.values(column, described[column], pairs),
         )
 

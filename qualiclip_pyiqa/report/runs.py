@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import SettingsError
+from ..errors import PromptError, SettingsError
 from ..images.convert import ReadRules, source_name
 from ..images.paths import find_images
 from ..metrics.prompts import resolve_prompts
 from ..metrics.registry import guess_lower_better
 from ..metrics.specs import PromptedMetric, column_belongs, split_spec
+from ..metrics.words import BETTER, comparatives
 from ..scoring.building import MetricLike
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, Table, read_table
 from ..scoring.tables.meta import lower_better_of
-from .words import COMPARATIVES
 
 logger = logging.getLogger(__name__)
 
@@ -92,20 +92,17 @@ class Run:
         return column, None
 
     def comparative(self, column: str) -> str:
-        """Return what an image with a better score is: "better", or for a look attribute's pair "brighter" and so on.
-
-        Brightness, colours and contrast describe an image: more of them is not better.
-        """
+        """Return what an image with a better score is: "better", "brighter" and so on."""
         described = (self.meta or {}).get("columns", {}).get(column)
         prompts = described.get("prompts") if isinstance(described, Mapping) else None
         if not isinstance(prompts, Mapping):
-            return "better"
+            return BETTER[0]
         _, attribute = self.metric_of(column)
-        pairs = prompts.get(attribute) if attribute is not None else next(iter(prompts.values()), None)
-        if not isinstance(pairs, list) or len(pairs) != 1 or not isinstance(pairs[0], list) or len(pairs[0]) != 2:
-            return "better"
-        positive, negative = map(str, pairs[0])
-        return COMPARATIVES.get((positive, negative), ("better", "worse"))[0]
+        found = prompts.get(attribute) if attribute is not None else next(iter(prompts.values()), None)
+        try:
+            return comparatives(resolve_prompts(found).pairs)[0] if isinstance(found, list) else BETTER[0]
+        except PromptError:  # a damaged description
+            return BETTER[0]
 
     def metric_like(self, column: str) -> MetricLike:
         """Return the metric of a column, with the prompts that the description keeps."""

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..metrics.prompts import Pair
+from .building import blind_metric
+
 
 def lower_is_better(metric: nn.Module) -> bool:
     """Return the direction of a metric; if it states none, higher is better."""
     return bool(getattr(getattr(metric, "net", metric), "lower_better", getattr(metric, "lower_better", False)))
+
+
+def attribute_of(column: str, metrics: Mapping[str, nn.Module]) -> tuple[str, tuple[Pair, ...]]:
+    """Return the attribute of a column, and the antonym prompt pairs whose mean it is (none without prompts).
+
+    Args:
+        column: its name.
+        metrics: by column, those of one metric beside each other and in the order of its attributes.
+    """
+    net = blind_metric(metrics[column])
+    columns = [name for name, metric in metrics.items() if metric is metrics[column]]
+    name = "quality" if net is None else net.attributes[columns.index(column)]
+    prompts = getattr(net, "prompts", None)
+    return name, () if prompts is None else dict(prompts.groups)[name]
 
 
 def describe_metric(metric: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class RayScorer:
         self.columns = scorer.columns
         #: Column -> whether a lower score means a better image.
         self.lower_better = scorer.lower_better
+        #: Column -> what an image with a higher score is, and one with a lower score.
+        self.comparatives = scorer.comparatives
         device = "cuda" if _gpus(options.get("device")) else "cpu"
         self._description = {**scorer.describe(), "device": device}
 

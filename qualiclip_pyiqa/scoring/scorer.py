@@ -27,8 +27,10 @@ from ..errors import ImageError, SettingsError
 from ..images.convert import ReadRules, read_or_error
 from ..images.tensors import Source, load_image
 from ..images.workers import DecodedImage, Decoder
+from ..metrics.prompts import Pair
+from ..metrics.words import comparatives
 from .building import Metrics, build_metrics, named_metrics
-from .description import describe_metric, lower_is_better
+from .description import attribute_of, describe_metric, lower_is_better
 from .network import Network, Scored
 from .precision import PRECISIONS
 from .tables import Record, to_table
@@ -76,6 +78,8 @@ class Scorer:
     Attributes:
         columns: names of the scores: the metric's name, followed by a dot and the attribute if it has several.
         lower_better: whether a lower score means a better image, by column.
+        comparatives: what an image with a higher score is, and one with a lower score, by column: "better" and
+            "worse", or for example "brighter" and "darker".
 
     Raises:
         SettingsError: an unknown metric, one that needs a reference, two with the same column, or an invalid setting.
@@ -121,6 +125,10 @@ class Scorer:
         self.columns: tuple[str, ...] = self.networks[0].columns
         self.lower_better: dict[str, bool] = {
             column: lower_is_better(metric) for column, metric in self.networks[0].metrics.items()
+        }
+        self.comparatives: dict[str, Pair] = {
+            column: comparatives(attribute_of(column, self.networks[0].metrics)[1], self.lower_better[column])
+            for column in self.columns
         }
 
     def score(self, images: Iterable[Source | ImageError] | Source) -> Iterator[Record]:

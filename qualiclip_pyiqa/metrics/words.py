@@ -1,0 +1,45 @@
+"""What higher and lower scores mean, as comparatives: "brighter", "blurrier"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .prompts import LOOK, QUALITY_SETS, Pair
+
+BETTER: Pair = ("better", "worse")
+_WORDS: dict[str, Pair] = {
+    "quality": BETTER,
+    "brightness": ("brighter", "darker"),
+    "sharpness": ("sharper", "blurrier"),
+    "noisiness": ("cleaner", "noisier"),
+    "colorfulness": ("more colorful", "duller"),
+    "contrast": ("higher in contrast", "lower in contrast"),
+    "compression": ("less compressed", "more compressed"),
+}
+_OF_LOOK: dict[Pair, Pair] = {LOOK[name]: words for name, words in _WORDS.items()}
+
+
+def comparatives(pairs: Sequence[Pair] = (), lower_better: bool = False) -> Pair:
+    """Return what an image with a higher score is, and one with a lower score.
+
+    Brightness, colours and contrast describe an image: more of them is not better.
+
+    Args:
+        pairs: antonym prompt pairs, whose mean is the score; empty for a metric without prompts.
+        lower_better: direction of a metric without prompts.
+
+    Example:
+        >>> comparatives([("Bright photo.", "Dark photo.")]), comparatives(lower_better=True)
+        (('brighter', 'darker'), ('worse', 'better'))
+        >>> comparatives([("Happy photo.", "Sad photo.")])
+        ("closer to 'Happy photo.'", "closer to 'Sad photo.'")
+    """
+    if not pairs:
+        return BETTER[::-1] if lower_better else BETTER
+    if tuple(pairs) in QUALITY_SETS.values():
+        return BETTER
+    if len(pairs) == 1 and pairs[0] in _OF_LOOK:
+        return _OF_LOOK[pairs[0]]
+    more = f" (+{len(pairs) - 1})" if len(pairs) > 1 else ""
+    high, low = (f"closer to {text + more!r}" for text in pairs[0])
+    return high, low
