@@ -10,6 +10,7 @@ holds the sha256 of each model, without which it would say something about anoth
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,8 +29,8 @@ MODELS = ("qualiclip-mini+", "qualiclip-mini")
 PERCENTS = np.arange(101)
 
 
-def write_table(path: Path, percentiles: dict[str, dict[str, list[float]]], photographs: int) -> None:
-    """Write percentiles by model and attribute as the package's table."""
+def write_table(path: Path, percentiles: dict[str, dict[str, list[float]]], sides: Sequence[int]) -> None:
+    """Write percentiles by model and attribute, and the photographs' longer sides, as the package's table."""
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     # Folders by name alone: where they lie is the machine's matter.
     options = " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
@@ -37,8 +38,10 @@ def write_table(path: Path, percentiles: dict[str, dict[str, list[float]]], phot
         f"# Written by `python benchmarks/reference.py {options}`,",
         f"# {date}: percentiles 0 to 100 of the scores of whole photographs, by antonym prompt pair.",
         "",
-        f"photographs = {photographs}",
+        f"photographs = {len(sides)}",
         'description = "photographs of the embedded models\' training set"',
+        f"longer_side = [{', '.join(f'{side:.0f}' for side in np.percentile(sides, (5, 95)))}]"
+        "  # pixels: the 5th and 95th percentile",
     ]
     for model, attributes in percentiles.items():
         lines += ["", "[[models]]", f'name = "{model}"', f'sha256 = "{file_sha256(find(model))}"', "", "[models.pairs]"]
@@ -64,9 +67,11 @@ def main() -> None:
         paths = common.spread(paths, options.photographs)
     scorer = Scorer([f"{model}:look" for model in MODELS], device="cpu")
     scores: dict[str, list[float]] = {column: [] for column in scorer.columns}
+    sides = []
     for record in tqdm(scorer.score(paths), total=len(paths), unit="photograph", disable=None):
         if record.error is not None:
             raise ImageError(record.error)
+        sides.append(max(record.width or 0, record.height or 0))
         for column, score in record.scores.items():
             scores[column].append(score)
     percentiles = {
@@ -81,7 +86,7 @@ def main() -> None:
     ]
     common.report(options, rows, weights="embedded")
     if options.write:
-        write_table(options.write, percentiles, len(paths))
+        write_table(options.write, percentiles, sides)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from qualiclip_pyiqa.pretrained.find import find
 from qualiclip_pyiqa.report import profile as profile_module
 from qualiclip_pyiqa.report.bars import draw_profiles
 from qualiclip_pyiqa.report.profile import Attribute, Trait
-from qualiclip_pyiqa.report.reference import TableReference, percentile, shipped_reference
+from qualiclip_pyiqa.report.reference import Distribution, TableReference, shipped_reference
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 PHOTO, BLURRED, NOISY = (str(PHOTOS / f"lighthouse{end}.jpg") for end in ("", "-blurred", "-noisy"))
@@ -45,7 +45,47 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_percentile_counts_the_worse_side(values: list[int], score: int, lower_better: bool) -> None:
     worse = sum(value > score if lower_better else value < score for value in values)
     expected = 100 * (worse + values.count(score) / 2) / len(values)
-    assert percentile(np.sort(np.array(values, float)), score, lower_better) == pytest.approx(expected)
+    found = Distribution(np.sort(np.array(values, float))).percentile(score, lower_better)
+    assert found == pytest.approx(expected)
+
+
+@given(st.floats(0, 1), st.booleans())
+def test_percentiles_between_quantiles_are_interpolated(score: float, lower_better: bool) -> None:
+    scores = np.linspace(0, 1, 2001) ** 2
+    quantiles = Distribution(np.percentile(scores, np.arange(101)), quantiles=True)
+    whole = Distribution(scores).percentile(score, lower_better)
+    assert quantiles.percentile(score, lower_better) == pytest.approx(whole, abs=0.3)
+
+
+def test_ends_and_ties_of_quantiles() -> None:
+    found = Distribution(np.array([0.0, 0.5, 0.5, 0.5, 1.0]), quantiles=True)
+    assert [found.percentile(score) for score in (-1, 0, 0.25, 0.5, 0.75, 1, 2)] == [0, 0, 12.5, 50, 87.5, 100, 100]
+    assert found.percentile(0.25, lower_better=True) == 87.5
+
+
+def test_an_image_far_from_the_size_of_the_reference_is_noted(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"small": (200, 150), "usual": (400, 300), "large": (1100, 700)}
+    with Image.open(PHOTO) as opened:
+        for name, size in sizes.items():
+            opened.resize(size).save(tmp_path / f"{name}.png")
+    paths = [tmp_path / f"{name}.png" for name in sizes]
+    assert describe(*paths, "-m", "qualiclip-mini:sharpness") == 0
+    small, usual, large = capsys.readouterr().out.split(".png, ")[1:]
+    assert "far smaller than the images of the reference (most have 512 pixels on their longer side)" in small
+    assert "the reference (most" not in usual and "far larger than the images of the reference" in large
+    # A table has the sizes of its own images, 768 pixels; without them nothing is said.
+    for text, said in ((table.read_text(), True), (table.read_text().replace("512", "").replace("768", ""), False)):
+        sized = tmp_path / "sized.csv"
+        sized.write_text(text)
+        (tmp_path / "sized.csv.meta.json").write_text(table.with_name("scores.csv.meta.json").read_text())
+        assert describe(paths[0], "-m", "qualiclip-mini", "--against", sized, "--json") == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert (found["note"] is not None) == said and (not said or "most have 768 pixels" in found["note"])
+    # Nor without percentiles.
+    assert describe(paths[0], "-m", "piqe", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["note"] is None
 
 
 def test_the_shipped_reference_is_of_the_shipped_models() -> None:

@@ -115,6 +115,8 @@ def _lines(profile: Profile) -> Iterator[str]:
         yield f"    {_row(trait, wide - 2, profile.reference is not None)}"
     if profile.reference is not None:
         yield f"  unusual: {source_name(', '.join(profile.unusual)) or 'nothing'}"
+    if profile.note is not None:
+        yield f"  {profile.note}"
     yield ""
 
 

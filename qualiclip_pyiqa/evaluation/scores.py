@@ -40,6 +40,7 @@ class Scores:
         errors: one line for each image that some metric could not score, by path.
         settings: as from `Scorer.describe`; None if unknown.
         directions: the source of `lower_better`; for display.
+        sizes: width and height in pixels, by path; only of those that are known.
     """
 
     paths: list[str]
@@ -48,6 +49,7 @@ class Scores:
     errors: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
     directions: str = "as stated by the metrics"
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def of(self, paths: Iterable[str | Path]) -> dict[str, Floats]:
         """Look up the scores of some of the images, by column."""
@@ -83,12 +85,14 @@ def score_images(scorer: Scorer, paths: Sequence[str | Path], watch: Watch = unw
     names = [os.fspath(path) for path in paths]
     values = {column: np.full(len(names), np.nan) for column in scorer.columns}
     errors: dict[str, str] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for number, record in enumerate(watch(scorer.score(names), len(names))):
+        sizes |= _sizes([(names[number], record)])
         if record.error is not None:
             errors[names[number]] = record.error
         for column, score in record.scores.items():
             values[column][number] = score
-    return Scores(names, values, dict(scorer.lower_better), errors, scorer.describe())
+    return Scores(names, values, dict(scorer.lower_better), errors, scorer.describe(), sizes=sizes)
 
 
 def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
@@ -130,7 +134,12 @@ def read_scores(table: Path, columns: Sequence[str] | None = None) -> Scores:
         directions=f"judging by column names, since no meta.json of {table} states that of {unknown[0]}"
         if unknown
         else f"as stated in the meta.json of {table}",
+        sizes=_sizes(rows.items()),
     )
+
+
+def _sizes(records: Iterable[tuple[str, Record]]) -> dict[str, tuple[int, int]]:
+    return {path: (row.width, row.height) for path, row in records if row.width is not None and row.height is not None}
 
 
 def _chosen(table: Path, names: Sequence[str], columns: Sequence[str]) -> list[str]:

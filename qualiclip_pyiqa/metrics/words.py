@@ -13,7 +13,7 @@ _WORDS: dict[str, Pair] = {
     "sharpness": ("sharper", "blurrier"),
     "noisiness": ("cleaner", "noisier"),
     "colorfulness": ("more colorful", "duller"),
-    "contrast": ("higher in contrast", "lower in contrast"),
+    "contrast": ("stronger in contrast", "weaker in contrast"),
     "compression": ("less compressed", "more compressed"),
 }
 _OF_LOOK: dict[Pair, Pair] = {LOOK[name]: words for name, words in _WORDS.items()}

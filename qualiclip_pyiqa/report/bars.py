@@ -125,7 +125,7 @@ def _draw_traits(axis: Any, traits: Sequence[Trait]) -> None:
 
         axis.barh(row, 1, height=_THICK, color=_TRACK)
         if attribute.reference is not None:
-            for (start, end), colour in zip(_bands(attribute.reference), (_USUAL, _MIDDLE), strict=True):
+            for (start, end), colour in zip(_bands(attribute.reference.values), (_USUAL, _MIDDLE), strict=True):
                 axis.barh(row, place(end) - place(start), left=place(start), height=_THICK, color=colour)
         dot = _DOT if trait.unusual is None else _LOW if (trait.percentile or 0) < 50 else _HIGH
         axis.scatter(place(trait.score), row, s=58, color=dot, zorder=3, edgecolors="white", linewidths=1.2)
@@ -160,7 +160,7 @@ def _span(trait: Trait) -> tuple[float, float]:
     """Return the scores at the ends of a row: the metric's range, wide enough for the score and the reference."""
     known = [trait.score, *(trait.attribute.score_range or ())]
     if trait.attribute.reference is not None:
-        known += [float(trait.attribute.reference[0]), float(trait.attribute.reference[-1])]
+        known += [float(trait.attribute.reference.values[end]) for end in (0, -1)]
     low, high = min(known), max(known)
     if math.isclose(low, high):
         low, high = low - 0.5, high + 0.5

@@ -15,7 +15,7 @@ from ..scoring.building import Metrics, blind_metric
 from ..scoring.description import attribute_of
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record
-from .reference import Reference, TableReference, Values, percentile, shipped_reference
+from .reference import Distribution, Reference, TableReference, shipped_reference
 
 DEFAULT_METRICS = "qualiclip-mini+:look"
 # A score is unusual if at most this percentage of the reference lies beyond it.
@@ -33,7 +33,7 @@ class Attribute:
         pairs: antonym prompt pairs, whose mean is the score; empty for a metric without prompts.
         lower_better: whether a lower score is better; with prompts, a high score means the positive one.
         score_range: lowest and highest score; None if unknown.
-        reference: sorted scores of the reference; None if it has none.
+        reference: scores of the reference; None if it has none.
     """
 
     column: str
@@ -42,7 +42,7 @@ class Attribute:
     pairs: tuple[Pair, ...]
     lower_better: bool
     score_range: tuple[float, float] | None
-    reference: Values | None = field(repr=False)
+    reference: Distribution | None = field(repr=False)
 
     @property
     def high(self) -> str:
@@ -97,6 +97,7 @@ class Profile:
         traits: one for each score.
         reference: whose scores the percentiles refer to; None if there are no percentiles.
         error: one line; None if every metric scored the image.
+        note: one line if the image is far smaller or larger than those of the reference, else None.
     """
 
     path: str | None
@@ -105,6 +106,7 @@ class Profile:
     traits: tuple[Trait, ...]
     reference: str | None
     error: str | None = None
+    note: str | None = None
 
     @property
     def unusual(self) -> list[str]:
@@ -120,6 +122,7 @@ class Profile:
             "height": self.height,
             "error": self.error,
             "reference": self.reference,
+            "note": self.note,
             "unusual": self.unusual,
             "attributes": [
                 {
@@ -185,6 +188,7 @@ class Profiler:
         known = any(attribute.reference is not None for attribute in self.attributes)
         #: Whose scores percentiles refer to; None if the reference has none of these scores.
         self.reference = reference.description if known else None
+        self._sides = reference.sides if known else None
 
     def profiles(self, pictures: Iterable[Source | ImageError]) -> Iterator[Profile]:
         """Yield the profile of each image, in order; that of an image that cannot be scored has an error."""
@@ -199,12 +203,15 @@ class Profiler:
                 record.scores[each.column],
                 None
                 if each.reference is None
-                else percentile(each.reference, record.scores[each.column], each.lower_better),
+                else each.reference.percentile(record.scores[each.column], each.lower_better),
             )
             for each in self.attributes
             if each.column in record.scores
         ]
-        return Profile(record.path, record.width, record.height, tuple(traits), self.reference, record.error)
+        note = None
+        if self._sides is not None and record.width is not None and record.height is not None:
+            note = self._sides.note(record.width, record.height)
+        return Profile(record.path, record.width, record.height, tuple(traits), self.reference, record.error, note)
 
 
 def profile(

@@ -1,8 +1,8 @@
 """References: the scores of other images, which say how usual a score is.
 
 `TableReference` is a table of `qualiclip score`, whose columns are matched by name. `shipped_reference()` holds
-percentiles of the embedded models' scores on the photographs of their training set, by model file and prompt pair; it
-is written by `benchmarks/reference.py`.
+percentiles of the embedded models' scores on photographs of their training set, by model file and prompt pair; it is
+written by `benchmarks/reference.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +23,65 @@ from ..evaluation.scores import read_scores
 from ..metrics.prompts import Pair
 from ..scoring.tables import meta_path
 
-Values = NDArray[np.float64]
 # Images below which the 5th and 95th percentile rest on less than five images each.
 FEW = 100
+# Images are called far smaller or larger than the usual ones of a reference from this factor on.
+FAR = 2
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """Scores of other images for one attribute.
+
+    Attributes:
+        values: sorted scores.
+        quantiles: whether these are quantiles of the scores in even steps, from the lowest to the highest, instead of
+            the scores themselves.
+    """
+
+    values: NDArray[np.float64]
+    quantiles: bool = False
+
+    def percentile(self, score: float, lower_better: bool = False) -> float:
+        """Return the percentage of scores on the worse side of a score; equal ones count half.
+
+        Between two quantiles, scores count as evenly spread.
+
+        Example:
+            >>> Distribution(np.array([1.0, 2.0, 3.0, 4.0])).percentile(3.5)
+            75.0
+            >>> Distribution(np.array([1.0, 2.0, 3.0]), quantiles=True).percentile(1.5)
+            25.0
+        """
+        first, end = (int(np.searchsorted(self.values, score, side)) for side in ("left", "right"))
+        if not self.quantiles:
+            below = (first + end) / 2 / len(self.values)
+        elif first == end:
+            below = float(np.interp(score, self.values, np.linspace(0, 1, len(self.values))))
+        else:
+            below = (first + end - 1) / 2 / (len(self.values) - 1)
+        return 100 * (1 - below if lower_better else below)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Longer sides of a reference's images in pixels: those of the middle 90 % lie between `low` and `high`."""
+
+    low: float
+    high: float
+
+    def note(self, width: int, height: int) -> str | None:
+        """Return one line if an image is far smaller or larger than these, else None."""
+        side = max(width, height)
+        if self.low / FAR <= side <= self.high * FAR:
+            return None
+        usual = f"{self.low:.0f}" if round(self.low) == round(self.high) else f"{self.low:.0f} to {self.high:.0f}"
+        return (
+            f"far {'smaller' if side < self.low else 'larger'} than the images of the reference (most have {usual} "
+            "pixels on their longer side): percentiles can mislead, above all those of sharpness and noise"
+        )
 
 
 class Reference(Protocol):
@@ -34,17 +89,21 @@ class Reference(Protocol):
 
     Attributes:
         description: whose scores they are, such as "250 images of scores.csv".
+        sides: how large the images are; None if unknown.
     """
 
     @property
     def description(self) -> str: ...
 
+    @property
+    def sides(self) -> Sides | None: ...
+
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise SettingsError if the reference cannot be that of these columns, as `Scorer.describe` describes them."""
         ...
 
-    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Values | None:
-        """Return the sorted scores of a column, or None if there are none.
+    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Distribution | None:
+        """Return the scores of a column, or None if there are none.
 
         Args:
             column: its name.
@@ -67,6 +126,8 @@ class TableReference:
         self._settings = (scores.settings or {}).get("columns", {})
         self._values = {name: np.sort(found[np.isfinite(found)]) for name, found in scores.values.items()}
         self.description = f"{counted(len(scores.paths), 'image')} of {path.name}"
+        sides = [max(size) for size in scores.sizes.values()]
+        self.sides = Sides(*(float(each) for each in np.percentile(sides, (5, 95)))) if sides else None
         if not self._settings:
             logger.warning(
                 "%s has no description beside it (%s), so whether its scores are of the same model and prompts is not "
@@ -99,9 +160,9 @@ class TableReference:
                         f"{self.path} has scores of another {column}: its {what} differ; score its images again"
                     )
 
-    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Values | None:
+    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Distribution | None:
         found = self._values.get(column)
-        return None if found is None or not len(found) else found
+        return None if found is None or not len(found) else Distribution(found)
 
 
 class ShippedReference:
@@ -111,9 +172,11 @@ class ShippedReference:
 
     Attributes:
         description: whose scores they are.
+        sides: how large the photographs are.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
+        self.sides = Sides(*content["longer_side"])
         self.description = f"{content['photographs']:,} {content['description']}"
         self._models: dict[str, Mapping[str, Sequence[float]]] = {
             model["sha256"]: model["pairs"] for model in content["models"]
@@ -122,14 +185,14 @@ class ShippedReference:
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         """Accept every metric: those that are not in the table have no percentiles."""
 
-    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Values | None:
+    def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Distribution | None:
         model = self._models.get((described.get("weights") or {}).get("sha256", ""))
         # A score of several pairs, at another temperature or of windows has another distribution.
         usual = described.get("temperature") == 1.0 and str(described.get("resize", "")).endswith("at its own size")
         if model is None or len(pairs) != 1 or not usual:
             return None
         found = model.get("/".join(pairs[0]))
-        return None if found is None else np.array(found, float)
+        return None if found is None else Distribution(np.array(found, float), quantiles=True)
 
 
 @cache
@@ -137,17 +200,6 @@ def shipped_reference() -> ShippedReference:
     """Return the reference that comes with the package."""
     path = Path(__file__).with_name("reference.toml")
     return ShippedReference(tomllib.loads(path.read_text(encoding="utf-8")))
-
-
-def percentile(values: Values, score: float, lower_better: bool = False) -> float:
-    """Return the percentage of values that are on the worse side of a score; equal ones count half.
-
-    Example:
-        >>> percentile(np.array([1.0, 2.0, 3.0, 4.0]), 3.5), percentile(np.array([1.0, 2.0]), 1.0, lower_better=True)
-        (75.0, 75.0)
-    """
-    below = (np.searchsorted(values, score, "left") + np.searchsorted(values, score, "right")) / 2 / len(values)
-    return float(100 * (1 - below if lower_better else below))
 
 
 def _decisive(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, object, object]]:
