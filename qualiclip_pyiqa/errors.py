@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -22,6 +23,29 @@ class WeightsError(RuntimeError):
     """A weight file that is missing, damaged, unsafe to load, or of the wrong layout."""
 
 
+def visible(text: object) -> str:
+    r"""Write out what a reader could not see, or what would reorder the text around it: how every name is shown.
+
+    Control and format characters (such as a line break and the right-to-left override) and undecodable bytes of file
+    names become backslash escapes.
+
+    Example:
+        >>> print(visible("photo\u202egpj.exe"), visible("latin\udce9.png"), visible("Grüße.jpg"))
+        photo\u202egpj.exe latin\xe9.png Grüße.jpg
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in line)
+
+
+def escaped(character: str) -> str:
+    r"""Return a character's backslash escape: `\xe9` for a byte of a file name that is not UTF-8."""
+    if "\udc80" <= character <= "\udcff":  # Python's escape of such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def one_line(text: object) -> str:
     """Put a message that comes from elsewhere on one line: line breaks and other control characters become a space.
 
@@ -30,7 +54,10 @@ def one_line(text: object) -> str:
         'broken header'
     """
     line = str(text)
-    return line if line.isprintable() else " ".join("".join(c if c.isprintable() else " " for c in line).split())
+    if line.isprintable():
+        return line
+    bytes_shown = "".join(escaped(c) if "\udc80" <= c <= "\udcff" else c for c in line)
+    return " ".join("".join(c if c.isprintable() else " " for c in bytes_shown).split())
 
 
 def reason(error: BaseException, limit: int = 300) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SettingsError
+from .errors import SettingsError, escaped
 from .files import replacing, writing
 from .optional import require
 
@@ -93,7 +93,7 @@ def figure_pixels(figure: Any) -> NDArray[np.uint8]:
 def drawable(text: str) -> str:
     """Escape characters that no font has, which matplotlib would draw as boxes with a warning."""
     known = {ord("\n")}.union(*(points for _, points in _fonts()))
-    return "".join(each if ord(each) in known else each.encode("unicode_escape").decode() for each in text)
+    return "".join(each if ord(each) in known else escaped(each) for each in text)
 
 
 @cache

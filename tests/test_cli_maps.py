@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_cli_score import picture, rows, score
 
 from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.explain import drawing
+from qualiclip_pyiqa.explain import folder as folder_module
+from qualiclip_pyiqa.explain.drawing import draw_maps
 from qualiclip_pyiqa.explain.folder import MapFolder
 from qualiclip_pyiqa.explain.mapper import Mapper
+from qualiclip_pyiqa.explain.quality_map import QualityMap
 
 pytest.importorskip("matplotlib")
 
@@ -40,9 +45,38 @@ def test_several_images_have_numbered_drawings(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("map*")) == ["map-1.svg", "map-2.svg"]
 
 
+def test_one_scale_for_all_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, float]] = []
+
+    def watched(picture: object, maps: list[QualityMap], title: str = "") -> object:
+        drawn.extend((each.low, each.high) for each in maps)
+        return draw_maps(picture, maps, title)
+
+    monkeypatch.setattr(drawing, "draw_maps", watched)
+    monkeypatch.setattr(folder_module, "draw_maps", watched)
+    images = [picture(tmp_path / "a.png"), Path(__file__).parents[1] / "examples" / "photos" / "hats.jpg"]
+    common = ("-m", "qualiclip-mini:look")
+    assert explain(*images, *common, "-o", tmp_path / "own.png") == 0 and len(set(drawn)) == 14
+    drawn.clear()
+    assert explain(*images, *common, "-o", tmp_path / "one.png", "--range", 0.25, 0.5) == 0
+    assert score(*images, *common, "--maps", tmp_path / "maps", "--map-range", 0.25, 0.5, "--workers", 0) == 0
+    assert drawn == [(0.25, 0.5)] * 28
+
+
+def test_values_beyond_a_scale_are_shown_by_its_ends() -> None:
+    values = np.array([[0.0, 1.0]], np.float32)
+    made = QualityMap(values, (32, 64), (32, 32), "m", "a", "local", 0.5, 0, 1, "", "")
+    for scale, extend in (((0, 1), "neither"), ((0.5, 1), "min"), ((0, 0.5), "max"), ((0.4, 0.5), "both")):
+        figure = made.scaled(*scale).figure(np.zeros((32, 64), np.uint8))
+        bars = [axis._colorbar.extend for axis in figure.axes if hasattr(axis, "_colorbar")]
+        assert bars[-1] == extend
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
+        (["0.png", "-o", "map.png", "--range", "0.5", "0.5"], 2, "colours is 0.5 0.5; expected two numbers, the lower"),
+        (["0.png", "-o", "map.png", "--range", "0", "inf"], 2, "colours is 0 inf; expected two numbers, the lower"),
         (["missing.png", "-o", "map.png"], 1, "missing.png"),
         (["0.png", "-o", "map.txt"], 2, "expected a suffix of"),
         (["0.png", "-o", "nowhere/map.png"], 2, "nowhere is not a folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import resource
 import signal
@@ -199,7 +200,7 @@ def test_every_broken_picture_is_a_row(tmp_path: Path, capsys: pytest.CaptureFix
     picture(folder / "new\nline.png")
     picture(folder / "bytes.png").rename(folder / os.fsdecode(b"\xff\xfe.png"))
     bad = {
-        "truncated.jpg": "is damaged",
+        "truncated.jpg": "is damaged (truncated: its image data end too early); expected a whole image",
         "empty.png": "is empty (0 bytes)",
         "text.jpg": "is not an image",
         "one pixel.png": "is 1x1 pixels",
@@ -464,6 +465,27 @@ def test_a_terminal_without_the_characters_of_a_name(tmp_path: Path) -> None:
     run = command("weights", "path", "RN50", environment=environment, stdout=subprocess.PIPE)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0 and out.endswith(b"\\u91cd\\u307f/RN50.pt\n"), err
+
+
+def test_a_name_that_cannot_be_printed_is_shown_in_one_way(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name, shown = os.fsdecode(b"la\xe9\n.png"), "la\\xe9\\n.png"
+    path = picture(tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / os.fsdecode(b"small\xe9.png"))
+    common = ["--device", "cpu", "--workers", "0"]
+    assert score(tmp_path, "-m", "qualiclip-mini", "--workers", 0) == 1
+    assert cli.main(["describe", str(path), *common, "-m", "qualiclip-mini"]) == 0
+    out, err = capfd.readouterr()
+    assert f"{shown}, 48x40" in out and shown in err and "small\\xe9.png is 8x8 pixels" in err
+    assert cli.main(["score", str(tmp_path / f"none{name}"), "-m", "qualiclip-mini", "--workers", "0"]) == 1
+    # A message with a path as it is, and the parser's words.
+    assert cli.main(["filter", str(tmp_path / f"none{name}.csv"), "--above", "0"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["score", "a.png", f"--{name}"])
+    _, err = capfd.readouterr()
+    assert err.count(f"none{shown}") >= 2 and f"arguments: --{shown}" in err
+    assert "udce9" not in err + out
+    # A warning of the library.
+    assert cli._Formatter().format(logging.makeLogRecord({"msg": name})) == shown
 
 
 def test_one_row_an_image_however_it_was_spelled(

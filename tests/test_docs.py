@@ -54,8 +54,7 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             rows.append([f"{level}-{number}.png", f"{5 - level}"])
     with (tmp_path / "scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    for photo in (ROOT / "examples" / "photos").glob("lighthouse*.jpg"):
-        shutil.copy(photo, tmp_path)
+    shutil.copytree(ROOT / "examples" / "photos", tmp_path / "examples" / "photos")
     monkeypatch.chdir(tmp_path)
     ran = 0
     for mark, block in BLOCKS:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qualiclip_pyiqa import Record, Scorer, SettingsError
 from qualiclip_pyiqa.scoring.tables import read_table, to_table
@@ -47,6 +48,23 @@ def test_arrow_equals_a_parquet_file(tmp_path: Path) -> None:
     assert read.lower_better("a") and [record.scores for record in read] == [record.scores for record in RECORDS]
     with pytest.raises(SettingsError, match="expected 'pandas' or 'arrow'"):
         to_table(RECORDS, META, "polars")  # type: ignore[call-overload]
+
+
+def test_a_folder_is_the_images_below_it_in_the_order_of_the_command(tmp_path: Path) -> None:
+    for name in ("b.png", "sub/c.png", "a.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").touch()
+    scorer = Scorer("qualiclip-mini", device="cpu", workers=0)
+    for folder in (tmp_path / "in", str(tmp_path / "in")):
+        table = scorer.table(folder)
+        assert table["path"].tolist() == [str(tmp_path / "in" / name) for name in ("a.png", "b.png", "sub/c.png")]
+        assert table["error"].isna().all() and table["qualiclip-mini"].notna().all()
+    (record,) = scorer.score([tmp_path / "in"])
+    assert record.error is not None and "is a folder; expected an image file" in record.error
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingsError, match=r"no images in .*empty; expected a folder of images"):
+        scorer.table(tmp_path / "empty")
 
 
 def test_a_scorer_makes_a_table(tmp_path: Path) -> None:

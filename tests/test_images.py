@@ -159,7 +159,11 @@ def png_of_size(width: int, height: int) -> bytes:
         ("empty.png", b"", "is empty"),
         ("page.jpg", b"<html>404</html>" * 9, "is not an image"),
         ("cut.png", encoded(Image.fromarray(RGB))[:900], "is damaged"),
-        ("cut.jpg", encoded(Image.fromarray(RGB), "JPEG")[:-300], "is damaged"),
+        (
+            "cut.jpg",
+            encoded(Image.fromarray(RGB), "JPEG")[:-300],
+            r"is damaged \(truncated: its image data end too early\)",
+        ),
         ("cut.webp", encoded(Image.fromarray(RGB), "WEBP")[:-300], "is damaged|is not an image"),
         ("cut.tif", encoded(Image.fromarray(RGB), "TIFF")[:400], "is damaged|is not an image"),
         ("header.png", b"\x89PNG\r\n\x1a\n", "is damaged|is not an image"),

@@ -119,6 +119,23 @@ def test_repeated_ratings(folder: Path) -> None:
     assert str(ratings).startswith("4 rows of 2 images, whose opinion scores are averaged (image, mos; higher")
 
 
+@pytest.mark.parametrize("name", ["../x.png", "sub/../../x.png", "..\\x.png", "/x.png", "{folder}/../x.png"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_that_lead_out_of_the_folder_are_refused(name: str, listed: bool, folder: Path) -> None:
+    (folder.parent / "x.png").touch()
+    name = name.format(folder=folder)
+    options = {"among": [str(folder / ".." / "x.png")]} if listed else {}
+    with pytest.raises(SettingsError, match=r"line 2: .*x\.png lies outside .*; expected an image "):
+        read(folder, f"image,mos\n{name},1\n", **options)
+
+
+def test_names_that_stay_in_the_folder_are_taken(folder: Path) -> None:
+    (folder / "a").mkdir(exist_ok=True)
+    (folder / "only.png").touch()
+    (read_one,) = read(folder, "image,mos\na/../only.png,1\n")
+    assert read_one[1] == 1.0
+
+
 def test_names_that_are_not_utf8(folder: Path) -> None:
     name = "caf\udce9.png"
     try:
@@ -131,7 +148,7 @@ def test_names_that_are_not_utf8(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("image,mos\né.png,1\n", {}, r"line 2: '\\udce9\.png' not found; expected an image below"),
+        ("image,mos\né.png,1\n", {}, r"line 2: \\xe9\.png not found; expected an image below"),
         ("image,qualité\na.png,1\n", {}, r"has no usual column of opinion scores"),
         ("image,qualité\na.png,1\n", {"opinion_column": "qualité"}, r"has no column 'qualité'"),
         ("image,mos\na.png,1£\n", {}, r"line 2: mos is '1\\udca3'; expected a number"),

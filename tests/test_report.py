@@ -18,6 +18,7 @@ from report_pages import ERROR, HOSTILE, data_of, hostile_table, save, write_sco
 
 from qualiclip_pyiqa import SettingsError
 from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.errors import visible
 from qualiclip_pyiqa.metrics.prompts import QUALITY_SETS
 from qualiclip_pyiqa.report import page as page_module
 from qualiclip_pyiqa.report.beside import MARKER
@@ -26,7 +27,7 @@ from qualiclip_pyiqa.report.page import write_report
 from qualiclip_pyiqa.report.previews import make_preview
 from qualiclip_pyiqa.report.render import SCRIPTS, asset
 from qualiclip_pyiqa.report.runs import Run
-from qualiclip_pyiqa.report.text import link, visible
+from qualiclip_pyiqa.report.text import link
 from qualiclip_pyiqa.scoring.tables import Record
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pyiqa
@@ -17,7 +18,7 @@ from qualiclip_pyiqa.errors import PromptError, SettingsError
 from qualiclip_pyiqa.evaluation.scores import read_scores
 from qualiclip_pyiqa.metrics.prompts import parse_pair, prompt_set_names, read_prompt_file, resolve_prompts
 from qualiclip_pyiqa.metrics.registry import guess_lower_better
-from qualiclip_pyiqa.metrics.specs import PromptedMetric, parse_spec, split_spec
+from qualiclip_pyiqa.metrics.specs import PromptedMetric, parse_spec, spec_for, split_spec
 from qualiclip_pyiqa.pretrained.manifest import data_folder
 from qualiclip_pyiqa.scoring.tables import read_table
 
@@ -274,3 +275,24 @@ def test_every_predefined_name_can_be_named_in_a_spec() -> None:
     for name in prompt_set_names():
         parsed = parse_spec(f"clipiqa:{name}")
         assert isinstance(parsed, PromptedMetric) and parsed.prompts == resolve_prompts(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("qualiclip-mini+-sharpness", "qualiclip-mini+:sharpness"),
+        ("qualiclip-look", "qualiclip:look"),
+        ("clipiqa:Clear photo./Foggy photo.", "clipiqa:Clear photo./Foggy photo."),
+        ("qualiclip-mini-sharpness", None),
+        ("clipiqa+-sharpness", None),
+        ("niqe-sharpness", None),
+        ("zzz", None),
+    ],
+)
+def test_a_name_that_looks_like_one_of_ours_is_told_what_to_pass(name: str, meant: str | None) -> None:
+    assert spec_for(name) == meant
+    if meant is None:
+        return
+    if ":" not in name:
+        with pytest.raises(SettingsError, match=f"; did you mean '{re.escape(meant)}'"):
+            Scorer(name, device="cpu")

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import SettingsError
+from ..errors import SettingsError, visible
 from ..files import writing
+from ..metrics.registry import DEFAULT_METRIC
 from ..screen import Screen
 
 if TYPE_CHECKING:
@@ -20,17 +21,15 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _SEEDS = 2**32  # number of seeds; more fit into 64 bits, but seeds are added to
-DEFAULT_METRIC = "qualiclip-mini+"
-LOOK_METRIC = f"{DEFAULT_METRIC}:look"  # default where attributes are shown beside quality
 RATING_OPTIONS = ("images", "image_column", "mos_column", "lower_better")
 READ_RULES = ("ignore_orientation", "ignore_profile", "allow_truncated", "max_pixels")
 READ_OPTIONS = (*READ_RULES, "decode_timeout", "workers")
 
 
 def say(line: str) -> None:
-    """Print a message on standard error."""
+    """Print a message on standard error, on one line whatever names it contains."""
     screen = Screen()
-    screen.write(f"{line}\n")
+    screen.write(f"{visible(line)}\n")
     screen.flush()
 
 

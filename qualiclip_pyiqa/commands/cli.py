@@ -28,9 +28,9 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import ImageError, PromptError, SettingsError, WeightsError
+from ..errors import ImageError, PromptError, SettingsError, WeightsError, visible
 from ..files import writing
 from ..scoring.allocator import keep_freed_memory
 from ..screen import drop_output, replace_closed_streams
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack a file name's characters
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="qualiclip: %(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("qualiclip: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         try:
             arguments = _parser().parse_args(argv)
@@ -86,8 +88,18 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
+class _Formatter(logging.Formatter):
+    """Writes each message on one line, with names as `visible` shows them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
+        return visible(super().formatMessage(record))
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser, and through it those of the commands, whose help is an error if it cannot be written."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         with writing("standard output"):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ImageError, SettingsError, counted
 from ..images.convert import source_name
+from ..metrics.registry import LOOK_METRIC
 from . import (
-    LOOK_METRIC,
     Commands,
     add_force_option,
     add_metric_option,

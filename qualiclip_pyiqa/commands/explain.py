@@ -10,6 +10,7 @@ from ..screen import Screen
 from . import (
     READ_RULES,
     Commands,
+    a_number,
     add_force_option,
     add_metric_option,
     add_read_rules,
@@ -41,6 +42,14 @@ def add_parser(commands: Commands) -> None:
         "--attribute", action="append", metavar="NAME", help="attribute to map; repeatable (default: all of the metric)"
     )
     parser.add_argument(
+        "--range",
+        nargs=2,
+        type=a_number,
+        metavar=("LOW", "HIGH"),
+        help="ends of the colour scale of all maps, so that drawings can be compared (default: those of each map's own "
+        "values)",
+    )
+    parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="file of the drawing, such as map.png"
     )
     add_force_option(parser)
@@ -53,10 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..explain.drawing import draw_maps
     from ..explain.mapper import Mapper
+    from ..explain.quality_map import check_scale
     from ..figures import check_figure, save_figure
     from ..images.tensors import load_image
 
     metrics = chosen_metrics(arguments)
+    scale = None if arguments.range is None else check_scale(*arguments.range)
     check_figure(arguments.output)
     outputs = numbered(arguments.output, len(arguments.path))
     for output in outputs:
@@ -73,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
             hidden = True if total == len(mappers) else None  # one pass each is no wait
             with tqdm(total=total, unit="pass", leave=False, file=Screen(), disable=hidden) as passes:
                 maps = [each for mapper in mappers for each in mapper.maps(rgb[None], passes.update)[0]]
+            if scale is not None:
+                maps = [each.scaled(*scale) for each in maps]
             save_figure(draw_maps(rgb, maps, title=source_name(path)), output)
             bar.update()
             for each in maps:

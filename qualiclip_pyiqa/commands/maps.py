@@ -58,8 +58,11 @@ def maps_of(arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], so
     """Return the folder of `--maps`, with mappers of all metrics."""
     from ..explain.folder import MapFolder
     from ..explain.mapper import Mapper
+    from ..explain.quality_map import check_scale
 
+    scale = None if arguments.map_range is None else check_scale(*arguments.map_range)
     device = arguments.device.split(",")[0] if arguments.device else None
     reading = read_options(arguments, READ_RULES)
-    folder = MapFolder(arguments.maps, [Mapper({name: each}, device=device) for name, each in metrics.items()], reading)
+    mappers = [Mapper({name: each}, device=device) for name, each in metrics.items()]
+    folder = MapFolder(arguments.maps, mappers, reading, scale)
     return Maps(folder, sources, bool(arguments.force))

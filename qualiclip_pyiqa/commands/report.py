@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import counted
+from ..metrics.registry import LOOK_METRIC
 from ..screen import Screen
 from . import (
-    LOOK_METRIC,
     Commands,
     add_force_option,
     add_metric_option,

@@ -25,6 +25,7 @@ from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_m
 from ..screen import Screen
 from . import (
     Commands,
+    a_number,
     add_metric_option,
     add_read_options,
     check_output,
@@ -84,6 +85,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--maps", type=Path, metavar="DIR", help="also draw the quality maps of every image to a folder, see explain"
     )
+    parser.add_argument(
+        "--map-range",
+        nargs=2,
+        type=a_number,
+        metavar=("LOW", "HIGH"),
+        help="ends of the colour scale of all maps, so that they can be compared (default: those of each map's values)",
+    )
     parser.add_argument("--force", action="store_const", const=True, help="replace maps that exist in DIR")
     parser.add_argument("--resume", action="store_true", help="continue or extend an existing FILE")
     parser.add_argument("-0", "--null", action="store_true", help="names in the list on stdin end with NUL")
@@ -107,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.resume:
         raise SettingsError("--resume needs the table to continue; pass -o FILE")
     if arguments.maps is None:
-        refuse(arguments, ["force"], "without --maps DIR")
+        refuse(arguments, ["force", "map_range"], "without --maps DIR")
     elif arguments.engine != "local":
         raise SettingsError(f"--maps has no effect with --engine {arguments.engine}; leave it out")
     if arguments.null and "-" not in arguments.paths:

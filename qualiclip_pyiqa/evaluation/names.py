@@ -42,8 +42,12 @@ class FileNames:
             The path, and whether the name lacks its suffix.
 
         Raises:
-            SettingsError: no such file, or several.
+            SettingsError: no such file, several, or a name that leads out of the folder.
         """
+        if self.folder is not None and not self._is_below(name):
+            raise SettingsError(
+                f"{where}: {source_name(name)} lies outside {source_name(self.folder)}; expected an image {self._place}"
+            )
         if self.among is None and self.folder is not None and os.path.isfile(self.folder / name):  # noqa: PTH113
             return self.folder / name, False
         parts = _parts(name)
@@ -67,6 +71,12 @@ class FileNames:
         raise SettingsError(
             f"{where}: {source_name(name)} not found; expected an image {self._place}{encoding_hint(name)}"
         )
+
+    def _is_below(self, name: str) -> bool:
+        """Return whether a name, with `..` or an absolute path in it, stays in the folder as it is written."""
+        folder = os.path.abspath(self.folder or "")  # noqa: PTH100 - links are the user's own
+        path = os.path.abspath(os.path.join(folder, name.replace("\\", "/")))  # noqa: PTH100, PTH118
+        return path.startswith(os.path.join(folder, ""))  # noqa: PTH118
 
     @property
     def _place(self) -> str:

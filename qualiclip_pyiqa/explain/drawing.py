@@ -106,7 +106,10 @@ def _draw_map(figure: Any, axis: Any, grey: NDArray[np.float32], found: QualityM
     )
     axis.set_title(_shortened(f"{found.attribute}: {found.score:.3f}"), fontsize=11)
     axis.set_xlabel(_lines(f"{found.metric}. {found.meaning}"), fontsize=8.5, color="0.35")
-    bar = figure.colorbar(drawn, ax=axis, **BAR_PLACE)
+    # Arrows at the ends of a scale that does not hold all values.
+    below, above = bool(found.values.min() < found.low), bool(found.values.max() > found.high)
+    extend = ("both" if above else "min") if below else ("max" if above else "neither")
+    bar = figure.colorbar(drawn, ax=axis, extend=extend, **BAR_PLACE)
     more, less = ("raises", "lowers") if found.diverging else found.comparatives
     bar.set_label(f"\N{LEFTWARDS ARROW} {less}   {BARS[found.kind]}   {more} \N{RIGHTWARDS ARROW}", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)

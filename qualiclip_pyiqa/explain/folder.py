@@ -16,7 +16,7 @@ from ..images.identity import image_key
 from ..images.tensors import Source, load_image
 from .drawing import draw_maps
 from .mapper import Mapper
-from .quality_map import QualityMap
+from .quality_map import QualityMap, check_scale
 
 
 class MapFolder:
@@ -29,14 +29,22 @@ class MapFolder:
         folder: made if it is missing.
         mappers: one for each metric.
         reading: options of `load_image`.
+        scale: ends of the colour bar of all maps; None: those of each map's own values.
 
     Raises:
-        SettingsError: matplotlib is not installed, or `folder` is a file.
+        SettingsError: matplotlib is not installed, `folder` is a file, or a scale whose first end is not the lower one.
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, mappers: Sequence[Mapper], reading: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mappers: Sequence[Mapper],
+        reading: dict[str, Any] | None = None,
+        scale: tuple[float, float] | None = None,
+    ) -> None:
         self.folder, self.mappers, self.reading = folder, mappers, reading or {}
+        self.scale = None if scale is None else check_scale(*scale)
         check_figure(folder / "map.png")
         if folder.exists() and not folder.is_dir():
             raise SettingsError(f"{folder} is a file; expected a folder for the maps")
@@ -67,5 +75,7 @@ class MapFolder:
         """
         rgb = load_image(source, **self.reading)
         maps: list[QualityMap] = [each for mapper in self.mappers for each in mapper.maps(rgb[None])[0]]
+        if self.scale is not None:
+            maps = [each.scaled(*self.scale) for each in maps]
         save_figure(draw_maps(rgb, maps, title=source_name(name)), self.path(name))
         return self.path(name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import SettingsError
 from ..metrics.prompts import Pair
+from ..metrics.registry import DEFAULT_METRIC
 from ..metrics.words import BETTER
 
 if TYPE_CHECKING:
@@ -66,6 +69,15 @@ class QualityMap:
         found: NDArray[np.float32] = (across[0] @ self.values @ across[1].T).astype(np.float32)
         return found
 
+    def scaled(self, low: float, high: float) -> QualityMap:
+        """Return the map with other ends of its colour bar: drawings of one scale can be compared.
+
+        Raises:
+            SettingsError: ends that are not finite, or the first not below the second.
+        """
+        low, high = check_scale(low, high)
+        return replace(self, low=low, high=high)
+
     def figure(self, picture: Source) -> Any:
         """Draw the image, the map over it and the map's scale; see `explain.drawing.draw_maps`.
 
@@ -93,7 +105,7 @@ def _interpolation(length: int, step: float, count: int) -> NDArray[np.float32]:
 
 def quality_map(
     picture: Source,
-    metric: str | torch.nn.Module = "qualiclip-mini+",
+    metric: str | torch.nn.Module = DEFAULT_METRIC,
     kind: str | None = None,
     attribute: str | None = None,
     device: str | torch.device | None = None,
@@ -120,7 +132,6 @@ def quality_map(
         >>> found.values.shape, found.size, found.kind
         ((24, 16), (768, 512), 'local')
     """
-    from ..errors import SettingsError
     from ..images.tensors import load_image
     from .mapper import Mapper
 
@@ -131,6 +142,19 @@ def quality_map(
             f"{', '.join(mapper.attributes)}"
         )
     return mapper.maps(load_image(picture).unsqueeze(0))[0][0]
+
+
+def check_scale(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of a colour bar.
+
+    Raises:
+        SettingsError: not finite, or the first is not below the second.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise SettingsError(
+            f"range of the maps' colours is {low:g} {high:g}; expected two numbers, the lower one first"
+        )
+    return low, high
 
 
 def scale_of(values: Sequence[float] | NDArray[np.float32], kind: str) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from typing import BinaryIO, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, SettingsError, kind_of, one_line
+from ..errors import ImageError, SettingsError, kind_of, one_line, visible
 from ..files import is_utf8
 from . import decode, jxl, png
 from .formats import RefusedError, check_opened, open_image, plugin_format
@@ -130,10 +130,9 @@ def read_size(source: EncodedSource, rules: ReadRules | None = None) -> tuple[in
 
 
 def source_name(source: object) -> str:
-    """Return the name of a source for error messages: a path, quoted and escaped if it is not one printable line."""
+    """Return the name of a source as it is shown: a path by `visible`, else what kind of object it is."""
     if isinstance(source, str | os.PathLike):
-        text = os.fsdecode(source)
-        return text if text.isprintable() else repr(text)
+        return visible(os.fsdecode(source))
     if isinstance(source, Image.Image):
         return source_name(getattr(source, "filename", "") or "PIL image")
     return {"ndarray": "array", "Tensor": "tensor"}.get(type(source).__name__, type(source).__name__)
@@ -231,6 +230,11 @@ def _one_line(name: str) -> Iterator[None]:
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged files
         if isinstance(error, OSError) and error.strerror:  # from the file system, not Pillow
             raise ImageError(f"{name} cannot be read ({error.strerror}); expected an image file") from error
+        if "truncated" in str(error).lower():  # Pillow's word for every format
+            raise ImageError(
+                f"{name} is damaged (truncated: its image data end too early); expected a whole image, or "
+                "allow_truncated (on the command line --allow-truncated) to score what is there"
+            ) from error
         reason = one_line(f"{type(error).__name__}: {error}")
         raise ImageError(f"{name} is damaged ({reason}); expected a whole image") from error
 

@@ -132,7 +132,7 @@ def _load(image: Image.Image, allow_truncated: bool) -> None:
         image.tile = []
         image.load()
     if ended and all(low == high for low, high in _extrema(image)):
-        raise OSError("image file is truncated before its first row")
+        raise RefusedError("is truncated before its first row; expected a whole image")
 
 
 def _extrema(image: Image.Image) -> list[tuple[float, float]]:

@@ -16,6 +16,9 @@ QUALICLIP_PAPER = (
 )
 FITTED_PAPER = "none: ridge regression on the statistics of an image tower"
 
+DEFAULT_METRIC = "qualiclip-mini+"
+LOOK_METRIC = f"{DEFAULT_METRIC}:look"  # default where attributes are shown beside quality
+
 MINI_PAPER = "none: a model of this package, see its weights/PROVENANCE.md"
 
 

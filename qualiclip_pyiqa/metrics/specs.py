@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import PromptError, SettingsError
-from .prompts import Prompts, resolve_prompts
+from .prompts import Prompts, prompt_set_names, resolve_prompts
 from .registry import METRICS, PromptSpec
 
 FILE_SUFFIX = ".safetensors"
@@ -82,6 +82,26 @@ def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | Pr
         return PromptedMetric(spec, metric, resolve_prompts(prompts, sets))
     except PromptError as error:
         raise PromptError(f"{spec!r}: {error}") from error
+
+
+def spec_for(name: str) -> str | None:
+    """Return the spec that an unknown name such as `qualiclip-mini+-sharpness` means; None if it is none of these.
+
+    Only some metrics have a name for each attribute; all metrics with fixed prompts take a set after a colon.
+
+    Example:
+        >>> spec_for("qualiclip-mini+-sharpness"), spec_for("clipiqa:look"), spec_for("qualiclip-mini-sharpness")
+        ('qualiclip-mini+:sharpness', 'clipiqa:look', None)
+    """
+    if name in METRICS:
+        return None
+    metric, prompts = split_spec(name)
+    if prompts is None:
+        metric, _, prompts = name.rpartition("-")
+        if prompts not in prompt_set_names():
+            return None
+    row = METRICS.get(metric)
+    return f"{metric}:{prompts}" if isinstance(row, PromptSpec) and row.context is None else None
 
 
 def column_belongs(column: str, spec: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ImageError
 from ..images.tensors import Source
 from ..metrics.prompts import Pair
+from ..metrics.registry import LOOK_METRIC
 from ..metrics.words import comparatives
 from ..scoring.building import Metrics, blind_metric
 from ..scoring.description import attribute_of
@@ -17,7 +18,6 @@ from ..scoring.scorer import Scorer
 from ..scoring.tables import Record
 from .reference import Distribution, Reference, TableReference, shipped_reference
 
-DEFAULT_METRICS = "qualiclip-mini+:look"
 # A score is unusual if at most this percentage of the reference lies beyond it.
 UNUSUAL = 5.0
 
@@ -179,7 +179,7 @@ class Profiler:
         'Blurry photo.'
     """
 
-    def __init__(self, metrics: Metrics = DEFAULT_METRICS, against: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, metrics: Metrics = LOOK_METRIC, against: str | Path | None = None, **options: Any) -> None:
         reference: Reference = shipped_reference() if against is None else TableReference(Path(against))
         self.scorer = Scorer(metrics, **options)
         described = self.scorer.describe()["columns"]
@@ -215,7 +215,7 @@ class Profiler:
 
 
 def profile(
-    picture: Source, metrics: Metrics = DEFAULT_METRICS, against: str | Path | None = None, **options: Any
+    picture: Source, metrics: Metrics = LOOK_METRIC, against: str | Path | None = None, **options: Any
 ) -> Profile:
     """Make the profile of one image; for several use `Profiler`, which builds the metrics once.
 

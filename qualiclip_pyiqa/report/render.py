@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import visible
 from ..optional import require
 from .findings import DUPLICATE_BITS, OUTLIER_COUNT, OUTLIER_Z
 from .maps import PageMap
 from .previews import Preview, preview_suffix
 from .sheet import Column, Sheet, common_prefix
-from .text import page_json, visible, visible_values
+from .text import page_json, visible_values
 
 SCRIPTS = (
     "format.js",

@@ -4,32 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-
-def visible(text: object) -> str:
-    r"""Write out what a reader could not see, or what would reorder the text around it.
-
-    Control and format characters (such as NUL and the right-to-left override) and undecodable bytes of file names
-    become backslash escapes.
-
-    Example:
-        >>> print(visible("photo\u202egpj.exe"), visible("latin\udce9.png"), visible("Grüße.jpg"))
-        photo\u202egpj.exe latin\xe9.png Grüße.jpg
-    """
-    line = str(text)
-    return line if line.isprintable() else "".join(_visible(character) for character in line)
-
-
-def _visible(character: str) -> str:
-    if character.isprintable() or unicodedata.category(character) == "Zs":
-        return character
-    if "\udc80" <= character <= "\udcff":  # Python's escape of a byte that is not UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+from ..errors import visible
 
 
 def visible_values(value: object) -> object:

@@ -18,7 +18,7 @@ from ..metrics.fitted import FittedIQA
 from ..metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from ..metrics.prompts import Prompts
 from ..metrics.registry import METRICS
-from ..metrics.specs import FILE_SUFFIX, PromptedMetric, parse_spec
+from ..metrics.specs import FILE_SUFFIX, PromptedMetric, parse_spec, spec_for
 from ..pretrained.layouts import FITTED_FORMAT
 from ..pretrained.read import stored_format
 from ..screen import Screen
@@ -115,7 +115,9 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
     if metric.endswith(FILE_SUFFIX):
         return metric_of_file(metric)
     if metric not in known:
-        raise SettingsError(f"unknown metric {metric!r}{did_you_mean(metric, known)} (`pyiqa -ls` lists all)")
+        meant = spec_for(metric)
+        advice = did_you_mean(metric, known) if meant is None else f"; did you mean {meant!r}?"
+        raise SettingsError(f"unknown metric {metric!r}{advice} (`pyiqa -ls` lists all)")
     return _created(metric, device)
 
 

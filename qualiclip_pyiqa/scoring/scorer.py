@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -24,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ImageError, SettingsError
-from ..images.convert import ReadRules, read_or_error
+from ..images.convert import ReadRules, read_or_error, source_name
+from ..images.paths import list_images
 from ..images.tensors import Source, load_image
 from ..images.workers import DecodedImage, Decoder
 from ..metrics.prompts import Pair
@@ -139,11 +141,14 @@ class Scorer:
 
         Args:
             images: an iterable of sources as for `load_image`, read as needed and not kept; or a single one: a path,
-                bytes, a PIL image, an array (H, W) or (H, W, C), a tensor (C, H, W). An `ImageError` in place of an
-                image becomes its record's error. Paths and bytes are decoded in worker processes.
+                bytes, a PIL image, an array (H, W) or (H, W, C), a tensor (C, H, W). The path of a folder stands for
+                the images below it, as in `qualiclip score FOLDER`; within an iterable a folder is an image that cannot
+                be read. An `ImageError` in place of an image becomes its record's error. Paths and bytes are decoded in
+                worker processes.
 
         Raises:
-            SettingsError: `images` is neither an image nor an iterable.
+            SettingsError: `images` is neither an image nor an iterable; or a folder without images, or one that cannot
+                be listed.
         """
         sources = _each(images)
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -343,6 +348,11 @@ class _Run:
 
 def _each(images: Iterable[Source | ImageError] | Source) -> Iterator[Source | ImageError]:
     """Iterate over images; a single image is one item, though paths, arrays and tensors are iterable."""
+    if isinstance(images, str | os.PathLike) and os.path.isdir(images):  # noqa: PTH112 - '' is no Path
+        found = list_images(Path(os.fsdecode(images)))
+        if not found:
+            raise SettingsError(f"no images in {source_name(images)}; expected a folder of images, or an image")
+        return map(str, found)
     if isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image):
         return iter([images])
     if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
