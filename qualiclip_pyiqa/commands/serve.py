@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from ..errors import SettingsError
+from ..metrics.registry import LOOK_METRIC
 from ..optional import require
-from . import LOOK_METRIC, Commands, a_number, add_read_options, check_different, read_options, say
+from . import Commands, a_number, add_read_options, check_different, read_options, say
 
 # Options of `ServeSettings`, besides those of reading.
 _OPTIONS = (
