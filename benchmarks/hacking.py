@@ -1,11 +1,11 @@
 """Show reward hacking: change pixels by the gradient of a score, and see what other measures say of the result.
 
     python benchmarks/hacking.py --pristine DIR [--metric qualiclip-mini] [--ensemble FILE ...] [--others FILE ...]
-        [--steps 60] [--limit 4] [--sheet FILE] [--json FILE.json]
+        [--steps 40] [--limit 4] [--sheet FILE] [--json FILE.json]
 
-Nothing is trained: Adam moves every pixel by about one grey level a step, and values are clamped to 0..1. It starts from
-photographs with noise, and in one row from the photographs themselves. Photographs are those held out by the folder's
-`manifest.csv` (columns `file` and `held_out`).
+Nothing is trained: Adam moves every pixel by about half a grey level a step, and values are clamped to 0..1. It starts
+from photographs with noise, and in one row from the photographs themselves. Photographs are those held out by the
+folder's `manifest.csv` (columns `file` and `held_out`).
 
 - Ways to hold it back: several scales, random crops, other seeds of the metric (`--ensemble`), pixels that stay near
   the start, and no reward for what is better than the photograph (`relative_to="target"`).
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,12 +35,20 @@ from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from measures import means, sheet  # isort: skip  (restoration puts their folder on the path)
 from tasks import SIGMA, add_noise, read_middle
 
-RATE = 1 / 255
+RATE = 0.5 / 255
 NEAR = 0.01  # weight of the score beside the mean absolute difference from the start
 SIDE = 256
 REACHED = 0.99
 ALONE = "score alone"
 RELATIVE = "relative to the photograph"
+NOISY = f"noise of {SIGMA}"
+SHOWN = (
+    "photographs",
+    f"{ALONE}, from photographs",
+    NOISY,
+    *(f"{label}, from {NOISY}" for label in (ALONE, f"{NEAR} score + distance from the start", RELATIVE)),
+)
+DRAWN, CUT = 3, 192  # photographs on the sheet, and the side of a cell
 Row: TypeAlias = dict[str, Any]
 #: From images, their start and the photographs to the loss.
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,10 +60,12 @@ def main() -> None:
     parser.add_argument("--metric", default="qualiclip-mini", help="that is optimised (default: %(default)s)")
     parser.add_argument("--ensemble", nargs="+", default=[], metavar="FILE", help="metrics optimised together with it")
     parser.add_argument("--others", nargs="+", default=[], metavar="FILE", help="metrics to measure by, as one column")
-    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--limit", type=int, default=4, help="photographs (default: %(default)s)")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write what became of the photographs of --shown")
-    parser.add_argument("--shown", nargs="+", metavar="NAME", help="further photographs, as the manifest names them")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write what became of the photographs")
+    parser.add_argument(
+        "--shown", nargs="+", metavar="NAME", help="photographs to begin with, as the manifest names them"
+    )
     options = parser.parse_args()
     options.side = SIDE
     if options.quick:
@@ -71,34 +81,36 @@ def measure(options: argparse.Namespace) -> list[Row]:
     training, held_out = common.photographs(options.pristine)
     fitted = [Path(path) for path in common.spread(training, 2 if options.quick else TRAINED_ON)]
     paths = [Path(path) for path in common.spread(held_out, options.limit)]
-    drawn = shown_photographs(options, held_out) if options.sheet else []
-    # All in one batch; those to be drawn come last and are not measured.
-    photographs = torch.cat([read_middle(path, options.side) for path in [*paths, *drawn]])
+    if options.sheet is not None:
+        paths = list(dict.fromkeys([*shown_photographs(options, held_out), *paths]))[: options.limit]
+    photographs = torch.cat([read_middle(path, options.side) for path in paths])  # in one batch
     noisy = add_noise(photographs, torch.Generator().manual_seed(0))
     score = QualityLoss(options.metric, reduction="none")
     losses = ways(options)
     measures = measures_of(options, fitted)
     rows: list[Row] = []
-    shown: dict[str, Tensor] = {"the photograph": photographs, f"noise of {SIGMA}": noisy}
+    shown: dict[str, Tensor] = {"photographs": photographs, NOISY: noisy}
 
     def row(label: str, start: str, images: Tensor, begun: Tensor, reached: list[int | None]) -> None:
-        columns = (list(each[: len(paths)].split(1)) for each in (images, photographs))
-        values = means([joined(each) for each in measures.of(*columns)])
-        moved = (images - begun)[: len(paths)].abs().mean().item() * 255
+        values = means([joined(each) for each in measures.of(images.split(1), photographs.split(1))])
+        moved = (images - begun).abs().mean().item() * 255
         steps = None if None in reached else max(filter(None, reached), default=0)
         rows.append({"way": label, "start": start, "steps to 0.99": steps, "grey levels moved": moved} | values)
 
     row("none", "photographs", photographs, photographs, [None])
-    row("none", "noisy", noisy, noisy, [None])
-    for start, begun, labels in (("photographs", photographs, [ALONE]), ("noisy", noisy, losses)):
+    row("none", NOISY, noisy, noisy, [None])
+    for start, begun, labels in (("photographs", photographs, [ALONE]), (NOISY, noisy, losses)):
         for label in labels:
             torch.manual_seed(0)  # of the crops
             images, reached = climb(losses[label], score, begun, photographs, options.steps)
-            row(label, start, images, begun, reached[: len(paths)])
-            shown[f"{label}{'' if start == 'noisy' else ', from the photograph'}"] = images
+            row(label, start, images, begun, reached)
+            shown[f"{label}, from {start}"] = images
     if options.sheet is not None:
-        lines = range(len(paths), len(photographs))
-        sheet([{label: images[line : line + 1] for label, images in shown.items()} for line in lines], options.sheet)
+        cells = {heading: shown[heading] for heading in SHOWN}
+        lines = range(min(DRAWN, len(photographs)))
+        sheet(
+            [{name: middle(images[line : line + 1]) for name, images in cells.items()} for line in lines], options.sheet
+        )
     return rows
 
 
@@ -126,6 +138,12 @@ def ways(options: argparse.Namespace) -> dict[str, Loss]:
     if options.ensemble:
         made[f"{RELATIVE}, mean of {len(several)} seeds"] = together(both)
     return made
+
+
+def middle(images: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    top, left = max(0, height - CUT) // 2, max(0, width - CUT) // 2
+    return images[..., top : top + CUT, left : left + CUT]
 
 
 def climb(loss: Loss, score: QualityLoss, start: Tensor, target: Tensor, steps: int) -> tuple[Tensor, list[int | None]]:

@@ -49,9 +49,9 @@ ARMS: tuple[tuple[str, float, str | None], ...] = (
     ("+ 0.01 score, relative to target", 0.01, "target"),
     ("+ 0.1 score, relative to target", 0.1, "target"),
 )
-STEPS, TUNED = 1500, 300  # of pixel loss alone, then of each arm
+STEPS, TUNED = 1000, 250  # of pixel loss alone, then of each arm
 RATE, TUNING_RATE = 1e-3, 3e-4
-CROP, BATCH, SIDE = 96, 4, 320
+CROP, BATCH, SIDE = 96, 4, 256
 TRAINED_ON = 240  # photographs
 OTHER = "qualiclip-mini+"
 SCENES = "natural scene statistics"
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--others", nargs="+", default=[], metavar="FILE", help="metrics to measure by, as one column")
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--limit", type=int, default=16, help="photographs to measure on (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=12, help="photographs to measure on (default: %(default)s)")
     parser.add_argument(
         "--restorers", type=Path, metavar="DIR", help="keep the restorers, and use those that are there"
     )
@@ -144,7 +144,7 @@ def train_all(options: argparse.Namespace, name: str, crops: Crops, seed: int) -
     def restorer(arm: str, train: Callable[[], nn.Module]) -> nn.Module:
         if options.restorers is None:
             return train()
-        path = options.restorers / f"{name}-{seed}-{arm}.safetensors".replace(" ", "-")
+        path = options.restorers / f"{name}-{seed}-{arm}.safetensors"
         if not path.exists():
             save(train(), path)
         return load(task, path)
@@ -164,7 +164,7 @@ def train_all(options: argparse.Namespace, name: str, crops: Crops, seed: int) -
 
     base = restorer("base", pixels_alone)
     for label, weight, relative_to in ARMS:
-        yield label, restorer(label, partial(tuned, weight, relative_to))
+        yield label, restorer(f"{weight:g}-{relative_to or 'alone'}", partial(tuned, weight, relative_to))
 
 
 def joined(measured: Mapping[str, float]) -> dict[str, float]:

@@ -21,6 +21,10 @@ ARGUMENTS = {
     "backbones": [],
     "fit": [f"--{which}{what}" for which in ("", "test-") for what in ("ratings=rated/dmos.csv", "images=rated")],
     "folder": ["--images", str(PHOTOS)],
+    "hacking": [
+        *("--pristine", "pristine", "--ensemble", EMBEDDED, "--others", EMBEDDED),
+        *("--sheet", "out/hacked.jpg", "--shown", "hats.jpg"),
+    ],
     "limits": ["--pristine", "pristine"],
     "maps": ["--pristine", "pristine"],
     "mini": [
@@ -30,6 +34,7 @@ ARGUMENTS = {
     "onednn": [],
     "reference": ["--pristine", "pristine", "--write", "out/reference.toml"],
     "report": [],
+    "restoration": ["--pristine", "pristine", "--others", EMBEDDED, "--restorers", "out", "--sheets", "out"],
     "rounding": [],
     "severity": ["--pristine", str(PHOTOS), "--write", "out/severities.toml"],
     "speed": [],
@@ -105,6 +110,18 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -
         assert rows["speed, 1x64x64", "the model before"]["of the model before"] == 1
         assert rows["extra memory, 1x64x64", "one"]["MiB"] >= 0
         assert "not run: niqe needs" in done.stdout
+    if name == "hacking":
+        ways = {(row["way"], row["start"]): row for row in result["rows"]}
+        noisy = ways["none", "noise of 25"]
+        assert ways["score alone", "noise of 25"]["qualiclip-mini"] > noisy["qualiclip-mini"] + 0.1
+        assert noisy["grey levels moved"] == 0 < ways["score alone", "noise of 25"]["grey levels moved"] < 2
+        assert (folder / "out" / "hacked.jpg").exists()
+    if name == "restoration":
+        means = {(row["task"], row["loss"]): row for row in result["rows"] if row["measured"] == "mean"}
+        assert means["sr2", "pixel loss alone"]["ssim"] < means["sr2", "photograph"]["ssim"] == pytest.approx(1)
+        assert means["denoise", "input"]["psnr"] == pytest.approx(20.2, abs=0.5)  # of noise of 25 in 255
+        kept = {path.name for path in (folder / "out").iterdir()}
+        assert {"denoise-0-base.safetensors", "restored-denoise.jpg", "restored-sr2.jpg"} <= kept
     if name == "attributes":
         assert rows["steps along own types", "sharpness"]["right"] > 0.5  # chance is a half
         table = rows["movement of scores", "sharpness"]

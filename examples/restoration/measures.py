@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qualiclip_pyiqa.scoring.building import Metrics
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
 WITH_TARGET = ("psnr", "ssim", "fsim")  # of pyiqa; none needs a download
-HEADING, GAP = 16, 4  # pixels of a sheet
+HEADING, GAP, LETTER = 28, 4, 6  # pixels of a sheet; width of a letter, about
 
 
 class Measures:
@@ -61,7 +62,7 @@ def sheet(rows: Sequence[Mapping[str, Tensor]], path: Path) -> None:
     for y, row in enumerate(rows):
         for x, (heading, image) in enumerate(row.items()):
             left, top = x * (width + GAP), y * step
-            pen.text((left + 2, top + 2), heading, fill="black")
+            pen.text((left + 2, top + 2), textwrap.fill(heading, width // LETTER), fill="black")
             drawn.paste(Image.fromarray(eight_bits(image)[0].movedim(0, -1).numpy()), (left, top + HEADING))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:

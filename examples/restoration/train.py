@@ -85,8 +85,10 @@ def load(task: Task, path: Path) -> nn.Module:
     restorer = task.network()
     try:
         restorer.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise SettingsError(f"{path} cannot be read ({error}); expected a restorer of this task") from error
+    except RuntimeError as error:  # it names every tensor, line by line
+        raise SettingsError(f"{path} has other tensors; expected a restorer of this task") from error
     return restorer
 
 
