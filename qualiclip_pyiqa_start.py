@@ -62,6 +62,22 @@ def register_archs() -> None:
         ARCH_REGISTRY.register_lazy(name, f"qualiclip_pyiqa.archs:{name}", override=True)
 
 
+def register_losses() -> None:
+    """Register our losses with pyiqa, to be imported on first use (entry point of its group `pyiqa.losses`)."""
+    from pyiqa.utils.registry import LOSS_REGISTRY
+
+    for name in ("QualityLoss", "QualityPerceptualLoss"):
+        LOSS_REGISTRY.register_lazy(name, f"qualiclip_pyiqa.loop.option_files:{name}", override=True)
+
+
+def register_metrics() -> None:
+    """Register our metric of validations with pyiqa (entry point of its group `pyiqa.metrics`)."""
+    from pyiqa.utils.registry import METRIC_REGISTRY
+
+    name = "calculate_quality"
+    METRIC_REGISTRY.register_lazy(name, f"qualiclip_pyiqa.loop.option_files:{name}", override=True)
+
+
 def _autoload() -> bool:
     import os
 

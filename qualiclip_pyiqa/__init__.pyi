@@ -9,6 +9,8 @@ from .errors import WeightsError as WeightsError
 from .explain.quality_map import QualityMap as QualityMap
 from .explain.quality_map import quality_map as quality_map
 from .images.tensors import as_batch as as_batch
+from .images.tensors import from_bgr as from_bgr
+from .images.tensors import from_nhwc as from_nhwc
 from .images.tensors import load_image as load_image
 from .loop.loss import QualityLoss as QualityLoss
 from .metrics.base import BlindMetric as BlindMetric

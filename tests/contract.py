@@ -131,6 +131,11 @@ class MetricContract:
         metric(x).mean().backward()
         assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
+    def test_gradients_equal_finite_differences(self, metric: BlindMetric) -> None:
+        double = copy.deepcopy(metric).double()
+        x = upstream.pictures(2, 32, 40).double().requires_grad_()
+        assert torch.autograd.gradcheck(double, x, eps=1e-6, atol=1e-6, fast_mode=True)
+
     @torch.no_grad()
     def test_grey_is_rgb_three_times_and_input_is_checked(self, metric: BlindMetric) -> None:
         grey = upstream.pictures(1, 48, 48)[:, :1]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ImageError
+from ..errors import ImageError, kind_of
 from .convert import PixelSource, ReadRules, check_range, check_size, read_pixels
 
 Source: TypeAlias = PixelSource | Tensor
@@ -110,6 +110,56 @@ def as_batch(
         ignore_profile=ignore_profile,
     )
     return loaded.unsqueeze(0)
+
+
+def from_nhwc(images: Tensor) -> Tensor:
+    """Convert tensors whose channels are last, such as ComfyUI's IMAGE, to a batch.
+
+    Args:
+        images: (N, H, W, C) or (H, W, C); C is 1 (grey), 3 (RGB) or 4 (RGB and alpha, which is composited over white);
+            uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1.
+
+    Returns:
+        (N, 3, H, W) float32 in 0..1, on the same device and with the same gradient.
+
+    Raises:
+        ImageError: wrong shape or dtype, out of range, NaN, or smaller than 32x32 pixels.
+
+    Example:
+        >>> from_nhwc(torch.rand(2, 48, 64, 3)).shape
+        torch.Size([2, 3, 48, 64])
+    """
+    if not isinstance(images, Tensor):
+        raise ImageError(f"images are {kind_of(images)}; expected a tensor (N, H, W, C)")
+    if images.dim() not in (3, 4) or images.shape[-1] not in (1, 3, 4):
+        first = images.dim() in (3, 4) and images.shape[-3] in (1, 3, 4)
+        order = "; this looks like (N, C, H, W), which as_batch takes" if first else ""
+        raise ImageError(f"tensor has shape {tuple(images.shape)}; expected (N, H, W, C), C being 1, 3 or 4{order}")
+    return as_batch(images.movedim(-1, -3))
+
+
+def from_bgr(image: np.ndarray) -> Tensor:
+    """Convert an array whose channels are blue, green, red, as OpenCV reads and returns it, to a batch of one.
+
+    Args:
+        image: (H, W, 3) BGR, (H, W, 4) BGR and alpha, which is composited over white, or (H, W) or (H, W, 1) grey;
+            uint8 in 0..255, uint16 in 0..65535, or floating point in 0..1.
+
+    Returns:
+        (1, 3, H, W) float32, RGB in 0..1.
+
+    Raises:
+        ImageError: not an array (`cv2.imread` returns None for a file that it cannot read), wrong shape or dtype, out
+            of range, NaN, or smaller than 32x32 pixels.
+
+    Example:
+        >>> from_bgr(np.full((48, 64, 3), (255, 0, 0), np.uint8))[0, :, 0, 0]  # blue
+        tensor([0., 0., 1.])
+    """
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"image is {kind_of(image)}; expected an array (H, W, 3) as of cv2.imread")
+    colours = {3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(image.shape[2] if image.ndim == 3 else 0)
+    return as_batch(image if colours is None else image[:, :, colours])
 
 
 def _rgb(pixels: Tensor, name: str) -> Tensor:

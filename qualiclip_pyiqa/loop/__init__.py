@@ -1,0 +1,1 @@
+"""Quality in training loops of others: the loss, validation metrics, option files."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import ImageError, SettingsError
 from ..metrics.base import check_batch
-from ..scoring.building import build_metrics
 from ..towers.recompute import recompute_activations
+from .frozen import FrozenMetric, MetricLike
 from .range import clamp_keeping_gradient
 from .views import check_crops, check_scales, crop_boxes, cut, resized
 
@@ -76,7 +74,7 @@ class QualityLoss(nn.Module):
 
     def __init__(
         self,
-        metric: str | os.PathLike[str] | nn.Module,
+        metric: MetricLike,
         weight: float = 1.0,
         reduction: str = "mean",
         relative_to: str | None = None,
@@ -94,12 +92,10 @@ class QualityLoss(nn.Module):
             raise SettingsError(f"relative_to is {relative_to!r}; expected None, 'input' or 'target'")
         self.weight, self.reduction, self.relative_to = float(weight), reduction, relative_to
         self.crops, self.scales = check_crops(crops), check_scales(scales)
-        network, self.worst, self.best = _frozen(metric)
+        self.metric = FrozenMetric.of(metric)
+        self.worst, self.best = self.metric.bounds()
         if checkpointing:
-            recompute_activations(network)
-        self.checkpointing = bool(checkpointing)
-        # A tuple hides the network from parameters(), state_dict(), train(), DDP and FSDP.
-        self._unregistered: tuple[nn.Module] = (network,)
+            recompute_activations(self.metric.network)
 
     def forward(self, x: Tensor, target: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         """Compute the loss of a batch.
@@ -157,39 +153,10 @@ class QualityLoss(nn.Module):
 
     def _scores(self, x: Tensor) -> Tensor:
         """Score images on the scale 0 (worst) to 1 (best): (M, 3, H, W) -> (M,)."""
-        scores: Tensor = self._unregistered[0](x)
-        if scores.numel() % len(x) or (scores.dim() == 0 and len(x) > 1):
-            raise SettingsError(
-                f"the metric returned a tensor of shape {tuple(scores.shape)} for {len(x)} images; "
-                "expected a score for each image"
-            )
-        return (scores.reshape(len(x), -1).mean(dim=1) - self.worst) / (self.best - self.worst)
+        return (self.metric.scores(x).mean(dim=1) - self.worst) / (self.best - self.worst)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityLoss:
         """Apply `.to()` and the like, all of which go through this method of `nn.Module`, to the network too."""
-        self._unregistered[0]._apply(fn, recurse)
+        self.metric.network._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
-
-
-def _frozen(metric: str | os.PathLike[str] | nn.Module) -> tuple[nn.Module, float, float]:
-    """Return a metric's frozen network, its worst score and its best."""
-    if isinstance(metric, str | os.PathLike):
-        metric = build_metrics({"metric": os.fspath(metric)}, torch.device("cpu"))["metric"]
-        network = getattr(metric, "net", metric)
-    elif isinstance(metric, nn.Module):
-        network = copy.deepcopy(getattr(metric, "net", metric))
-    else:
-        raise SettingsError(f"metric is {metric!r}; expected a name or a metric, such as 'qualiclip-mini'")
-    if getattr(metric, "metric_mode", "NR") != "NR":
-        raise SettingsError(f"{getattr(metric, 'metric_name', metric)} needs a reference; expected an NR metric")
-    score_range = getattr(metric, "score_range", None)
-    try:
-        # pyiqa marks bounds that are only typical by a tilde.
-        low, high = (float(bound.strip().removeprefix("~")) for bound in str(score_range).split(","))
-    except ValueError:
-        low = high = math.nan
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise SettingsError(f"score_range is {score_range!r}; expected a metric whose range of scores is finite")
-    worst, best = (high, low) if getattr(metric, "lower_better", False) else (low, high)
-    return network.eval().requires_grad_(False), worst, best
