@@ -34,7 +34,7 @@ def test_tensors_with_channels_elsewhere_are_named() -> None:
         from_nhwc(torch.rand(2, 3, 40, 48))
     with pytest.raises(ImageError, match=r"expected \(N, H, W, C\), C being 1, 3 or 4$"):
         from_nhwc(torch.rand(40, 48))
-    with pytest.raises(ImageError, match="images are an ndarray; expected a tensor"):
+    with pytest.raises(ImageError, match="images is a ndarray; expected a tensor"):
         from_nhwc(np.zeros((1, 40, 48, 3)))  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="divide by 255"):
         from_nhwc(torch.rand(1, 40, 48, 3) * 255)

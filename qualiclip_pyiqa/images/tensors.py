@@ -130,7 +130,7 @@ def from_nhwc(images: Tensor) -> Tensor:
         torch.Size([2, 3, 48, 64])
     """
     if not isinstance(images, Tensor):
-        raise ImageError(f"images are {kind_of(images)}; expected a tensor (N, H, W, C)")
+        raise ImageError(f"images is {kind_of(images)}; expected a tensor (N, H, W, C)")
     if images.dim() not in (3, 4) or images.shape[-1] not in (1, 3, 4):
         first = images.dim() in (3, 4) and images.shape[-3] in (1, 3, 4)
         order = "; this looks like (N, C, H, W), which as_batch takes" if first else ""
