@@ -8,11 +8,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyiqa
 import pytest
+import torch
+import yaml
 from PIL import Image
+from pyiqa.losses import build_loss
+from pyiqa.metrics import calculate_metric
 from synthetic import synthetic_photograph
+from torch import Tensor, nn
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.degradations.bank import degrade
@@ -85,6 +93,71 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_link_goes_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_python_of_the_loop_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cv2 = pytest.importorskip("cv2")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    pytest.importorskip("torchmetrics")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    photographs = torch.stack([synthetic_photograph(number, 96, 96) for number in range(3)])
+    frames = (photographs * 255).byte().permute(0, 2, 3, 1).numpy()
+    cv2.imwrite("photo.png", frames[0])
+    writer = cv2.VideoWriter("video.avi", cv2.VideoWriter_fourcc(*"MJPG"), 25, (96, 96))
+    for frame in frames:
+        writer.write(frame[:, :, ::-1].copy())
+    writer.release()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"restored": x + self.shift, "loss": self.shift.square()}
+
+    class Pipeline:
+        """As much of a pipeline of diffusers as the example needs."""
+
+        def __call__(self, prompt: str, callback_on_step_end: Callable) -> SimpleNamespace:
+            x = torch.rand(1, 3, 64, 64)
+            for step in range(2):
+                x = callback_on_step_end(self, step, 1000 - step, {"latents": x})["latents"] / 2
+            return SimpleNamespace(images=self.decode(x))
+
+        def decode(self, latents: Tensor) -> list[Image.Image]:
+            return [Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy()) for x in latents]
+
+    arguments = transformers.TrainingArguments(output_dir="run", use_cpu=True, report_to=[], disable_tqdm=True)
+    names: dict = {
+        "cv2": cv2,
+        "l1": nn.functional.l1_loss,
+        "target": photographs,
+        "restored": (photographs / 2).requires_grad_(),
+        "degraded": photographs,
+        "metric": pyiqa.create_metric("qualiclip-mini+", device="cpu"),
+        "comfyui_image": photographs.movedim(1, -1),
+        "path": "photo.png",
+        "trainer": transformers.Trainer(Model(), arguments, eval_dataset=[{"x": x} for x in photographs]),
+        "pipeline": Pipeline(),
+    }
+    page = (ROOT / "docs" / "loop.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+        if "callback_on_step_end" in block:
+            assert len(names["course"]) == 4 and 0 <= names["mean"] <= 1
+    assert names["restored"].grad.abs().max() > 0 and names["loss"] > 0
+    assert {"eval_quality", "eval_sharpness"} <= names["means"].keys()
+    assert [time for time, _ in names["course"]] == pytest.approx([0, 0.04, 0.08])
+    rgb = names["frames"]("video.avi")
+    assert abs(next(rgb).astype(float) - frames[0]).mean() < 10  # RGB again, but for JPEG
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    options = yaml.safe_load(block)
+    for option in options["train"].values():
+        build_loss(option)
+    assert 0 <= calculate_metric([frames[0]], options["val"]["metrics"]["quality"]) <= 1
 
 
 def test_the_metric_of_the_architecture_page_is_one() -> None:
