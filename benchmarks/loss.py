@@ -5,7 +5,9 @@
 A step is `loss(x).backward()`: the tower's own is `tower(x).sum().backward()` with the gradient of the image alone, as
 the weights are frozen. Memory is by how much a step raises the peak of a fresh process that has created the network.
 All kinds of steps are measured at the first size of `--image`; at the others, those that show what activation
-checkpointing saves, and memory alone. Metrics: `qualiclip-mini+`, and `clipiqa` on a ResNet50 tower with random weights.
+checkpointing saves, and memory alone.
+
+Metrics: `qualiclip-mini+`, and `clipiqa` on a ResNet50 tower with random weights.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def test_the_python_of_the_loop_page_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert names["restored"].grad.abs().max() > 0 and names["loss"] > 0
     assert {"eval_quality", "eval_sharpness"} <= names["means"].keys()
     assert [time for time, _ in names["course"]] == pytest.approx([0, 0.04, 0.08])
-    rgb = names["frames"]("video.avi")
-    assert abs(next(rgb).astype(float) - frames[0]).mean() < 10  # RGB again, but for JPEG
+    rgb = next(names["frames"]("video.avi"))
+    assert abs(rgb.mean(axis=(0, 1)) - frames[0].mean(axis=(0, 1))).max() < 2  # RGB again, but for JPEG
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     options = yaml.safe_load(block)
     for option in options["train"].values():
