@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
+
+from .errors import visible
 
 
 class Screen:
@@ -27,6 +32,29 @@ class Screen:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
+
+
+@contextmanager
+def loading(what: str, after: float = 1.0) -> Iterator[Callable[[], None]]:
+    """Say on standard error, in one line, what is being loaded, if it takes a while and a person is watching.
+
+    Args:
+        what: is loaded, such as a metric's name.
+        after: seconds until the line is printed.
+
+    Yields:
+        Ends the waiting before the block does: call it when something else is shown.
+    """
+    screen = Screen()
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    timer = threading.Timer(after, lambda: screen.write(f"qualiclip: loading {visible(what)} ...\n"))
+    timer.daemon = True
+    if watched:
+        timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
 
 
 def drop_output(stream: TextIO) -> None:

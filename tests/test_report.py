@@ -129,6 +129,9 @@ def test_robust_z_of_few_different_values() -> None:
     assert robust_z([1.0] * 9).tolist() == [0.0] * 9
     z = robust_z([1.0] * 9 + [2.0, float("nan")])
     assert z[9] == pytest.approx(1 / (1.2533 * 0.1)) and np.isnan(z[10])
+    # A long tail is none of outliers, what lies beyond it is, and so is what lies apart on the short side.
+    tail = (1 - np.linspace(0.001, 0.999, 400) ** 3).tolist()
+    assert outliers(tail) == {} and list(outliers([*tail, 4.0, -3.0])) == [400, 401]
     assert outliers([0.5] * 6 + [9.0]) == {}  # too few to tell
     assert list(outliers([0.5] * 9 + [9.0])) == [9]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from report_pages import HOSTILE, hostile_table, save, write_scores
 
@@ -275,4 +277,36 @@ def test_thousands_of_images_are_few_elements(browser: Browser, tmp_path: Path) 
     assert made.page.evaluate("document.activeElement.querySelector('.name').innerText") == "2999.png"
     assert made.page.evaluate("document.activeElement.parentElement.getAttribute('aria-posinset')") == "3000"
     assert made.page.locator("#cards li").count() < 60
+    made.close()
+
+
+def test_menus_group_the_attributes_of_a_metric(browser: Browser, tmp_path: Path) -> None:
+    names = ("m:look.quality", "m:look.brightness", "piqe")
+    records = [
+        Record(save(tmp_path / f"{number}.png", number), 96, 64, dict.fromkeys(names, number / 9))
+        for number in range(9)
+    ]
+    table = write_scores(tmp_path / "s.csv", records, dict.fromkeys(names, False))
+    meta = tmp_path / "s.csv.meta.json"
+    described = json.loads(meta.read_text())
+    prompts = {"quality": [["Good photo.", "Bad photo."]], "brightness": [["Bright photo.", "Dark photo."]]}
+    for name in names[:2]:
+        described["columns"][name]["prompts"] = prompts
+    meta.write_text(json.dumps(described))
+    made = Opened(browser, write_report(table, tmp_path / "r.html", maps=False).path, color_scheme="dark")
+    for menu in ("#sort", "#across"):
+        group = made.page.locator(f"{menu} optgroup")
+        assert group.get_attribute("label") == "m:look"
+        assert group.locator("option").all_text_contents() == ["quality", "brightness"]
+        assert "piqe" in made.page.locator(f"{menu} > option").all_text_contents()
+    made.page.select_option("#sort", label="brightness")
+    made.settle()
+    assert made.page.locator("#status").inner_text() == "9 images, brightness: worst first"
+    # A canvas knows no light-dark(): its lines have the colour of the dark theme.
+    made.page.get_by_role("tab", name="Compare").click()
+    made.settle()
+    drawn = "[...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
+    pixels = np.array(made.page.locator("canvas#scatter").evaluate(f"canvas => {drawn}")).reshape(-1, 4)
+    assert (np.abs(pixels[:, :3] - [51, 56, 59]).max(axis=1) <= 2).any()
+    made.check_access()
     made.close()

@@ -20,6 +20,7 @@ import pyiqa
 import pytest
 import torch
 import upstream
+from accelerate.tracking import GeneralTracker
 from PIL import Image, ImageFilter
 from pyiqa.archs.arch_util import load_pretrained_network
 from scipy import stats
@@ -446,3 +447,52 @@ def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path,
     assert run.returncode == 130 and said.endswith("qualiclip: stopped\n")
     assert [path.name for path in log.parent.iterdir()] == ["log.jsonl"]
     assert all("epoch" in each for each in log_of(tmp_path / "run")[1:])
+
+
+class Recorder(GeneralTracker):
+    """A tracker of the caller's own."""
+
+    name = "recorder"
+    requires_logging_directory = False
+    main_process_only = True
+    tracker = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: dict[str, list[int]] = {}
+        self.images: list[tuple[int, tuple[int, ...]]] = []
+
+    def store_init_configuration(self, values: dict) -> None:
+        pass
+
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        for name in values:
+            self.logged.setdefault(name, []).append(step or 0)
+
+    def log_images(self, values: dict, step: int | None = None, **_: object) -> None:
+        self.images.append((step or 0, values["map/quality"].shape))
+
+
+def test_trackers_are_told_of_every_epoch_and_change_nothing(
+    tiny_folder: Path, ratings: Ratings, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    recipe = dataclasses.replace(QUICK["official"], epochs=2)
+    recorder = Recorder()
+    tracked, plain = (
+        tune(tiny(tiny_folder, recipe), ratings, tmp_path / name, recipe, trackers=trackers)
+        for name, trackers in (("tracked", [recorder, "tensorboard"]), ("plain", []))
+    )
+    assert tracked.read_bytes() == plain.read_bytes()
+    steps = [line["step"] for line in log_of(tmp_path / "tracked") if "epoch" in line]
+    assert len(steps) == 2
+    for name in ("loss", "mse", "learning_rate", "validation_srcc", "score/quality"):
+        assert recorder.logged[name] == steps, name
+    assert [step for step, _ in recorder.images] == steps and recorder.images[0][1][-1] == 3
+    assert (
+        list((tmp_path / "tracked" / "tensorboard").rglob("events*"))
+        and not (tmp_path / "plain" / "tensorboard").exists()
+    )
+    with pytest.raises(SettingsError, match="tracker is 'wand'; expected one of tensorboard, wandb"):
+        tune(tiny(tiny_folder, recipe), ratings, tmp_path / "none", recipe, trackers=["wand"])
+    assert not (tmp_path / "none").exists()

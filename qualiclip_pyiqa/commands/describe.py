@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import ImageError, SettingsError, counted
 from ..images.convert import source_name
 from ..metrics.registry import LOOK_METRIC
+from ..screen import loading
 from . import (
     Commands,
     add_force_option,
@@ -65,9 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         check_figure(arguments.output)
         if len(arguments.pictures) > MOST:
             raise SettingsError(f"{len(arguments.pictures)} images; -o draws at most {MOST}, so draw them in parts")
-    from ..report.profile import Profiler
+    with loading(", ".join(metrics)):
+        from ..report.profile import Profiler
 
-    profiler = Profiler(metrics, arguments.against, device=arguments.device, **read_options(arguments))
+        profiler = Profiler(metrics, arguments.against, device=arguments.device, **read_options(arguments))
     whole: list[Profile] = []
     found: list[Profile] = []
     for profile in profiler.profiles(arguments.pictures):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..images.convert import source_name
-from ..screen import Screen
+from ..screen import Screen, loading
 from . import (
     READ_RULES,
     Commands,
@@ -60,11 +60,8 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..explain.drawing import draw_maps
-    from ..explain.mapper import Mapper
     from ..explain.quality_map import check_scale
     from ..figures import check_figure, save_figure
-    from ..images.tensors import load_image
 
     metrics = chosen_metrics(arguments)
     scale = None if arguments.range is None else check_scale(*arguments.range)
@@ -73,10 +70,15 @@ def run(arguments: argparse.Namespace) -> int:
     for output in outputs:
         check_new(output, arguments.force)
     reading = read_options(arguments, READ_RULES)
-    mappers = [
-        Mapper({name: metric}, arguments.kind, arguments.attribute, arguments.device)
-        for name, metric in metrics.items()
-    ]
+    with loading(", ".join(metrics)):
+        from ..explain.drawing import draw_maps
+        from ..explain.mapper import Mapper
+        from ..images.tensors import load_image
+
+        mappers = [
+            Mapper({name: metric}, arguments.kind, arguments.attribute, arguments.device)
+            for name, metric in metrics.items()
+        ]
     with tqdm(total=len(outputs), unit="image", file=Screen(), disable=None) as bar:
         for path, output in zip(arguments.path, outputs, strict=True):
             rgb = load_image(path, **reading)

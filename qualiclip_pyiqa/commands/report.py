@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import counted
 from ..metrics.registry import LOOK_METRIC
-from ..screen import Screen
+from ..screen import Screen, loading
 from . import (
     Commands,
     add_force_option,
@@ -70,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_different("-m", arguments.metric or ())
     metrics = chosen_metrics(arguments, default=LOOK_METRIC) if scored else arguments.metric or ()
 
-    from ..report.page import write_report
+    with loading(", ".join(metrics) or "the page's parts") as loaded, _Bars(loaded) as bars:
+        from ..report.page import write_report
 
-    with _Bars() as bars:
         report = write_report(
             arguments.source,
             arguments.output,
@@ -94,9 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Bars:
-    """Progress bars on standard error, one for each step."""
+    """Progress bars on standard error, one for each step; `started` is called with the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: Callable[[], None]) -> None:
+        self._started = started
         self._bar: tqdm | None = None
         self._step = ""
 
@@ -106,6 +108,7 @@ class _Bars:
     def __call__(self, step: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
+        self._started()
         if self._bar is None or step != self._step or done <= self._bar.n:
             self.close()
             self._bar, self._step = tqdm(total=total, desc=step, unit="image", file=Screen(), disable=None), step

@@ -22,7 +22,7 @@ from ..images.paths import FoundPaths, find_images, matches
 from ..metrics.prompts import Pair
 from ..metrics.specs import column_belongs
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_meta
-from ..screen import Screen
+from ..screen import Screen, loading
 from . import (
     Commands,
     a_number,
@@ -149,8 +149,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{next(iter(files))} is a Parquet file of images; score it without --engine ray, "
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
-    engine = _engine(arguments, metrics, files)
-    maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
+    with loading(", ".join(metrics)):
+        engine = _engine(arguments, metrics, files)
+        maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
     if maps is not None and not arguments.resume:
         maps.check(chain.from_iterable(files[path].names if path in files else [path] for path in found.paths))
     summary = Summary(engine.columns, engine.lower_better, engine.comparatives)

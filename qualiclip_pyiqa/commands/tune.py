@@ -43,6 +43,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--recipe", choices=("official", "pyiqa"), help="default: official for clipiqa+, pyiqa for the other metrics"
     )
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        metavar="NAME",
+        help="tensorboard or wandb; repeatable. Trackers get the log's figures, the mean score of the held-out images "
+        "and a quality map of one of them (default: none)",
+    )
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="weights in place of the metric's own")
     own = parser.add_argument_group("settings in place of the recipe's")
@@ -90,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe,
         validation=arguments.validation,
         mos_range=None if arguments.mos_range is None else tuple(arguments.mos_range),
+        trackers=arguments.tracker or (),
     )
     put(path)
     return 0

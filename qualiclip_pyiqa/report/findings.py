@@ -24,10 +24,11 @@ _BITS = np.array([byte.bit_count() for byte in range(2**16)], np.uint8)
 
 
 def robust_z(scores: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return how far each score is from the median, in robust standard deviations.
+    """Return how far each score is from the median, in robust standard deviations of its own side.
 
-    The deviation is 1.4826 times the median absolute deviation (MAD). Where that is 0, because more than half of the
-    scores are equal, it is 1.2533 times the mean absolute deviation.
+    The deviation is 1.4826 times the median absolute deviation (MAD) of the scores on that side of the median, so that
+    the long tail of a skewed distribution, such as that of scores near the end of their range, is none of outliers.
+    Where it is 0, because most of the scores are equal, it is 1.2533 times the mean absolute deviation.
 
     Args:
         scores: of one column; NaN for a missing score.
@@ -44,9 +45,13 @@ def robust_z(scores: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float6
     if not known.size:
         return values
     middle = np.median(known)
-    away = np.abs(known - middle)
-    spread = _MAD_SCALE * np.median(away) or _MEAN_SCALE * np.mean(away)
-    return (values - middle) / (spread or 1.0)
+
+    def spread(away: NDArray[np.float64]) -> float:
+        """Of the distances of one side, which has at least the median itself or its nearest neighbour."""
+        return float(_MAD_SCALE * np.median(away) or _MEAN_SCALE * np.mean(away) or 1.0)
+
+    below, above = spread(middle - known[known <= middle]), spread(known[known >= middle] - middle)
+    return (values - middle) / np.where(values < middle, below, above)
 
 
 def outliers(scores: Sequence[float] | NDArray[np.float64]) -> dict[int, float]:

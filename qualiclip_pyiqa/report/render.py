@@ -18,7 +18,7 @@ from ..optional import require
 from .findings import DUPLICATE_BITS, OUTLIER_COUNT, OUTLIER_Z
 from .maps import PageMap
 from .previews import Preview, preview_suffix
-from .sheet import Column, Sheet, common_prefix
+from .sheet import CHANGE, Column, Sheet, common_prefix
 from .text import page_json, visible_values
 
 SCRIPTS = (
@@ -200,11 +200,21 @@ def _column(sheet: Sheet, column: Column) -> dict[str, Any]:
         "name": column.name,
         "shown": visible(column.name),
         "label": visible(column.label),
+        **_grouped(sheet, column),
         "lowerBetter": column.lower_better,
         "more": sheet.runs[column.run or 0].comparative(column.source),
         "run": column.run,
         "limits": column.limits,
     }
+
+
+def _grouped(sheet: Sheet, column: Column) -> dict[str, str]:
+    """Return how menus show a column: by its attribute in the group of its metric, or by its name if it has none."""
+    metric, attribute = sheet.runs[column.run or 0].metric_of(column.source)
+    if attribute is None:
+        return {"group": "", "option": visible(column.name)}
+    of_run = "" if len(sheet.runs) == 1 else f" ({CHANGE if column.run is None else sheet.names[column.run]})"
+    return {"group": visible(metric + of_run), "option": visible(attribute)}
 
 
 def _type() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +18,8 @@ from ..errors import SettingsError
 from ..explain.drawing import draw_maps
 from ..explain.mapper import Mapper
 from ..figures import figure_pixels
+from ..images.convert import source_name
+from ..images.tensors import Source, load_image
 from ..metrics.base import BlindMetric
 from ..metrics.prompt_iqa import PromptIQA
 from ..metrics.prompts import Prompts
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Name of one of Accelerate's trackers, or one of the caller's own.
 Tracker: TypeAlias = str | GeneralTracker
+#: Takes the number of steps and figures by name; None where one does not exist.
+Track: TypeAlias = Callable[[int, Mapping[str, float | None]], None]
 
 TRACKERS = ("tensorboard", "wandb")
 PROJECT = "qualiclip"  # at Weights & Biases, and the folder of TensorBoard's events
@@ -94,12 +99,54 @@ def show_scores(metric: AlignedMetric, pristine: Tensor) -> tuple[dict[str, floa
     device = metric.prompt_features.device
     scores = torch.cat([metric(part.to(device).float().div(255)) for part in pristine.split(8)]).mean(0)
     means = {f"score/{name}": round(float(s), 5) for name, s in zip(metric.attributes, scores, strict=True)}
-    first = pristine[0].float().div(255)
+    return means, quality_drawing(metric, pristine[0].float().div(255), "a validation photograph")
+
+
+def quality_drawing(metric: BlindMetric, picture: Source, title: str) -> NDArray[np.uint8]:
+    """Draw the quality map of an image (H, W, 3): local scores, or occlusion for a tower without."""
+    rgb = load_image(picture)
     try:
-        found = Mapper(metric, attributes=["quality"]).maps(first[None])[0]
+        found = Mapper(metric, attributes=["quality"]).maps(rgb[None])[0]
     except SettingsError:  # a tower without local scores
-        found = Mapper(metric, "occlusion", ["quality"]).maps(first[None])[0]
-    return means, figure_pixels(draw_maps(first, found, title="a validation photograph"))
+        found = Mapper(metric, "occlusion", ["quality"]).maps(rgb[None])[0]
+    return figure_pixels(draw_maps(rgb, found, title=title))
+
+
+@contextmanager
+def tracking(
+    trackers: Sequence[Tracker], out: Path, net: PromptIQA, features: Tensor, paths: Sequence[Path]
+) -> Iterator[Track]:
+    """Start trackers of a run without Accelerate, yield what tells them of an epoch, and end them.
+
+    They get the epoch's figures, the mean score of some images, and the quality map of the first. Without trackers,
+    nothing is done.
+
+    Args:
+        trackers: as from `check_trackers`.
+        out: folder of the run.
+        net: in training.
+        features: (N, D) of these images, as from `net.features`.
+        paths: the images; may be empty.
+    """
+    if not trackers:
+        yield lambda step, values: None
+        return
+    accelerator = Accelerator(log_with=list(trackers), project_dir=out / "tensorboard")
+    start_trackers(accelerator, out, 0)
+
+    @torch.no_grad()
+    def track(step: int, values: Mapping[str, float | None]) -> None:
+        accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
+        if paths:
+            scores = net.score(features)
+            accelerator.log({"score/quality": float(scores.double().mean())}, step=step)
+            if torch.isfinite(scores).all():  # else the next step reports it
+                log_image(accelerator, "map/quality", quality_drawing(net, paths[0], source_name(paths[0])), step)
+
+    try:
+        yield track
+    finally:
+        accelerator.end_training()
 
 
 def log_image(accelerator: Accelerator, name: str, image: NDArray[np.uint8], step: int) -> None:

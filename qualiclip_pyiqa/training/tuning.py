@@ -32,6 +32,7 @@ from ..images.tensors import load_image
 from ..metrics.prompt_iqa import PromptIQA
 from ..screen import Screen
 from .recipes import Recipe
+from .trackers import Track, Tracker, check_trackers, tracking
 from .validation import correlations
 
 CONTEXT, LOG = "params.pth", "log.jsonl"
@@ -47,6 +48,7 @@ def tune(
     recipe: Recipe,
     validation: float = 0.2,
     mos_range: tuple[float, float] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> Path:
     """Learn the context of `net` and write it to `out / "params.pth"`, in pyiqa's layout for this metric.
 
@@ -62,6 +64,8 @@ def tune(
         validation: share of the images that is held out. They are only watched and decide nothing.
         mos_range: opinion scores that become 0 and 1 (1 and 0 where lower is better); None: the smallest and largest
             of the training images.
+        trackers: of Accelerate ("tensorboard", "wandb", or one's own), that get each epoch's figures, the mean score of
+            the held-out images and the quality map of the first of them.
 
     Raises:
         SettingsError: `params.pth` exists; ratings, range or share from which nothing can be learned; a loss that is
@@ -71,6 +75,7 @@ def tune(
     """
     if net.prompt_learner is None:
         raise SettingsError(f"{net.model_type} has fixed prompts; expected a metric with a learned context")
+    chosen = check_trackers(trackers)
     target = out / CONTEXT
     if target.exists():
         raise SettingsError(f"{target} exists; choose another folder")
@@ -101,7 +106,8 @@ def tune(
             validation_images=len(watched.paths),
             validation_use="watched only: decided neither a step nor a setting",
         )
-        _learn(net, recipe, targets, batches, log, lambda: _agreement(net, watched_features, watched))
+        with tracking(chosen, out, net, watched_features, watched.paths) as track:
+            _learn(net, recipe, targets, batches, log, lambda: _agreement(net, watched_features, watched), track)
     _save(net, target)
     return target
 
@@ -113,8 +119,12 @@ def _learn(
     batches: Iterator[Tensor],
     log: TextIO,
     evaluate: Callable[[], dict[str, float | None]],
+    track: Track,
 ) -> None:
-    """Take all steps of a recipe; `evaluate` returns values to log after each epoch, beside the mean losses."""
+    """Take all steps of a recipe; `evaluate` returns values to log after each epoch, beside the mean losses.
+
+    The same go to `track` with the number of steps.
+    """
     net.train()
     optimiser = getattr(torch.optim, recipe.optimiser)(net.parameters(), lr=recipe.learning_rate)
     per_epoch = len(targets) // min(recipe.batch, len(targets))
@@ -138,7 +148,9 @@ def _learn(
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
             if step % per_epoch == 0:
-                _log(log, epoch=epoch + 1, step=step, learning_rate=recipe.rate(epoch), **sums, **evaluate())
+                found: dict[str, float | None] = {"learning_rate": recipe.rate(epoch), **sums, **evaluate()}
+                _log(log, epoch=epoch + 1, step=step, **found)
+                track(step, found)
                 sums = {}
     net.eval()
     if not torch.isfinite(net.prompt_features).all():

@@ -164,7 +164,7 @@ function showGallery() {
 
 function startGallery() {
   const sort = byId("sort");
-  columns.forEach((column, index) => sort.append(element("option", { value: index, textContent: column.shown })));
+  appendScores(sort);
   sort.append(element("option", { value: "name", textContent: "name" }));
   sort.append(element("option", { value: "pixels", textContent: "number of pixels" }));
   if (outliersOf.size) sort.append(element("option", { value: "surprise", textContent: "distance from the median" }));

@@ -121,7 +121,7 @@ function showMap() {
   if (!found) return;
   const bytes = Uint8Array.from(atob(found.data), (character) => character.charCodeAt(0));
   const [low, high] = mapScale(found.column);
-  const [red, orange] = ["low", "middle"].map((name) => colour(name).split(",").map(Number));
+  const [red, orange] = ["low", "middle"].map((name) => variable(name).split(",").map(Number));
   canvas.width = found.width;
   canvas.height = found.height;
   const pixels = new ImageData(found.width, found.height);

@@ -259,7 +259,7 @@ function startScatter() {
   [scatter.across, scatter.up] = data.pairs[0] ?? [0, 1];
   for (const axis of ["across", "up"]) {
     const select = byId(axis);
-    columns.forEach((column, index) => select.append(element("option", { value: index, textContent: column.shown })));
+    appendScores(select);
     select.value = scatter[axis];
     select.addEventListener("change", () => {
       scatter[axis] = Number(select.value);

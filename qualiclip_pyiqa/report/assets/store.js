@@ -32,6 +32,18 @@ data.outliers.forEach((found, column) => {
 const duplicatesOf = new Map();
 for (const group of data.duplicates) for (const row of group) duplicatesOf.set(row, group);
 
+/** Append the scores to a menu, those of a metric's attributes as a group. */
+function appendScores(select) {
+  const groups = new Map();
+  columns.forEach(({ group, option }, index) => {
+    if (group && !groups.has(group)) {
+      groups.set(group, element("optgroup", { label: group }));
+      select.append(groups.get(group));
+    }
+    (groups.get(group) ?? select).append(element("option", { value: index, textContent: option }));
+  });
+}
+
 const firstColumn = columns.length ? 0 : null;
 const isUnscored = (row) => row in data.errors || valueOf(0, row) === null;
 

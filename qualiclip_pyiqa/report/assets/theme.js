@@ -31,4 +31,14 @@ function startTheme() {
   show();
 }
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+/** The value of a variable, as it is written. */
+const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+/** A colour of the current theme, for a canvas, which knows no light-dark(). */
+function colour(name) {
+  const probe = byId("theme");
+  probe.style.outlineColor = `var(--${name})`;
+  const found = getComputedStyle(probe).outlineColor;
+  probe.style.outlineColor = "";
+  return found;
+}
