@@ -301,7 +301,7 @@ def test_menus_group_the_attributes_of_a_metric(browser: Browser, tmp_path: Path
         assert "piqe" in made.page.locator(f"{menu} > option").all_text_contents()
     made.page.select_option("#sort", label="brightness")
     made.settle()
-    assert made.page.locator("#status").inner_text() == "9 images, brightness: worst first"
+    assert made.page.locator("#status").inner_text() == "9 images, brightness: lowest first"
     # A canvas knows no light-dark(): its lines have the colour of the dark theme.
     made.page.get_by_role("tab", name="Compare").click()
     made.settle()

@@ -144,6 +144,8 @@ function directionText() {
   if (state.sort === "name") return state.worstFirst ? "A to Z" : "Z to A";
   if (state.sort === "pixels") return state.worstFirst ? "Smallest first" : "Largest first";
   if (state.sort === "surprise") return state.worstFirst ? "Most unusual first" : "Most usual first";
+  const about = columns[Number(state.sort)];
+  if (about && about.more !== "better") return state.worstFirst !== about.lowerBetter ? "Lowest first" : "Highest first";
   return state.worstFirst ? "Worst first" : "Best first";
 }
 
