@@ -48,7 +48,7 @@ SHOWN = (
     NOISY,
     *(f"{label}, from {NOISY}" for label in (ALONE, f"{NEAR} score + distance from the start", RELATIVE)),
 )
-DRAWN, CUT = 3, 192  # photographs on the sheet, and the side of a cell
+DRAWN, CUT = 2, 192  # photographs on the sheet, and the side of a cell
 Row: TypeAlias = dict[str, Any]
 #: From images, their start and the photographs to the loss.
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]

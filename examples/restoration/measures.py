@@ -66,4 +66,4 @@ def sheet(rows: Sequence[Mapping[str, Tensor]], path: Path) -> None:
             drawn.paste(Image.fromarray(eight_bits(image)[0].movedim(0, -1).numpy()), (left, top + HEADING))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        drawn.save(part, Image.registered_extensions()[path.suffix.lower()], quality=92)
+        drawn.save(part, Image.registered_extensions()[path.suffix.lower()], quality=85)

@@ -41,7 +41,12 @@ class SuperResolver(nn.Module):
 
     def __init__(self, width: int = 32, depth: int = 4) -> None:
         super().__init__()
-        self.detail = nn.Sequential(convolutions(width, depth, 12), nn.PixelShuffle(2))
+        layers = convolutions(width, depth, 12)
+        for layer in layers[:-1]:
+            if isinstance(layer, nn.Conv2d):  # by PyTorch's default a smooth image fades to nothing over the layers
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        self.detail = nn.Sequential(layers, nn.PixelShuffle(2))
 
     def forward(self, small: Tensor) -> Tensor:
         enlarged = F.interpolate(small, scale_factor=2, mode="bicubic", align_corners=False)
