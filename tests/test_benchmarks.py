@@ -37,6 +37,7 @@ ARGUMENTS = {
     "report": [],
     "restoration": ["--pristine", "pristine", "--others", EMBEDDED, "--restorers", "out", "--sheets", "out"],
     "rounding": [],
+    "serve": ["--images", str(PHOTOS)],
     "severity": ["--pristine", str(PHOTOS), "--write", "out/severities.toml"],
     "speed": [],
     "startup": [],
@@ -123,6 +124,10 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -
         assert means["denoise", "input"]["psnr"] == pytest.approx(20.2, abs=0.5)  # of noise of 25 in 255
         kept = {path.name for path in (folder / "out").iterdir()}
         assert {"denoise-0-base.safetensors", "restored-denoise.jpg", "restored-sr2.jpg"} <= kept
+    if name == "serve":
+        assert [row["lost"] for row in result["rows"][1:]] == [0] * 5 and all(
+            row["images a second"] for row in result["rows"]
+        )
     if name == "attributes":
         assert rows["steps along own types", "sharpness"]["right"] > 0.5  # chance is a half
         table = rows["movement of scores", "sharpness"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
 from qualiclip_pyiqa.images.convert import ReadRules, read_pixels
 from qualiclip_pyiqa.scoring.scorer import Scorer
@@ -260,7 +262,7 @@ def test_time_runs_out(client: Any, service: Service, monkeypatch: pytest.Monkey
     answer = client.post("/score", content=png())
     assert answer.status_code == 503 and answer.json() == {"error": "no answer within 0.2 seconds; try again later"}
 
-    async def slow() -> None:
+    async def slow() -> bytes:
         sent: list[Any] = []
 
         async def receive() -> Any:
@@ -275,9 +277,12 @@ def test_time_runs_out(client: Any, service: Service, monkeypatch: pytest.Monkey
         scope = {"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": []}
         await client.app(scope, receive, send)
         assert sent[0]["status"] == 408
-        assert sent[1]["body"] == b'{"error":"the upload did not end within 0.2 seconds"}'
+        body: bytes = sent[1]["body"]
+        return body
 
-    client.portal.call(slow)
+    assert client.portal.call(slow) == b'{"error":"the upload did not end within 0.2 seconds"}'
+    monkeypatch.setattr(uploads, "IDLE", 0.1)
+    assert client.portal.call(slow) == b'{"error":"the upload stopped for 0.1 seconds"}'
     assert service.uploads.held == 0 and service.decoding._held == 0
 
 
@@ -334,3 +339,29 @@ def test_settings_from_text() -> None:
     made = ServeSettings(metrics="qualiclip-mini", max_bytes="5", cpus="2", replicas=3)  # type: ignore[arg-type]
     assert (made.metrics, made.max_bytes, made.replicas) == (("qualiclip-mini",), 5, "3")
     assert made.resources()[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("qualiclip-min", "unknown metric 'qualiclip-min'; did you mean 'qualiclip-mini'?"),
+        ("qualiclip-mini qualiclip-mini", "METRIC qualiclip-mini is given twice"),
+        ("psnr", "psnr needs a reference image"),
+        ("qualiclip-mini --port 0", "--port is 0; expected 1 to 65535"),
+        ("qualiclip-mini --replicas 2:1", "replicas is '2:1': expected a number of at least 1"),
+        ("qualiclip-mini --workers 0", "workers is 0: input should be greater than or equal to 1"),
+        (
+            "qualiclip-mini --port {used}",
+            "127.0.0.1:{used} cannot be listened on (Address already in use); pass another",
+        ),
+        ("qualiclip-mini --host 203.0.113.7", "203.0.113.7:8000 cannot be listened on (Cannot assign requested"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        used = held.getsockname()[1]
+        assert cli.main(["serve", *arguments.format(used=used).split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"qualiclip: {line.format(used=used)}") and said.count("\n") == 1

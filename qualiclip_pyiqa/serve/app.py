@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.util.metrics import Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..scoring.allocator import keep_freed_memory
 from ..scoring.network import Scored
@@ -30,13 +32,31 @@ NAME = "qualiclip"
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
+class ClientsLeave:
+    """Middleware: what Ray raises when a client has left becomes ASGI's message for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def received() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await self.app(scope, received, send)
+
+
 def _app() -> FastAPI:
     def service() -> Service:
         replica: Any = serve.get_replica_context().servable_object
         own: Service = replica.service
         return own
 
-    return make_app(service, cluster_figures)
+    app = make_app(service, cluster_figures)
+    app.add_middleware(ClientsLeave)
+    return app
 
 
 @serve.deployment(name=NAME)

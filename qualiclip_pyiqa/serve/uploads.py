@@ -17,6 +17,8 @@ from ..images.convert import source_name
 HELD_BYTES = 2**29
 # Of a body that is one image: declared to be one, or nothing in particular (as curl's --data-binary does).
 _RAW = ("image/", "application/octet-stream", "application/x-www-form-urlencoded")
+# Seconds without a byte of an upload, after which its place is given to others.
+IDLE = 10.0
 _NAME = 200  # characters of a file's name that are repeated in an answer
 
 
@@ -64,7 +66,11 @@ class Uploads:
 
         async def receive() -> Message:
             nonlocal count
-            message = await request.receive()
+            try:
+                async with asyncio.timeout(IDLE):
+                    message = await request.receive()
+            except TimeoutError:
+                raise RequestError(408, f"the upload stopped for {IDLE:g} seconds") from None
             size = len(message.get("body", b""))
             count += size
             self.held += size
