@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,5 +375,6 @@ def test_a_client_that_left_is_no_error_of_the_server() -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    asyncio.run(ClientsLeave(app)({"type": "http"}, gone, send))
+    with ThreadPoolExecutor(1) as thread:  # Playwright has a loop in this one
+        thread.submit(lambda: asyncio.run(ClientsLeave(app)({"type": "http"}, gone, send))).result()
     assert sent == [{"type": "http.disconnect"}]

@@ -12,6 +12,16 @@ from collections.abc import Callable
 from ..errors import SettingsError, WeightsError, one_line, reason
 from .settings import ServeSettings
 
+# For a Ray of the server's own, unless the environment says otherwise. Nothing is sent to anybody. The rest is for few
+# cores: without threads and loops that this application does not need, since its networks have a thread of their own,
+# and with half of a second, not a tenth, between two rounds of the controller.
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
+
 
 def run_server(settings: ServeSettings, host: str, port: int, address: str | None, ready: Callable[[], object]) -> None:
     """Serve until SIGINT or SIGTERM; then answer what has been accepted, and stop.
@@ -27,7 +37,8 @@ def run_server(settings: ServeSettings, host: str, port: int, address: str | Non
     """
     settings.scorer("cpu")  # finds mistakes before anything is started
     _check_port(host, port)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
+    for name, value in _RAY.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray import serve
 
