@@ -39,10 +39,10 @@ from tqdm import tqdm
 from qualiclip_pyiqa import load_image
 from qualiclip_pyiqa.degradations.bank import degrade
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
-from qualiclip_pyiqa.explain.local import WINDOW, spread
+from qualiclip_pyiqa.explain.local import spread
 from qualiclip_pyiqa.explain.mapper import Mapper
 from qualiclip_pyiqa.towers.statistics import laplacian, luma_and_opponents
-from qualiclip_pyiqa.towers.windows import SIDE
+from qualiclip_pyiqa.towers.windows import SIDE, WINDOW
 
 # Type of the bank, and the attribute that should find it.
 TYPES = {

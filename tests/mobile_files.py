@@ -28,6 +28,14 @@ def random_tower(seed: int = 0, pairs: int = len(PAIRS)) -> MobileTower:
     return tower
 
 
+def add_window_heads(tower: MobileTower, pairs: int = len(PAIRS) - 1, statistics: int = 50) -> MobileTower:
+    """Give the tower's last pairs random window heads."""
+    draw = torch.Generator().manual_seed(5)
+    both = torch.rand(2, pairs, statistics, generator=draw), torch.randn(1, pairs, statistics, generator=draw)
+    tower.window_heads, tower.window_bias = torch.cat(both), torch.randn(pairs, generator=draw)
+    return tower
+
+
 def write_trunk(path: Path, seed: int = 0) -> Path:
     """The file that `--trunk` names."""
     save_file(random_tower(seed).trunk.state_dict(), path)

@@ -33,7 +33,7 @@ from qualiclip_pyiqa.training.alignment import build
 from qualiclip_pyiqa.training.alignment import save as save_aligned
 from qualiclip_pyiqa.training.config import load_config
 from qualiclip_pyiqa.training.embedded import __main__ as command
-from qualiclip_pyiqa.training.embedded import attributes, crops
+from qualiclip_pyiqa.training.embedded import attributes, crops, windows
 from qualiclip_pyiqa.training.embedded.attributes import ATTRIBUTES, Ladder, change, fit_attributes
 from qualiclip_pyiqa.training.embedded.crops import LEFT_OUT, VERSIONS, Crops, draw_crops
 from qualiclip_pyiqa.training.embedded.frozen import EARLY, FROZEN, Passed, pass_frozen, same_size, statistics
@@ -147,6 +147,120 @@ def test_the_same_command_writes_the_same_bytes_and_another_seed_others(
     assert again == (trained / name).read_bytes()
     assert command.main(words(folder, out=out, licence="CC0-1.0", seed=1)) == 0
     assert (out / name).read_bytes() != again
+
+
+@pytest.fixture
+def with_windows(folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both models with window heads, fitted to crops of a size of their own."""
+    monkeypatch.setattr(windows, "SIDE", 160)
+    (tmp_path / "pristine").mkdir()
+    for number in range(3):
+        save(tmp_path / "pristine" / f"{number}.png", synthetic_photograph(number, 170, 160 + number))
+    assert windows.main(window_words(tmp_path, sorted(map(str, trained.iterdir())))) == 0
+    return tmp_path / "heads"
+
+
+def window_words(folder: Path, models: list[str]) -> list[str]:
+    return [*models, "--pristine", str(folder / "pristine"), "--out", str(folder / "heads")]
+
+
+@torch.no_grad()
+def test_window_heads_are_added_and_nothing_else_changes(with_windows: Path, trained: Path) -> None:
+    x = upstream.pictures(1, 96, 128)
+    added = {}
+    for before in trained.iterdir():
+        after = with_windows / before.name
+        old, new = load_file(before), load_file(after)
+        added[before.name] = {name: new.pop(name) for name in ("visual.window_heads", "visual.window_bias")}
+        assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+        plain, more = (
+            pyiqa.create_metric("qualiclip-mini", device="cpu", weights=str(path), prompts="look")
+            for path in (before, after)
+        )
+        assert torch.equal(plain(x), more(x))
+        with safe_open(after, "pt") as opened:
+            metadata = opened.metadata()
+        assert json.loads(metadata["training"])["windows"] == {"seed": 0, "photographs": 3}
+        assert json.loads(metadata["tower"]) == {"pairs": 7, "window_heads": [6, EARLY]}
+    one, other = added.values()
+    assert one["visual.window_heads"].shape == (3, 6, EARLY)
+    assert all(torch.equal(one[name], other[name]) for name in one)  # as both models share the blocks they read
+
+
+def test_the_same_command_adds_the_same_window_heads(with_windows: Path, trained: Path) -> None:
+    first = {path.name: path.read_bytes() for path in with_windows.iterdir()}
+    # Of models that have window heads, these are replaced.
+    assert windows.main(window_words(with_windows.parent, [str(with_windows / name) for name in first])) == 0
+    assert {path.name: path.read_bytes() for path in with_windows.iterdir()} == first
+
+
+def test_window_heads_find_what_changed_within_an_image() -> None:
+    """Of windows whose first statistic differs between images and whose second is the blur, the second is found."""
+    rng = np.random.default_rng(0)
+    versions = []
+    for _ in range(40):
+        region = windows.Region((0, 0, 256, 256), "gaussian_blur", 4.0)
+        share = region.shares(windows.SIDE)
+        found = torch.from_numpy(rng.normal(size=(len(share), 4))).float()
+        found[:, 0] = 3 * float(rng.normal())
+        found[:, 1] += 4 * share
+        versions.append(windows.Version([region], found))
+    heads = windows.fit_window_heads(versions)
+    weight = heads["sharpness"].weight
+    assert weight[1] < -0.3 and weight[[0, 2, 3]].abs().max() < 0.1
+    assert heads["noisiness"].weight.abs().max() < 1e-6  # blur is not its own: it is to change by nothing
+    untouched = torch.cat([each.statistics[each.regions[0].shares(windows.SIDE) == 0] for each in versions])
+    assert heads["sharpness"](untouched).mean() == pytest.approx(ATTRIBUTES["sharpness"].pristine, abs=1e-3)
+
+
+def test_regions_are_of_all_attributes_and_one_in_each_quarter() -> None:
+    drawn = windows.draw_regions(random.Random(0))
+    assert drawn == windows.draw_regions(random.Random(0)) != windows.draw_regions(random.Random(1))
+    regions = [region for version in drawn for region in version]
+    for attribute in ATTRIBUTES:
+        own = [region for region in regions if region.name in windows.own_types(attribute)]
+        assert len(own) == 2 and all(windows.target(attribute, region) for region in own)
+    for version in drawn:
+        corners = {(box[0] // 256, box[1] // 256) for box in (region.box for region in version)}
+        assert len(corners) == 4
+        for region in version:
+            last = (region.box[0] + region.box[2] - 1) // 256, (region.box[1] + region.box[3] - 1) // 256
+            assert last == (region.box[0] // 256, region.box[1] // 256) and windows.LOWEST <= region.level <= LEVELS
+    region = windows.Region((64, 0, 64, 96), "jpeg", 3.0)
+    assert region.shares(128).tolist() == [0.5, 0.5, 0.25, 0.75, 0.75, 0.375, 1, 1, 0.5]
+    assert windows.target("colorfulness", region) == 0 and windows.target("compression", region) < 0
+    assert windows.target("compression", dataclasses.replace(region, name="pixelate")) is None
+    assert windows.target("sharpness", dataclasses.replace(region, name="pixelate")) < 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("none", "--photographs is 0; expected an integer of at least 1"),
+        ("small", "has no photographs of at least 512 pixels a side; expected some"),
+        ("judge", "judge.safetensors is not an embedded model; expected one of"),
+        ("twice", "two of the models are named alike"),
+        ("trunk", "other.safetensors has another trunk than"),
+        ("garbage", "garbage.safetensors"),
+    ],
+)
+def test_errors_of_window_heads_are_one_line(
+    change: str, said: str, folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "pristine", tmp_path / "pristine")
+    models = [str(trained / "qualiclip-mini.safetensors")]
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage" * 99)
+    more = {
+        "judge": [str(folder / "judge.safetensors")],
+        "twice": models,
+        "trunk": [str(write_tower(tmp_path / "other.safetensors", seed=1))],
+        "garbage": [str(tmp_path / "garbage.safetensors")],
+    }
+    options = ["--photographs", "0"] if change == "none" else []
+    assert windows.main(window_words(tmp_path, models + more.get(change, [])) + options) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+    assert not (tmp_path / "heads").exists()
 
 
 def test_splits_print_a_table_and_write_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,14 @@ def tower_of(metric: BlindMetric) -> MobileTower:
     return metric.tower
 
 
+def without_window_heads(metric: OpenQualiCLIP) -> OpenQualiCLIP:
+    """As from a file that has none."""
+    plain = copy.deepcopy(metric)
+    tower = tower_of(plain)
+    tower.window_heads = tower.window_bias = None
+    return plain
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 def test_a_window_as_large_as_the_image_has_its_statistics_and_score(
@@ -42,10 +51,44 @@ def test_a_window_as_large_as_the_image_has_its_statistics_and_score(
     x = upstream.pictures(2, *size)
     assert torch.allclose(tower_of(look).cells(x).whole(), tower_of(look).statistics(x), atol=1e-5)
     monkeypatch.setattr(local, "WINDOW", 100)
-    for maps, scores in zip(Mapper(look).maps(x), look(x), strict=True):
+    plain = without_window_heads(look)
+    for maps, scores in zip(Mapper(plain).maps(x), look(x), strict=True):
         for found, score in zip(maps, scores.tolist(), strict=True):
             assert found.score == pytest.approx(score, abs=2e-6)
             assert found.values == pytest.approx(score, abs=2e-6)
+
+
+@torch.no_grad()
+def test_attributes_have_heads_for_windows_and_quality_has_not(look: OpenQualiCLIP) -> None:
+    x = upstream.pictures(2, 96, 128)
+    plain = without_window_heads(look)
+    tower = tower_of(look)
+    assert tower.window_bias is not None and len(tower.window_bias) == len(look.attributes) - 1
+    assert torch.equal(look(x), plain(x))
+    for one, other in zip(Mapper(look).maps(x)[1], Mapper(plain).maps(x)[1], strict=True):
+        assert one.score == other.score
+        assert ("head of their own" in one.relation) is (one.attribute != "quality")
+        assert "head of their own" not in other.relation
+        assert np.array_equal(one.values, other.values) is (one.attribute == "quality")
+    heads, statistics = tower.window_heads, tower.cells(x).whole()
+    assert heads is not None
+    mean, std, weight = heads.double()
+    standardised = (statistics.double()[:, None, : mean.shape[1]] - mean) / std
+    logits = (3 * torch.tanh(standardised / 3) * weight).sum(-1) + tower.window_bias
+    assert torch.allclose(tower.window_logits(statistics)[:, 1:].double(), logits, atol=1e-4)
+    assert torch.equal(tower.window_logits(statistics)[:, :1], tower.logits(statistics)[:, :1])
+
+
+@torch.no_grad()
+def test_the_first_blocks_alone_have_the_same_cells(
+    look: OpenQualiCLIP, cut_small_pictures: Callable[..., None]
+) -> None:
+    x, tower = upstream.pictures(1, 96, 101), tower_of(look)
+    every = next(tower.cells(x).rows((2, 2)))
+    few = next(tower.cells(x, 3).rows((2, 2)))
+    assert 0 < few.shape[2] < every.shape[2] and torch.equal(few, every[..., : few.shape[2]])
+    cut_small_pictures()
+    assert torch.allclose(next(tower.cells(x, 3).rows((2, 2))), few, atol=1e-5)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import upstream
-from mobile_files import random_tower, rewrite, write_tower
+from mobile_files import add_window_heads, random_tower, rewrite, write_tower
 from torch import Tensor
 
 from qualiclip_pyiqa import Scorer
@@ -24,6 +24,7 @@ from qualiclip_pyiqa.errors import PromptError, SettingsError, WeightsError
 from qualiclip_pyiqa.metrics.prompt_iqa import OpenQualiCLIP
 from qualiclip_pyiqa.metrics.prompts import LOOK
 from qualiclip_pyiqa.metrics.registry import METRICS
+from qualiclip_pyiqa.pretrained.layouts import _MAX_STATISTICS
 from qualiclip_pyiqa.pretrained.model import load_model
 from qualiclip_pyiqa.towers.base import freeze
 from qualiclip_pyiqa.towers.mobile import FARTHEST, SCALE, MobileTower
@@ -150,10 +151,11 @@ def test_gradients_are_those_of_the_score(tower: MobileTower) -> None:
 def test_heads_are_never_in_half_precision(tower: MobileTower, dtype: torch.dtype, frozen: bool) -> None:
     x = upstream.pictures(2, 48, 64)
     expected = tower(x)
+    tower = add_window_heads(copy.deepcopy(tower))
     cast = copy.deepcopy(tower)
     cast = (freeze(cast) if frozen else cast).to(dtype)
     precise = torch.promote_types(dtype, torch.float32)
-    heads = ("head_mean", "head_std", "head_weight", "head_bias")
+    heads = ("head_mean", "head_std", "head_weight", "head_bias", "window_heads", "window_bias")
     assert cast.trunk.stem.weight.dtype == dtype
     assert {getattr(cast, name).dtype for name in heads} == {precise}
     assert isinstance(cast.head_weight, torch.nn.Parameter) is not frozen
@@ -171,19 +173,28 @@ def test_heads_are_never_in_half_precision(tower: MobileTower, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def test_copies_and_frozen_towers_are_the_same(tower: MobileTower) -> None:
+@pytest.mark.parametrize("window_heads", [False, True])
+def test_copies_and_frozen_towers_are_the_same(tower: MobileTower, window_heads: bool) -> None:
     x = upstream.pictures(2, 48, 64)
     expected = tower(x)
     names = set(tower.state_dict())
+    if window_heads:
+        tower = add_window_heads(copy.deepcopy(tower))
+        assert set(tower.state_dict()) == names | {"window_heads", "window_bias"} and torch.equal(tower(x), expected)
+        names = set(tower.state_dict())
     for same in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower))):
         assert torch.equal(same(x), expected) and set(same.state_dict()) == names
-    rebuilt = MobileTower(tower.pairs)
+    rebuilt = MobileTower(tower.pairs, (6, 50) if window_heads else None)
     rebuilt.load_state_dict(tower.state_dict(), strict=True)
     assert torch.equal(rebuilt.eval()(x), expected)
     frozen = freeze(copy.deepcopy(tower))
     assert (frozen(x) - expected).abs().max() < 2e-6
     assert not list(frozen.parameters()) and not frozen.state_dict()
     assert {name for name, _ in frozen.named_buffers()} == names
+
+
+def test_a_window_head_may_read_every_statistic_and_no_more(tower: MobileTower) -> None:
+    assert tower.head_mean.shape[1] == _MAX_STATISTICS
 
 
 @torch.no_grad()
@@ -218,6 +229,12 @@ def test_extreme_images_have_scores(file: Path) -> None:
         ('{"pairs": 7.0}', "'tower.pairs' is 7.0; expected an integer"),
         ("{}", "'tower' lacks pairs; expected pairs"),
         ('{"pairs": 7, "widths": [4]}', "unknown keyword 'widths'"),
+        ('{"pairs": 7, "window_heads": 6}', "'tower.window_heads' is 6; expected two integers"),
+        ('{"pairs": 7, "window_heads": [6]}', "'tower.window_heads' is [6]; expected two integers"),
+        ('{"pairs": 7, "window_heads": [0, 9]}', "'tower.window_heads' is [0, 9]; expected two integers"),
+        ('{"pairs": 7, "window_heads": [6, 3043]}', "expected two integers, in 1..64 and 1..3042"),
+        ('{"pairs": 7, "window_heads": [8, 9]}', "expected at most 7 heads, the pairs"),
+        ('{"pairs": 7, "window_heads": [6, 9]}', "lacks 2 tensors of this backbone (first: 'window_heads')"),
         ("7", "'tower' is 7; expected a JSON object"),
     ],
 )
@@ -231,6 +248,11 @@ def test_tensors_that_make_no_tower_are_one_line(file: Path, tmp_path: Path) -> 
         ({block: None}, {}, ("lacks 1 tensors", "trunk.block16.project.bias")),
         ({stem: torch.zeros(32, 3, 5, 5)}, {}, ("'trunk.stem.weight' has shape (32, 3, 5, 5)", "(32, 3, 3, 3)")),
         ({"visual.head_weight": torch.zeros(6, 10)}, {}, ("'head_weight' has shape (6, 10)",)),
+        (
+            {"visual.window_heads": torch.zeros(3, 6, 8), "visual.window_bias": torch.zeros(6)},
+            {"tower": '{"pairs": 7, "window_heads": [6, 9]}'},
+            ("'window_heads' has shape (3, 6, 8)", "(3, 6, 9)"),
+        ),
         ({}, {"tower": '{"pairs": 6}'}, ("has shape (7, ", "(6, ")),
         ({"prompts_features": torch.eye(12)}, {}, ("holds 12 prompt features; expected 14",)),
         ({"prompts_features": torch.ones(14, 12)}, {}, ("features of length 12; expected 14",)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,8 @@ from ..metrics.fitted import FittedIQA
 from ..metrics.prompt_iqa import PromptIQA
 from ..towers.base import Tower
 from ..towers.mobile import MobileTower
-from ..towers.windows import SIDE
+from ..towers.windows import SIDE, WINDOW
 from .found import Found, no_such_map, refuse_tile
-
-# Side of the windows in which a MobileTower's statistics are pooled, in cells of 32 pixels.
-WINDOW = 2
 
 
 @torch.no_grad()
@@ -32,18 +29,40 @@ def local_scores(metric: BlindMetric, rgb: Tensor, columns: Sequence[int]) -> Fo
 
 
 def _by_windows(metric: PromptIQA | FittedIQA, tower: MobileTower, rgb: Tensor, columns: list[int]) -> Found:
-    def rate(statistics: Tensor) -> Tensor:
-        return metric.rate(statistics if isinstance(metric, FittedIQA) else tower.forward_head(statistics))[:, columns]
+    def rate(statistics: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        return metric.rate(statistics if isinstance(metric, FittedIQA) else head(statistics))[:, columns]
 
     cells = tower.cells(rgb)
     height, width = cells.grid
     size = min(WINDOW, height), min(WINDOW, width)
-    rows = [rate(row.flatten(0, 1)).unflatten(0, row.shape[:2]) for row in cells.rows(size)]  # each (N, windows, A)
+    rows = [
+        rate(row.flatten(0, 1), tower.forward_window).unflatten(0, row.shape[:2])  # each (N, windows, A)
+        for row in cells.rows(size)
+    ]
     values = spread(torch.stack(rows, dim=1).movedim(-1, 1), size)
     pixels = f"{size[1] * SIDE}x{size[0] * SIDE}"
-    meaning = f"mean score of the windows of {pixels} pixels that contain a place"
-    relation = "one window as large as the image would have the image's score; the mean of small ones differs"
-    return Found(values, rate(cells.whole()), (SIDE, SIDE), meaning, lambda _n, _a: relation)
+    own = [not isinstance(metric, FittedIQA) and _has_window_head(metric, tower, column) for column in columns]
+
+    def relation(_n: int, a: int) -> str:
+        if own[a]:
+            return "windows have a head of their own, fitted to degraded regions: values do not add up to the score"
+        return "one window as large as the image would have the image's score; the mean of small ones differs"
+
+    return Found(
+        values,
+        rate(cells.whole(), tower.forward_head),
+        (SIDE, SIDE),
+        f"mean score of the windows of {pixels} pixels that contain a place",
+        relation,
+    )
+
+
+def _has_window_head(metric: PromptIQA, tower: MobileTower, column: int) -> bool:
+    """Return whether a score depends on pairs of the tower that have a window head."""
+    if tower.window_bias is None:
+        return False
+    pairs = metric.prompt_features.unflatten(0, (-1, 2))[metric.membership[:, column] > 0]
+    return bool(pairs[..., -2 * len(tower.window_bias) :].any())
 
 
 def spread(windows: Tensor, size: tuple[int, int]) -> Tensor:

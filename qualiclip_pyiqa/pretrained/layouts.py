@@ -32,6 +32,7 @@ CONTEXT_LAYOUTS = ("context", "context-tensor", "params")
 
 # Well above any real model, but small enough that a hostile file cannot define a network that exhausts memory.
 _MAX_STAGES, _MAX_DEPTH, _MAX_WIDTH, _MAX_BLOCKS, _MAX_PAIRS, _MAX_TEXT = 8, 32, 2048, 64, 1000, 1000
+_MAX_STATISTICS = 3042  # all that a MobileTower has
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def tower_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         _check_complete(path, tower, checks)
     if backbone == "mini":
         _check_mini(path, tower)
+    if backbone == "mobile" and "window_heads" in tower and tower["window_heads"][0] > tower["pairs"]:
+        raise _wrong(path, "tower.window_heads", tower["window_heads"], f"at most {tower['pairs']} heads, the pairs")
     return tower
 
 
@@ -186,6 +189,12 @@ def _are_blocks(value: Any) -> bool:
     )
 
 
+def _are_window_heads(value: Any) -> bool:
+    if not (_is_list(value, 2) and len(value) == 2):
+        return False
+    return _is_integer(value[0], 1, _MAX_BLOCKS) and _is_integer(value[1], 1, _MAX_STATISTICS)
+
+
 _CLIP = {
     "mean": (lambda value: _is_rgb(value, positive=False), "three numbers"),
     "std": (lambda value: _is_rgb(value, positive=True), "three positive numbers"),
@@ -198,17 +207,20 @@ _MINI = {
     "dim": (lambda value: _is_integer(value, 2, _MAX_WIDTH), f"an integer in 2..{_MAX_WIDTH}"),
     "blocks": (_are_blocks, f"1 to {_MAX_BLOCKS} lists of names"),
 }
-# Towers of this package's own, with the keywords that a file must have.
-SMALL_TOWERS = {
-    "mini": _MINI,
-    "mobile": {"pairs": (lambda value: _is_integer(value, 1, _MAX_BLOCKS), f"an integer in 1..{_MAX_BLOCKS}")},
+_MOBILE = {
+    "pairs": (lambda value: _is_integer(value, 1, _MAX_BLOCKS), f"an integer in 1..{_MAX_BLOCKS}"),
+    "window_heads": (_are_window_heads, f"two integers, in 1..{_MAX_BLOCKS} and 1..{_MAX_STATISTICS}"),
 }
+# Towers of this package's own, with their keywords; a file must have them all, except for the optional ones.
+SMALL_TOWERS = {"mini": _MINI, "mobile": _MOBILE}
+_OPTIONAL = ("window_heads",)
 
 
 def _check_complete(path: Path, tower: Mapping[str, Any], checks: Mapping[str, Any]) -> None:
-    missing = [key for key in checks if key not in tower]
+    required = [key for key in checks if key not in _OPTIONAL]
+    missing = [key for key in required if key not in tower]
     if missing:
-        raise WeightsError(f"{path}: metadata 'tower' lacks {', '.join(missing)}; expected {', '.join(checks)}")
+        raise WeightsError(f"{path}: metadata 'tower' lacks {', '.join(missing)}; expected {', '.join(required)}")
 
 
 def _check_mini(path: Path, tower: Mapping[str, Any]) -> None:

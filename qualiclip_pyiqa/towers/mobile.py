@@ -10,7 +10,7 @@ score. The feature stores z as two numbers, whose similarities to the pair's pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -38,6 +38,7 @@ STEM, EXPANSION = 32, 6
 # the gradient is infinite, so z is clamped to +-FARTHEST * SCALE.
 SCALE, FARTHEST = 8.0, 1.4
 _HEADS = ("head_mean", "head_std", "head_weight", "head_bias")
+_PRECISE = (*_HEADS, "window_heads", "window_bias")
 # Largest absolute value of a standardised statistic: an unusual image must not be extrapolated to.
 LIMIT = 3.0
 
@@ -122,6 +123,13 @@ def _normalised(rows: Tensor | None, last: bool) -> Tensor | None:
     return None if rows is None else _normalise(rows)
 
 
+def _feature(logits: Tensor) -> Tensor:
+    """Store logits (N, P) as pairs of numbers (N, 2P), whose similarities differ by logit / SCALE."""
+    difference = (logits / SCALE).clamp(-FARTHEST, FARTHEST)
+    total = (2 - difference.square()).sqrt()
+    return torch.stack([total + difference, total - difference], dim=2).flatten(1) / 2
+
+
 class StreamedInvertedResidual:
     """An `InvertedResidual` as a step over strips."""
 
@@ -150,6 +158,8 @@ class MobileTower(nn.Module):
 
     Args:
         pairs: antonym prompt pairs P, each with a head.
+        window_heads: (W, K) if the last W pairs have a second head, for small windows, which reads the first K
+            statistics; None: no pair has one. Scores do not depend on them.
 
     Shape:
         rgb: (N, 3, H, W) in 0..1, H and W at least 32 -> (N, 2P), float32 (float64 for a double network). The two
@@ -158,8 +168,10 @@ class MobileTower(nn.Module):
 
     head_mean: Tensor
     head_std: Tensor
+    window_heads: Tensor | None
+    window_bias: Tensor | None
 
-    def __init__(self, pairs: int) -> None:
+    def __init__(self, pairs: int, window_heads: Sequence[int] | None = None) -> None:
         super().__init__()
         self.pairs, self.feature_dim = pairs, 2 * pairs
         size = ENERGIES + 2 * sum(width for width, _ in LAYOUT)
@@ -169,11 +181,16 @@ class MobileTower(nn.Module):
         self.register_buffer("head_std", torch.ones(pairs, size, dtype=torch.float32))
         self.head_weight = nn.Parameter(torch.zeros(pairs, size, dtype=torch.float32))
         self.head_bias = nn.Parameter(torch.zeros(pairs, dtype=torch.float32))
+        self.register_buffer("window_heads", None)  # mean, standard deviation and weight of each statistic
+        self.register_buffer("window_bias", None)
+        if window_heads is not None:
+            self.window_heads = torch.zeros(3, *window_heads, dtype=torch.float32)
+            self.window_bias = torch.zeros(window_heads[0], dtype=torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MobileTower:
         """Apply `.to()` and the like; all go through this method. Half precision is for the trunk only."""
         # Detached, as a parameter itself is changed in place.
-        precise = {name: getattr(self, name).detach() for name in _HEADS}
+        precise = {name: getattr(self, name).detach() for name in _PRECISE if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, before in precise.items():
             after = getattr(self, name)
@@ -202,12 +219,16 @@ class MobileTower(nn.Module):
 
     statistics = forward_features
 
-    def cells(self, rgb: Tensor) -> ImageCells:
+    def cells(self, rgb: Tensor, blocks: int | None = None) -> ImageCells:
         """Compute, in one pass, the moments from which the statistics of any window are pooled.
 
         What is computed at a place depends on its surroundings beyond a window too.
+
+        Args:
+            rgb: as for `forward`.
+            blocks: how many of the first blocks are computed; default: all.
         """
-        sides = [SIDE // stride for stride in self.trunk.strides]
+        sides = [SIDE // stride for stride in self.trunk.strides[:blocks]]
         precise = torch.promote_types(rgb.dtype, torch.float32)
         with torch.autocast(rgb.device.type, enabled=False):
             energies = EnergyCells(rgb.to(precise))
@@ -215,11 +236,11 @@ class MobileTower(nn.Module):
         if rows is not None:
             each = [self._cells_in_strips(image, rows, sides) for image in rgb.split(1)]
             return ImageCells(energies, [CellMoments.of_batch(several) for several in zip(*each, strict=True)])
-        blocks = []
-        for x, side in zip(self.trunk(rgb), sides, strict=True):
+        found = []
+        for side, x in zip(sides, self.trunk(rgb), strict=False):
             with torch.autocast(rgb.device.type, enabled=False):
-                blocks.append(CellMoments.of(cell_moments(x.to(precise), side), x.shape[2:], side))
-        return ImageCells(energies, blocks)
+                found.append(CellMoments.of(cell_moments(x.to(precise), side), x.shape[2:], side))
+        return ImageCells(energies, found)
 
     def logits(self, statistics: Tensor) -> Tensor:
         """Map statistics (N, S) to the logit of each pair's score, (N, P), not clamped."""
@@ -228,11 +249,23 @@ class MobileTower(nn.Module):
             # Not a matrix product, whose order of summation depends on the batch.
             return (limited((statistics[:, None] - mean) / std) * weight).sum(-1) + bias
 
+    def window_logits(self, statistics: Tensor) -> Tensor:
+        """Map the statistics of windows (N, S) to logits (N, P); pairs without a window head have those of `logits`."""
+        logits = self.logits(statistics)
+        if self.window_heads is None or self.window_bias is None:
+            return logits
+        with torch.autocast(statistics.device.type, enabled=False):
+            mean, std, weight = self.window_heads.to(statistics).unbind()
+            own = (limited((statistics[:, None, : mean.shape[1]] - mean) / std) * weight).sum(-1)
+            return torch.cat([logits[:, : -len(mean)], own + self.window_bias.to(statistics)], dim=1)
+
     def forward_head(self, features: Tensor) -> Tensor:
         """Map the output of `forward_features` to (N, 2P)."""
-        difference = (self.logits(features) / SCALE).clamp(-FARTHEST, FARTHEST)
-        total = (2 - difference.square()).sqrt()
-        return torch.stack([total + difference, total - difference], dim=2).flatten(1) / 2
+        return _feature(self.logits(features))
+
+    def forward_window(self, statistics: Tensor) -> Tensor:
+        """Map the statistics of windows (N, S) to (N, 2P), by the window heads where pairs have them."""
+        return _feature(self.window_logits(statistics))
 
     def _pool_in_strips(self, image: Tensor, rows: int) -> list[Tensor]:
         """Pool every block of one image, strip by strip."""
@@ -249,7 +282,7 @@ class MobileTower(nn.Module):
         """Compute every block's cells of one image, strip by strip."""
         steps: list[Step] = []
         pools: list[StreamedCells] = []
-        for block, side in zip(self.trunk.steps(), sides, strict=True):
+        for side, block in zip(sides, self.trunk.steps(), strict=False):
             pools.append(StreamedCells(side))
             steps += [*block, pools[-1]]
         for _ in stream(steps, image, rows):

@@ -27,6 +27,7 @@ from .statistics import (
 from .streaming import Window
 
 SIDE = 32  # of a cell, in pixels of the image
+WINDOW = 2  # side of the windows of a local map, in cells
 
 
 @dataclass(frozen=True)

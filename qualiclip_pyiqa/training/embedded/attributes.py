@@ -91,7 +91,7 @@ class Ladder:
     degraded: Mapping[str, tuple[Sequence[int], Tensor]]
 
 
-def change(attribute: Attribute, name: str, level: int) -> float:
+def change(attribute: Attribute, name: str, level: float) -> float:
     """Return by how much the logit of an attribute is to change at a level of a type; 0 for others' types."""
     sign = attribute.own.get(name)
     if sign is None:
