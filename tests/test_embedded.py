@@ -152,10 +152,10 @@ def test_the_same_command_writes_the_same_bytes_and_another_seed_others(
 @pytest.fixture
 def with_windows(folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Both models with window heads, fitted to crops of a size of their own."""
-    monkeypatch.setattr(windows, "SIDE", 160)
+    monkeypatch.setattr(windows, "SIDE", 192)
     (tmp_path / "pristine").mkdir()
     for number in range(3):
-        save(tmp_path / "pristine" / f"{number}.png", synthetic_photograph(number, 170, 160 + number))
+        save(tmp_path / "pristine" / f"{number}.png", synthetic_photograph(number, 200, 192 + number))
     assert windows.main(window_words(tmp_path, sorted(map(str, trained.iterdir())))) == 0
     return tmp_path / "heads"
 
