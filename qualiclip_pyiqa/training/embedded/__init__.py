@@ -10,4 +10,5 @@ Both are a `towers.mobile.MobileTower` of one head for quality and one for each 
   once (`frozen`).
 - `attributes` fits the other heads to degradation ladders. They see the earlier blocks alone, so both models share
   them.
+- `windows` adds heads for small windows, by which local quality maps are computed; scores do not depend on them.
 """
