@@ -218,7 +218,7 @@ def fit_window_heads(versions: Sequence[Version]) -> Mapping[str, Head]:
     for version in versions:
         x: Floats = limited((version.statistics - mean) / std).double().numpy()
         shares = [region.shares(SIDE).double().numpy() for region in version.regions]
-        covered = sum(shares)
+        covered = np.sum(shares, axis=0)
         outside = covered == covered.min()  # 0, unless a crop is small
         untouched, count = untouched + x[outside].sum(0), count + int(outside.sum())
         whole = x - x.mean(0)
