@@ -53,6 +53,7 @@ from qualiclip_pyiqa.scoring.scorer import Scorer
 START = 600  # seconds that a server may take to start
 WAIT = 120  # seconds that a client waits for an answer
 HANG = 5.0  # seconds that a client hangs in an upload
+LEAVE = 0.2  # seconds after its request that a client leaves
 FORM = 8  # images of a form
 TOLERANCE = 2e-6
 
@@ -110,8 +111,8 @@ class Client:
         self._leave(photograph.data, len(photograph.data) // 2, HANG)
 
     def leave(self, photograph: Photograph) -> None:
-        """Send a request and leave."""
-        self._leave(photograph.data, len(photograph.data), 0.0)
+        """Send a request, and leave soon."""
+        self._leave(photograph.data, len(photograph.data), LEAVE)
 
     def _leave(self, body: bytes, sent: int, wait: float) -> None:
         head = f"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
