@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from qualiclip_pyiqa.serve.app import ClientsLeave, build  # noqa: E402
 from qualiclip_pyiqa.serve.figures import merge, render  # noqa: E402
-from qualiclip_pyiqa.serve.settings import ServeSettings  # noqa: E402
+from qualiclip_pyiqa.serve.settings import ServeSettings, make_settings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -322,9 +323,18 @@ def test_the_configuration_of_the_docs_is_valid() -> None:
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(block)).applications
-    settings = ServeSettings(**application.args)
+    settings = make_settings(**application.args)
     assert settings.max_pixels == 20_000_000 and application.import_path == "qualiclip_pyiqa.serve.app:build"
-    assert [each.name for each in application.deployments] == [build(settings)._bound_deployment.name]
+    assert [each.name for each in application.deployments] == [build(application.args)._bound_deployment.name]
+
+
+def test_ray_passes_settings_by_name() -> None:
+    made = build(
+        {"metrics": "qualiclip-mini", "max_ongoing": "7", "replicas": 2}
+    )._bound_deployment  # as `serve run` does
+    assert (made.max_ongoing_requests, made.num_replicas) == (7, 2)
+    with pytest.raises(SettingsError, match=r"^max_byte is '7': extra inputs are not permitted$"):
+        build({"metrics": "qualiclip-mini", "max_byte": "7"})
 
 
 @pytest.mark.parametrize(

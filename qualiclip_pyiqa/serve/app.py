@@ -23,7 +23,7 @@ from ..scoring.network import Scored
 from .figures import cluster_figures
 from .http import make_app
 from .service import Service
-from .settings import ServeSettings
+from .settings import ServeSettings, make_settings
 
 logger = logging.getLogger(__name__)
 
@@ -90,24 +90,29 @@ class QualityServer:
             self.service.close()
 
 
-def build(args: ServeSettings) -> Application:
+def build(args: ServeSettings | dict[str, Any]) -> Application:
     """Build the application, for `serve.run`, `serve run` and Ray Serve's configuration files.
 
     Args:
-        args: settings. A configuration file may override what concerns replicas under `deployments`.
+        args: settings, or their values by name. A configuration file may override what concerns replicas under
+            `deployments`.
+
+    Raises:
+        SettingsError: a wrong setting.
     """
-    cpus, gpus = args.resources()
-    args = args.model_copy(update={"cpus": cpus, "gpus": gpus})
+    settings = args if isinstance(args, ServeSettings) else make_settings(**args)
+    cpus, gpus = settings.resources()
+    settings = settings.model_copy(update={"cpus": cpus, "gpus": gpus})
     application: Application = QualityServer.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        max_ongoing_requests=args.max_ongoing,
-        max_queued_requests=args.max_queued,
+        max_ongoing_requests=settings.max_ongoing,
+        max_queued_requests=settings.max_queued,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
-        graceful_shutdown_timeout_s=args.timeout,
+        graceful_shutdown_timeout_s=settings.timeout,
         max_constructor_retry_count=2,
         logging_config=LOGGING,
-        **_scaling(args.replicas),
-    ).bind(args)
+        **_scaling(settings.replicas),
+    ).bind(settings)
     return application
 
 
