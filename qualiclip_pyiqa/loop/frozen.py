@@ -6,18 +6,14 @@ import copy
 import math
 import os
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..scoring.building import blind_metric, build_metrics
+from ..metrics.specs import PromptedMetric
+from ..scoring.building import MetricLike, blind_metric, build_metrics, named_metrics
 from ..scoring.description import lower_is_better
-
-#: Name of a no-reference metric (also with prompts, `"qualiclip-mini+:sharpness"`), file of a model trained with this
-#: package, metric of `pyiqa.create_metric`, or network.
-MetricLike: TypeAlias = str | os.PathLike[str] | nn.Module
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class FrozenMetric:
             PromptError: invalid prompts.
             WeightsError: weights are missing.
         """
-        if isinstance(metric, str | os.PathLike):
-            metric = build_metrics({"metric": os.fspath(metric)}, torch.device("cpu"))["metric"]
+        if isinstance(metric, str | os.PathLike | PromptedMetric):
+            metric = build_metrics(named_metrics({"metric": metric}), torch.device("cpu"))["metric"]
             network = getattr(metric, "net", metric)
         elif isinstance(metric, nn.Module):
             network = copy.deepcopy(getattr(metric, "net", metric))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import ImageError, SettingsError
 from ..metrics.base import check_batch
+from ..scoring.building import MetricLike
 from ..towers.recompute import recompute_activations
-from .frozen import FrozenMetric, MetricLike
+from .frozen import FrozenMetric
 from .range import clamp_keeping_gradient
 from .views import check_crops, check_scales, crop_boxes, cut, resized
 

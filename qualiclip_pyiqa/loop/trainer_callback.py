@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..images.tensors import Source, as_batch
-from .frozen import FrozenMetric, MetricLike
+from ..scoring.building import MetricLike
+from .frozen import FrozenMetric
 
 
 class QualityCallback(TrainerCallback):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..images.tensors import as_batch
 from ..optional import require
-from .frozen import FrozenMetric, MetricLike
+from ..scoring.building import MetricLike
+from .frozen import FrozenMetric
 
 require("torchmetrics", "torchmetrics", "QualityMetric")
 from torchmetrics import Metric  # noqa: E402
