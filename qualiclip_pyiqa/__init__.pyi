@@ -8,12 +8,14 @@ from .errors import SettingsError as SettingsError
 from .errors import WeightsError as WeightsError
 from .explain.quality_map import QualityMap as QualityMap
 from .explain.quality_map import quality_map as quality_map
+from .export.write import export_metric as export_metric
 from .images.tensors import as_batch as as_batch
 from .images.tensors import from_bgr as from_bgr
 from .images.tensors import from_nhwc as from_nhwc
 from .images.tensors import load_image as load_image
 from .loop.loss import QualityLoss as QualityLoss
 from .metrics.base import BlindMetric as BlindMetric
+from .metrics.exported import ExportedIQA as ExportedIQA
 from .metrics.prompts import prompt_set_names as prompt_set_names
 from .metrics.registry import METRICS as METRICS
 from .report.profile import Profile as Profile

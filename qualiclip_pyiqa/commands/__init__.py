@@ -64,11 +64,17 @@ def add_metric_option(parser: argparse.ArgumentParser, default: str = DEFAULT_ME
         "--metric",
         action="append",
         metavar="METRIC",
-        help="NR metric of pyiqa, or a .safetensors file of `qualiclip train` or `qualiclip fit`; those of this "
+        help="NR metric of pyiqa, a .safetensors file of `qualiclip train` or `qualiclip fit`, or an .onnx file of "
+        "`qualiclip export` (FILE.onnx:openvino runs on OpenVINO); metrics of this "
         "package take other prompts after a colon: a set (clipiqa:look) or a pair "
         "('clipiqa:Clear photo./Foggy photo.') "
         f"(default: {default})",
     )
+    add_prompts_option(parser)
+
+
+def add_prompts_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--prompts FILE`, which `chosen_metrics` reads."""
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="TOML file of prompt sets, to be named after a metric's colon"
     )

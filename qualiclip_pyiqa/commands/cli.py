@@ -10,6 +10,7 @@
     qualiclip train --config NAME --pristine DIR ... train a model without opinion scores
     qualiclip tune -m METRIC --ratings CSV ...       learn a prompt context from opinion scores
     qualiclip fit -m TOWER --ratings CSV ... -o FILE fit a metric to opinion scores, in a minute
+    qualiclip export METRIC -o FILE.onnx             write a metric to one file that other programs run
     qualiclip weights list                           every weight file, its licence, and where it was found
     qualiclip weights path NAME...                   path of a weight file, or of all files of a metric
     qualiclip weights get NAME...                    the same, downloading missing files
@@ -34,7 +35,7 @@ from ..errors import ImageError, PromptError, SettingsError, WeightsError, visib
 from ..files import writing
 from ..scoring.allocator import keep_freed_memory
 from ..screen import drop_output, replace_closed_streams
-from . import describe, evaluate, explain, filter, fit, put, report, say, score, serve, train, tune, weights
+from . import describe, evaluate, explain, export, filter, fit, put, report, say, score, serve, train, tune, weights
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (score, describe, explain, filter, report, serve, evaluate, train, tune, fit, weights):
+    for command in (score, describe, explain, filter, report, serve, evaluate, train, tune, fit, export, weights):
         command.add_parser(commands)
     return parser
 

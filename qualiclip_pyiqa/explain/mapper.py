@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError, did_you_mean
 from ..metrics.base import BlindMetric, check_batch
+from ..metrics.exported import ExportedIQA
 from ..metrics.prompts import Pair
 from ..metrics.words import comparatives
 from ..scoring.building import Metrics, blind_metric, build_metrics, named_metrics
@@ -69,6 +70,8 @@ class Mapper:
             raise SettingsError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}")
         self.metric, built = _build(metric, device)
         network = blind_metric(built)
+        if isinstance(network, ExportedIQA):
+            raise SettingsError(f"{self.metric} is an exported file, which has no maps; use the metric itself")
         self.kind = kind or ("occlusion" if network is None else "local")
         if network is None and self.kind != "occlusion":
             raise no_such_map(self.kind, f"{self.metric}, a metric of another package", "occlusion")

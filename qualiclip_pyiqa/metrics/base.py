@@ -102,9 +102,7 @@ class BlindMetric(nn.Module):
         x = self.prepare(x)
         if self.tile is None:
             return self.encode(x)
-        tops, lefts = (_window_starts(side, self.tile) for side in x.shape[2:])
-        windows = [x[:, :, top : top + self.tile, left : left + self.tile] for top in tops for left in lefts]
-        return torch.stack([self.encode(window) for window in windows], dim=1)
+        return torch.stack([self.encode(window) for window in windows(x, self.tile)], dim=1)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Check images, and convert them to RGB (N, 3, H, W) in the metric's dtype, as `encode` takes them.
@@ -193,6 +191,12 @@ def pixel_statistics(tower: nn.Module, name: str) -> list[float] | None:
     """Return a tower's `mean` or `std` for RGB in 0..1; None for a tower without pixel normalisation."""
     values = getattr(tower, name, None)
     return None if values is None else [round(value, 6) for value in values.flatten().tolist()]
+
+
+def windows(x: Tensor, tile: int) -> list[Tensor]:
+    """Cut images (N, 3, H, W) into the fewest windows of at most `tile` pixels a side that cover them, evenly."""
+    tops, lefts = (_window_starts(side, tile) for side in x.shape[2:])
+    return [x[:, :, top : top + tile, left : left + tile] for top in tops for left in lefts]
 
 
 def _window_starts(side: int, tile: int) -> list[int]:

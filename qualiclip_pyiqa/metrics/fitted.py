@@ -20,6 +20,7 @@ from ..errors import SettingsError, WeightsError
 from ..images.convert import MIN_SIDE
 from ..pretrained.fitted import load_fitted
 from ..pretrained.verify import provenance
+from ..towers.autocast import without_autocast
 from ..towers.base import freeze
 from .base import BlindMetric, pixel_statistics
 from .registry import FITTED_PAPER
@@ -121,7 +122,7 @@ class FittedIQA(BlindMetric):
     def rate(self, features: Tensor) -> Tensor:
         """Score statistics: (M, S) -> (M, 1)."""
         precise = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             fit, regression = self.fit, self.regression.to(precise)
             return regress(features.to(precise), regression, fit.intercept, fit.low, fit.high)
 

@@ -22,6 +22,7 @@ from ..pretrained.manifest import WeightRecord, openai_record
 from ..pretrained.model import LoadedModel, load_model
 from ..pretrained.verify import provenance
 from ..towers import backbones
+from ..towers.autocast import without_autocast
 from ..towers.base import freeze
 from ..towers.text import TextTower
 from .base import BlindMetric, pixel_statistics
@@ -42,7 +43,7 @@ def positive_probabilities(features: Tensor, text: Tensor, scale: float) -> Tens
         (N, D), (2P, D) -> (N, P) in 0..1, in float32 or the wider dtype of the features.
     """
     # Logits are a hundred times the cosines, so half precision would change the second digit of a score.
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features):
         precise = torch.promote_types(features.dtype, torch.float32)
         image = F.normalize(features.to(precise), dim=-1)
         text = F.normalize(text.to(precise), dim=-1)
@@ -179,7 +180,7 @@ class PromptIQA(BlindMetric):
         """Score image features, normalised here: (M, D) -> (M, A)."""
         text = self._encode_context() if self.prompt_learner is not None and self.training else self.prompt_features
         positive = positive_probabilities(features, text, self.logit_scale / self.temperature)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             membership = self.membership.to(positive.dtype)
             return positive @ membership / membership.sum(dim=0)
 

@@ -1,6 +1,7 @@
 """Metric specs: a metric's name, optionally with prompts of the user's choice.
 
 spec    = metric | metric ":" prompts
+        | file of `qualiclip export` [":" engine], such as "model.onnx:openvino"
 metric  = name, such as "clipiqa" | file, which ends in ".safetensors"
 prompts = what `resolve_prompts` takes as a text: a set, POSITIVE/NEGATIVE, FILE.toml or FILE.toml:SET
 """
@@ -15,6 +16,7 @@ from .prompts import Prompts, prompt_set_names, resolve_prompts
 from .registry import METRICS, PromptSpec
 
 FILE_SUFFIX = ".safetensors"
+EXPORTED_SUFFIXES = (".onnx", ".pt2")
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,26 @@ def split_spec(spec: str) -> tuple[str, str | None]:
         >>> split_spec("clipiqa:look"), split_spec("runs/12:30/model.safetensors")
         (('clipiqa', 'look'), ('runs/12:30/model.safetensors', None))
     """
-    if spec.endswith(FILE_SUFFIX):
+    if spec.endswith(FILE_SUFFIX) or split_exported(spec) is not None:
         return spec, None
     file, mark, prompts = spec.partition(f"{FILE_SUFFIX}:")
     if mark:
         return file + FILE_SUFFIX, prompts
     metric, mark, prompts = spec.partition(":")
     return metric, prompts if mark else None
+
+
+def split_exported(spec: str) -> tuple[str, str | None] | None:
+    """Split the spec of an exported file into its path and engine; None for a spec of another kind.
+
+    Example:
+        >>> split_exported("model.onnx"), split_exported("model.onnx:openvino"), split_exported("clipiqa:look")
+        (('model.onnx', None), ('model.onnx', 'openvino'), None)
+    """
+    if spec.endswith(EXPORTED_SUFFIXES):
+        return spec, None
+    path, mark, engine = spec.rpartition(":")
+    return (path, engine) if mark and path.endswith(EXPORTED_SUFFIXES) else None
 
 
 def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | PromptedMetric:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, reason
 from ..metrics.base import BlindMetric
+from ..metrics.exported import ExportedIQA
 from ..metrics.fitted import FittedIQA
 from ..metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from ..metrics.prompts import Prompts
 from ..metrics.registry import METRICS
-from ..metrics.specs import FILE_SUFFIX, PromptedMetric, parse_spec, spec_for
+from ..metrics.specs import EXPORTED_SUFFIXES, FILE_SUFFIX, PromptedMetric, parse_spec, spec_for, split_exported
 from ..pretrained.layouts import FITTED_FORMAT
 from ..pretrained.read import stored_format
 from ..screen import Screen
@@ -104,7 +105,7 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
 
     known = pyiqa.list_models()
     if isinstance(metric, str) and metric not in known:
-        if Path(metric).is_file() and not metric.endswith(FILE_SUFFIX):
+        if Path(metric).is_file() and not metric.endswith((FILE_SUFFIX, *EXPORTED_SUFFIXES)):
             raise SettingsError(
                 f"{metric} is a file without the suffix {FILE_SUFFIX}; expected a metric's name or the file of a "
                 "trained model"
@@ -112,6 +113,9 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
         metric = parse_spec(metric)
     if isinstance(metric, PromptedMetric):
         return _prompted(metric, known)
+    exported = split_exported(metric)
+    if exported is not None:
+        return ExportedIQA(*exported)
     if metric.endswith(FILE_SUFFIX):
         return metric_of_file(metric)
     if metric not in known:

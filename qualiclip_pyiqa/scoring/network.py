@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import SettingsError, one_line
 from ..images.tensors import from_pixels
 from ..metrics.base import BlindMetric
+from ..metrics.exported import ExportedIQA
 from ..towers.onednn import use_onednn
 from ..towers.streaming import LARGE_PIXELS
 from .building import blind_metric, columns_of
@@ -67,7 +68,7 @@ class Network:
         device, precision, compile: see `Scorer`.
 
     Raises:
-        SettingsError: two scores would have the same column.
+        SettingsError: two scores would have the same column, or a setting has no effect on an exported file.
     """
 
     def __init__(self, metrics: Mapping[str, nn.Module], device: torch.device, precision: str, compile: bool) -> None:
@@ -89,6 +90,9 @@ class Network:
                 self.others.append((name, metric.to(device).eval()))
                 continue
             net.eval()
+            if isinstance(net, ExportedIQA) and (compile or precision != "fp32"):
+                given = "compile" if compile else f"precision {precision!r}"
+                raise SettingsError(f"{given} has no effect on {name}, an exported file; leave it out")
             twin = next((first for _, first in own if _same_tower(first.tower, net.tower)), None)
             if twin is not None:
                 net.tower = twin.tower  # frees the memory of its own

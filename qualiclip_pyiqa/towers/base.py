@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import WeightsError
+from .autocast import without_autocast
 from .places import PlaceFeatures, Shares
 from .statistics import std
 
@@ -75,7 +76,7 @@ class Tower(nn.Module):
         """
         features = self.forward_features(rgb)
         image = self.forward_head(features)
-        with torch.autocast(rgb.device.type, enabled=False):
+        with without_autocast(rgb):
             precise = torch.promote_types(features.dtype, torch.float32)
             places = self.places(features).to(precise)
             return torch.cat([places.mean(dim=-1), std(places), image.to(precise)], dim=1)
@@ -169,6 +170,8 @@ def fold_batchnorm(tower: nn.Module) -> None:
 
 def channels_last(x: Tensor) -> Tensor:
     """Convert images (N, C, H, W) to channels-last order, in which convolutions are fastest."""
+    if torch.compiler.is_exporting():
+        return x  # the order is the engine's choice, and to ask for one restricts a graph to some sizes
     try:
         return x.contiguous(memory_format=torch.channels_last)
     except RuntimeError as error:

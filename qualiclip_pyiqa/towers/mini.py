@@ -19,8 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .base import channels_last
-from .statistics import CELL, ENERGIES, PERCENTILES, StreamedPooling, detail_and_top, log_energies, pooled, std
+from .statistics import (
+    CELL,
+    ENERGIES,
+    PERCENTILES,
+    StreamedPooling,
+    cell_means,
+    detail_and_top,
+    log_energies,
+    pooled,
+    std,
+)
 from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
 
 # Inputs of each block: one block per pair of the prompt set `qualiclip`, in the set's order.
@@ -80,7 +91,7 @@ class Residual(nn.Module):
         """Compute the summand of the convolutions' result."""
         if self.widen is None:
             return x
-        return self.widen(F.avg_pool2d(x, 2, ceil_mode=True) if self.stride > 1 else x)
+        return self.widen(cell_means(x, 2) if self.stride > 1 else x)
 
 
 class StreamedResidual:
@@ -217,7 +228,7 @@ class MiniTower(nn.Module):
     def forward_features(self, rgb: Tensor) -> dict[str, Tensor]:
         """Compute the inputs of the blocks by name, (N, C) each: log energies and every stage's pooled values."""
         precise = torch.promote_types(rgb.dtype, torch.float32)
-        with torch.autocast(rgb.device.type, enabled=False):
+        with without_autocast(rgb):
             found = {"energies": log_energies(rgb.to(precise))}
         # In training BatchNorm needs the whole batch.
         rows = None if self.training else rows_at_once(self, rgb)
@@ -225,13 +236,13 @@ class MiniTower(nn.Module):
             each = [self._pool_in_strips(image, rows) for image in rgb.split(1)]
             return found | {f"stage{k}": torch.cat(stage) for k, stage in enumerate(zip(*each, strict=True), 1)}
         for number, x in enumerate(self.feature_maps(rgb), 1):
-            with torch.autocast(rgb.device.type, enabled=False):
+            with without_autocast(rgb):
                 found[f"stage{number}"] = pooled(x.to(precise), CELL >> number)
         return found
 
     def forward_head(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map the output of `forward_features` to (N, feature_dim)."""
-        with torch.autocast(features["energies"].device.type, enabled=False):
+        with without_autocast(features["energies"]):
             inputs = {**features, "sharpness": detail_and_top(features["energies"])}
             heads = zip(self.heads, self.blocks, strict=True)
             return torch.cat([head(torch.cat([inputs[name] for name in block], dim=1)) for head, block in heads], dim=1)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .base import channels_last
 from .statistics import ENERGIES, StreamedMoments, log_energies, moments, root
 from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
@@ -205,12 +206,12 @@ class MobileTower(nn.Module):
     def forward_features(self, rgb: Tensor) -> Tensor:
         """Compute the statistics (N, S): log energies, then mean and standard deviation of each block's channels."""
         precise = torch.promote_types(rgb.dtype, torch.float32)
-        with torch.autocast(rgb.device.type, enabled=False):
+        with without_autocast(rgb):
             found = [log_energies(rgb.to(precise))]
         rows = rows_at_once(self, rgb)
         if rows is None:
             for x in self.trunk(rgb):
-                with torch.autocast(rgb.device.type, enabled=False):
+                with without_autocast(rgb):
                     found += moments(x.to(precise))
         else:
             each = [self._pool_in_strips(image, rows) for image in rgb.split(1)]
@@ -230,7 +231,7 @@ class MobileTower(nn.Module):
         """
         sides = [SIDE // stride for stride in self.trunk.strides[:blocks]]
         precise = torch.promote_types(rgb.dtype, torch.float32)
-        with torch.autocast(rgb.device.type, enabled=False):
+        with without_autocast(rgb):
             energies = EnergyCells(rgb.to(precise))
         rows = rows_at_once(self, rgb)
         if rows is not None:
@@ -238,14 +239,18 @@ class MobileTower(nn.Module):
             return ImageCells(energies, [CellMoments.of_batch(several) for several in zip(*each, strict=True)])
         found = []
         for side, x in zip(sides, self.trunk(rgb), strict=False):
-            with torch.autocast(rgb.device.type, enabled=False):
+            with without_autocast(rgb):
                 found.append(CellMoments.of(cell_moments(x.to(precise), side), x.shape[2:], side))
         return ImageCells(energies, found)
 
     def logits(self, statistics: Tensor) -> Tensor:
         """Map statistics (N, S) to the logit of each pair's score, (N, P), not clamped."""
-        with torch.autocast(statistics.device.type, enabled=False):
+        with without_autocast(statistics):
             mean, std, weight, bias = (getattr(self, name).to(statistics) for name in _HEADS)
+            if torch.compiler.is_exporting():
+                # One by one, as OpenVINO 2026.4 adds a vector to the wrong sums if there are several images.
+                heads = zip(mean, std, weight, bias, strict=True)
+                return torch.stack([(limited((statistics - m) / s) * w).sum(-1) + b for m, s, w, b in heads], dim=1)
             # Not a matrix product, whose order of summation depends on the batch.
             return (limited((statistics[:, None] - mean) / std) * weight).sum(-1) + bias
 

@@ -51,8 +51,8 @@ class ResNetTower(Tower):
         pool: Any = self.attnpool
         mean, tokens, weights = self._attend(features)
         heads, width = pool.num_heads, tokens.shape[2]
-        mixed = weights[:, :, :1] * mean + weights[:, :, 1:] @ tokens  # (N, heads, C)
-        value = torch.einsum("nhc,hdc->nhd", mixed, pool.v_proj.weight.view(heads, width // heads, width))
+        mixed = weights[:, :, :1] * mean + torch.bmm(weights[:, :, 1:], tokens)  # (N, heads, C)
+        value = _per_head(mixed, pool.v_proj.weight.view(heads, width // heads, width).transpose(1, 2))
         pooled: Tensor = pool.c_proj(value.flatten(1) + pool.v_proj.bias)
         return pooled
 
@@ -98,8 +98,9 @@ class ResNetTower(Tower):
         heads, width = pool.num_heads, tokens.shape[2]
         size = width // heads
         query = (pool.q_proj(mean[:, 0]) * size**-0.5).unflatten(1, (heads, size))
-        query = torch.einsum("nhd,hdc->nhc", query, pool.k_proj.weight.view(heads, size, width))
-        weights = torch.cat([query @ mean.transpose(1, 2), query @ tokens.transpose(1, 2)], dim=2).softmax(dim=-1)
+        query = _per_head(query, pool.k_proj.weight.view(heads, size, width))
+        logits = torch.bmm(query, mean.transpose(1, 2)), torch.bmm(query, tokens.transpose(1, 2))
+        weights = torch.cat(logits, dim=2).softmax(dim=-1)
         return mean, tokens, weights
 
     def prepare_to_freeze(self) -> None:
@@ -129,6 +130,12 @@ class ResNetTower(Tower):
             Window(lambda x: self.avgpool(self.conv3(x, inner=True)), kernel=3, group=2),
             *(StreamedLayer(getattr(self, name)) for name in _LAYERS),
         ]
+
+
+def _per_head(x: Tensor, weights: Tensor) -> Tensor:
+    """Multiply each head's rows by its own matrix: (N, heads, A), (heads, A, B) -> (N, heads, B)."""
+    product = torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
+    return product.clone(memory_format=torch.contiguous_format)  # a view would tie an exported graph to a batch size
 
 
 def _grid(features: Tensor) -> tuple[int, int]:

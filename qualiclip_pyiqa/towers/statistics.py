@@ -36,10 +36,10 @@ def log_energies(rgb: Tensor) -> Tensor:
     stats, ranked = [], []
     luma, *opponents = luma_and_opponents(rgb)
     for scale, squared in enumerate(octave_energies(luma)):
-        energy = F.avg_pool2d(squared, FINE).flatten(1)
-        local = (energy + ROUNDING_ENERGY).log()
+        energy = F.avg_pool2d(squared, FINE)
+        local = (energy + ROUNDING_ENERGY).log().flatten(1)
         ranked.append(percentiles(cell_energies(squared, scale)))
-        stats += [(energy.mean(1) + ROUNDING_ENERGY).log(), local.mean(1), std(local)]
+        stats += [(energy.flatten(1).mean(1) + ROUNDING_ENERGY).log(), local.mean(1), std(local)]
     flat = luma.flatten(1)
     stats += [flat.mean(1), std(flat)]
     stats += [std(each.flatten(1)).log() for each in opponents]
@@ -69,8 +69,17 @@ def octave_energies(luma: Tensor) -> Iterator[Tensor]:
 
 def cell_energies(squared: Tensor, scale: int) -> Tensor:
     """Compute the log energy of the cells that `log_energies` ranks, from an octave's squared Laplacian."""
-    cells = F.avg_pool2d(squared, max(FINE, CELL >> scale), ceil_mode=True)
-    return (cells + ROUNDING_ENERGY).log()
+    return (cell_means(squared, max(FINE, CELL >> scale)) + ROUNDING_ENERGY).log()
+
+
+def cell_means(x: Tensor, side: int) -> Tensor:
+    """Average cells of `side` x `side` places, the last of a row or column with fewer: (N, C, H, W) -> (N, C, h, w)."""
+    if not torch.compiler.is_exporting():
+        return F.avg_pool2d(x, side, ceil_mode=True)
+    # A graph for any size cannot hold the shape rule of `ceil_mode`.
+    border = (0, side - 1, 0, side - 1)
+    share = F.avg_pool2d(F.pad(torch.ones_like(x[:1, :1]), border), side)
+    return F.avg_pool2d(F.pad(x, border), side) / share
 
 
 def laplacian(x: Tensor) -> Tensor:
@@ -99,17 +108,28 @@ def percentiles(cells: Tensor) -> Tensor:
     last = ranked.shape[-1] - 1
     out = []
     for percent in PERCENTILES:
-        below = percent * last // 100
-        # Indexing with [] would specialise a compiled graph to this number of cells.
-        lower, upper = ranked.select(-1, below), ranked.select(-1, min(below + 1, last))
-        out.append(lower + (percent * last % 100 / 100) * (upper - lower))
+        lower, upper, share = _neighbours(ranked, percent * last)
+        out.append(lower + share * (upper - lower))
     return torch.cat(out, dim=1)
+
+
+def _neighbours(ranked: Tensor, hundredths: int) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Return the values below and above a rank that is no integer, and how far it is from the lower one, in 0..1."""
+    last = ranked.shape[-1] - 1
+    if torch.compiler.is_exporting():  # as tensors, so that the graph's sizes stay free
+        rank, end = (torch.scalar_tensor(n, dtype=torch.int64, device=ranked.device) for n in (hundredths, last))
+        both = torch.stack([rank // 100, (rank // 100 + 1).minimum(end)])
+        lower, upper = ranked.index_select(-1, both).unbind(-1)
+        return lower, upper, (rank % 100).to(ranked.dtype) / 100
+    below = hundredths // 100
+    # Indexing with [] would specialise a compiled graph to this number of cells.
+    return ranked.select(-1, below), ranked.select(-1, min(below + 1, last)), hundredths % 100 / 100
 
 
 def pooled(x: Tensor, cell: int) -> Tensor:
     """Compute mean, log standard deviation and percentiles of cell means: (N, C, H, W) -> (N, (2 + Q) * C)."""
     flat = x.flatten(2)
-    return summary(flat.mean(-1), flat.var(dim=-1, correction=0), F.avg_pool2d(x, cell, ceil_mode=True))
+    return summary(flat.mean(-1), flat.var(dim=-1, correction=0), cell_means(x, cell))
 
 
 def summary(mean: Tensor, variance: Tensor, cells: Tensor) -> Tensor:
