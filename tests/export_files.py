@@ -10,7 +10,6 @@ import upstream
 from torch import Tensor, nn
 
 from qualiclip_pyiqa import BlindMetric
-from qualiclip_pyiqa.metrics.exported import ExportedIQA
 
 # The smallest image, odd sizes, a strip, and several images: none is what a graph is traced with.
 SHAPES = [(1, 32, 32), (3, 33, 47), (1, 129, 71), (2, 32, 200)]
@@ -46,7 +45,7 @@ def images(count: int, height: int, width: int) -> Tensor:
     return (upstream.pictures(count, height, width, seed=3) * 255).round() / 255
 
 
-def farthest(metric: BlindMetric, exported: ExportedIQA) -> float:
+def farthest(metric: BlindMetric, exported: nn.Module) -> float:
     """The largest difference of scores over `SHAPES`."""
     with torch.no_grad():
         pairs = [(metric(x), exported(x)) for x in (images(*shape) for shape in SHAPES)]
