@@ -259,7 +259,7 @@ class MobileTower(nn.Module):
         logits = self.logits(statistics)
         if self.window_heads is None or self.window_bias is None:
             return logits
-        with torch.autocast(statistics.device.type, enabled=False):
+        with without_autocast(statistics):
             mean, std, weight = self.window_heads.to(statistics).unbind()
             own = (limited((statistics[:, None, : mean.shape[1]] - mean) / std) * weight).sum(-1)
             return torch.cat([logits[:, : -len(mean)], own + self.window_bias.to(statistics)], dim=1)
