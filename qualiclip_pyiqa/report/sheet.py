@@ -26,7 +26,7 @@ class Column:
         lower_better: whether a lower score is better; of a change: whether a negative one is an improvement.
         run: index of the run; None for the change from the first run to the second.
         source: the run's own name of the column.
-        limits: range of the score, if it is known.
+        limits: range of the score, or of its change, if it is known.
     """
 
     name: str
@@ -129,7 +129,8 @@ def compare(first: Run, second: Run) -> Sheet:
     for one, two in shared:
         label = labels[0][one] if one == two else f"{labels[0][one]} to {labels[1][two]}"
         lower = first.lower_better[one]
-        change = add(None, one, f"{one} · {CHANGE}", f"{label} · {CHANGE}", lower, None)
+        limits = _change_limits(first.score_range(one), second.score_range(two))
+        change = add(None, one, f"{one} · {CHANGE}", f"{label} · {CHANGE}", lower, limits)
         places = [
             add(run, source, f"{source} · {names[run]}", f"{labels[run][source]} · {names[run]}", lower,
                 runs[run].score_range(source))
@@ -144,6 +145,11 @@ def compare(first: Run, second: Run) -> Sheet:
                     each.lower_better[source], each.score_range(source))  # fmt: skip
     rows = _joined_rows(runs, keys, columns, pairs)
     return Sheet(runs, tuple(columns), rows, tuple(pairs), joined, names)
+
+
+def _change_limits(before: tuple[float, float] | None, after: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return the largest fall and the largest rise of a score, given its range in each run."""
+    return None if before is None or after is None else (after[0] - before[1], after[1] - before[0])
 
 
 def _joined_rows(

@@ -2,12 +2,14 @@
 
 const CHARTS_AT_FIRST = data.pairs.length ? 3 : 8; // of two runs, those of the first score
 
-/** Ends of a column's axis. */
+/** Ends of a column's axis: of its scores; where all are equal, of the score's range, or some way around if unknown. */
 function domainOf(column) {
   const numbers = sorted(column);
   if (!numbers.length) return [0, 1];
   const [low, high] = [numbers[0], numbers[numbers.length - 1]];
-  return low < high ? [low, high] : [low - 0.5, high + 0.5];
+  if (low < high) return [low, high];
+  const { limits } = columns[column];
+  return limits && limits[0] <= low && low <= limits[1] ? limits : [low - 0.5, high + 0.5];
 }
 
 function binner(column, domain, bins) {

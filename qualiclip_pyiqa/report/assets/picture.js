@@ -152,7 +152,6 @@ function showProfile(row) {
     const domain = domainOf(index);
     const at = (number) => `${(100 * (number - domain[0])) / (domain[1] - domain[0])}%`;
     const track = element("div", { className: "track", "aria-hidden": "true" });
-    const share = betterThan(index, row);
     if (sorted(index).length) {
       const [low, high] = [quantile(index, 0.25), quantile(index, 0.75)];
       const middle = element("span", { className: "middle" });
@@ -167,7 +166,7 @@ function showProfile(row) {
     }
     const z = (outliersOf.get(row) ?? []).find(([where]) => where === index)?.[1];
     const rank = element("span", { className: "rank" });
-    rank.append(share === null ? "no rank" : `${column.more} than ${Math.round(100 * share)} % of the others`);
+    rank.append(rankText(index, row));
     if (z !== undefined) rank.append(" · ", element("b", { textContent: `outlier, ${z > 0 ? "+" : "−"}${Math.abs(z).toFixed(1)} deviations` }));
     return element(
       "li",

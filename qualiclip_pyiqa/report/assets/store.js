@@ -62,27 +62,36 @@ function sorted(column) {
   return sortedValues[column];
 }
 
-/** How many numbers of an ascending array are below a value. */
-function countBelow(numbers, value) {
+/** How many numbers of an ascending array are below a value, or equal to it if these count too. */
+function countBelow(numbers, value, orEqual = false) {
   let low = 0;
   let high = numbers.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (numbers[middle] < value) low = middle + 1;
+    if (numbers[middle] < value || (orEqual && numbers[middle] === value)) low = middle + 1;
     else high = middle;
   }
   return low;
 }
 
-/** Share of the other images with a worse score, 0..1; null for a missing score or a single image. */
+/** Share of the other images with a worse score, 0..1, equal ones counted half; null for a missing score or a single image. */
 function betterThan(column, row) {
   const value = valueOf(column, row);
   const numbers = sorted(column);
   if (value === null || numbers.length < 2) return null;
   const below = countBelow(numbers, value);
-  let above = numbers.length - below;
-  for (let at = below; at < numbers.length && numbers[at] === value; at++) above--;
-  return (columns[column].lowerBetter ? above : below) / (numbers.length - 1);
+  const above = numbers.length - countBelow(numbers, value, true);
+  const equal = numbers.length - below - above - 1; // but for the image itself
+  return ((columns[column].lowerBetter ? above : below) + equal / 2) / (numbers.length - 1);
+}
+
+/** Where a row is among the others, in words. */
+function rankText(column, row) {
+  const share = betterThan(column, row);
+  if (share === null) return "no rank";
+  const numbers = sorted(column);
+  if (numbers[0] === numbers[numbers.length - 1]) return "equal to all others";
+  return `${columns[column].more} than ${Math.round(100 * share)} % of the others`;
 }
 
 function quantile(column, share) {
