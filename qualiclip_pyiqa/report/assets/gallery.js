@@ -23,7 +23,8 @@ function cardOf(row) {
   const image = element("img", { alt: "", decoding: "async", draggable: false });
   const frame = element("span", { className: "frame" });
   if (previewAddress(row) === null) {
-    const why = row in data.errors ? "could not be read" : "no picture";
+    // An error may be of any kind, such as an image that is too small; the image's own page tells it.
+    const why = row in data.errors && (column === null || valueOf(column, row) === null) ? "no score" : "no picture";
     frame.append(element("span", { className: "missing", textContent: why }));
   } else {
     showPreview(image, row);
