@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import html
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,6 +28,7 @@ from qualiclip_pyiqa.report.page import write_report
 from qualiclip_pyiqa.report.previews import make_preview
 from qualiclip_pyiqa.report.render import SCRIPTS, asset
 from qualiclip_pyiqa.report.runs import Run
+from qualiclip_pyiqa.report.settings import shown_settings
 from qualiclip_pyiqa.report.text import link
 from qualiclip_pyiqa.scoring.tables import Record
 
@@ -232,6 +234,38 @@ def test_a_folder_is_scored_and_mapped(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(re.findall(r'id="maps-\d+"', text)) == 2
     assert cli.main(command) == 2  # it is not overwritten
     assert "--force" in capsys.readouterr().err
+
+
+def test_settings_are_shown_once_for_each_metric_and_without_folders(tmp_path: Path) -> None:
+    prompts = {"quality": [["Good photo.", "Bad photo."]], "fog": [["Clear.", "Foggy."], ["Sunny.", "Misty."]]}
+    path = "/home/somebody/secret place/model.safetensors"
+    weights = {"file": "model.safetensors", "path": path, "sha256": "0123abcd", "detail": f"{path} was seen"}
+    shared = {"prompts": prompts, "weights": weights}
+    other = {"context": {"path": r"C:\Users\somebody\x.safetensors"}, "prompts": "damaged"}
+    meta = {"version": "0", "columns": {"m_1:s.quality": shared, "m_1:s.fog": {**shared}, "piqe": other}}
+    assert shown_settings(Run("t", Path("t.csv"), tuple(meta["columns"]), {}, (), meta)) == {
+        "metrics": {
+            "m_1:s": {
+                "prompts": {"quality": "Good photo. / Bad photo.", "fog": ["Clear. / Foggy.", "Sunny. / Misty."]},
+                "weights": {
+                    "file": "model.safetensors",
+                    "sha256": "0123abcd",
+                    "detail": "model.safetensors was seen",
+                },
+            },
+            "piqe": {"context": {"path": "x.safetensors"}, "prompts": "damaged"},
+        },
+        "version": "0",
+    }
+    # Attributes that were scored by different models are two blocks.
+    meta = {"columns": {**meta["columns"], "m_1:s.fog": {**shared, "weights": {"sha256": "ef"}}}}
+    run = Run("t", Path("t.csv"), tuple(meta["columns"]), {}, (), meta)
+    assert list((shown_settings(run) or {})["metrics"]) == ["m_1:s", "m_1:s.fog", "piqe"]
+    assert shown_settings(Run("t", Path("t.csv"), (), {}, (), None)) is None
+    table = write_scores(tmp_path / "s.csv", [Record("gone.png", 96, 64, {"m_1:s.fog": 0.5})], {"m_1:s.fog": False})
+    (tmp_path / "s.csv.meta.json").write_text(json.dumps(meta))
+    text = write_report(table, tmp_path / "r.html", maps=False).path.read_text(encoding="utf-8")
+    assert "somebody" not in text and "<dt>m_1:s</dt>" in text and text.count("Good photo. / Bad photo.") == 2
 
 
 def test_the_sets_of_a_prompt_file_are_scored_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +237,19 @@ def test_phone(browser: Browser, pages: dict[str, Path]) -> None:
     assert box and (box["width"], box["height"]) == (390, 844)
     made.check_access()
     assert made.page.locator("#full").evaluate("image => image.decode().then(() => image.naturalWidth)") == 96
+    made.page.set_viewport_size({"width": 390, "height": 480})  # so short that the part below the image scrolls
+    above = made.page.locator("#view").bounding_box()
+    assert above and above["y"] >= 40  # below the buttons
+    made.page.locator("#picture .picture").evaluate("part => part.scrollTo(0, part.scrollHeight)")
+    assert made.page.locator("#picture .picture").evaluate("part => part.scrollTop") > 100
+    for button in ("#previous", "#next", "#close"):  # they stay where a thumb finds them
+        box = made.page.locator(button).bounding_box()
+        assert box and box["y"] >= 0 and box["y"] + box["height"] <= 480
+    name = made.page.locator("#picture-name").text_content()
+    made.page.locator("#next").tap()
+    assert made.page.locator("#picture-name").text_content() != name
     made.page.locator("#close").tap()
+    assert not made.page.locator("#picture").is_visible()
     assert any("beside_files/000/" in url for url in made.requests)
     made.close()
 
@@ -280,19 +293,98 @@ def test_thousands_of_images_are_few_elements(browser: Browser, tmp_path: Path) 
     made.close()
 
 
-def test_menus_group_the_attributes_of_a_metric(browser: Browser, tmp_path: Path) -> None:
-    names = ("m:look.quality", "m:look.brightness", "piqe")
+def write_attributes(table: Path, scores: Sequence[Mapping[str, float]]) -> Path:
+    """Write scores of two attributes of a metric, and of any others, with the description of the attributes."""
     records = [
-        Record(save(tmp_path / f"{number}.png", number), 96, 64, dict.fromkeys(names, number / 9))
-        for number in range(9)
+        Record(save(table.parent / "images" / f"{number}.png", number), 96, 64, each)
+        for number, each in enumerate(scores)
     ]
-    table = write_scores(tmp_path / "s.csv", records, dict.fromkeys(names, False))
-    meta = tmp_path / "s.csv.meta.json"
+    write_scores(table, records, dict.fromkeys(scores[0], False))
+    meta = table.with_name(f"{table.name}.meta.json")
     described = json.loads(meta.read_text())
     prompts = {"quality": [["Good photo.", "Bad photo."]], "brightness": [["Bright photo.", "Dark photo."]]}
-    for name in names[:2]:
+    for name in ("m:look.quality", "m:look.brightness"):
         described["columns"][name]["prompts"] = prompts
     meta.write_text(json.dumps(described))
+    return table
+
+
+def test_menus_of_two_runs_name_the_run(browser: Browser, tmp_path: Path) -> None:
+    before = [{"m:look.quality": 0.5, "m:look.brightness": 0.5}] * 2
+    after = [{"m:look.quality": 0.9, "m:look.brightness": 0.8}, {"m:look.quality": 0.4, "m:look.brightness": 0.3}]
+    one, two = write_attributes(tmp_path / "before.csv", before), write_attributes(tmp_path / "after.csv", after)
+    made = Opened(browser, write_report(one, tmp_path / "r.html", two, maps=False).path)
+    page = made.page
+    chosen = "menu => menu.selectedOptions[0].textContent"
+    assert page.locator("#across").evaluate(chosen) == "quality · before"
+    assert page.locator("#up").evaluate(chosen) == "quality · after"
+    expected = [f"{score} · {run}" for score in ("quality", "brightness") for run in ("change", "before", "after")]
+    assert page.locator("#across option").all_text_contents() == expected
+    assert page.locator("#across optgroup").get_attribute("label") == "m:look"
+
+    def moved() -> list[tuple[str, str, bool]]:
+        items = page.locator("#moved li").all()
+        quiet = page.locator("#srcc").evaluate("node => getComputedStyle(node).color")
+        colour = "node => getComputedStyle(node).color"
+        return [
+            (
+                item.locator(".by").inner_text(),
+                item.locator(".from").inner_text().rpartition(" · ")[2],
+                item.locator(".by").evaluate(colour) != quiet,
+            )
+            for item in items
+        ]
+
+    assert moved() == [("+0.400", "better", True), ("\N{MINUS SIGN}0.100", "worse", True)]
+    page.select_option("#across", label="brightness · before")
+    page.select_option("#up", label="brightness · after")
+    # More brightness is not better: a word, but no colour of praise or warning.
+    assert moved() == [("+0.300", "brighter", False), ("\N{MINUS SIGN}0.200", "darker", False)]
+    made.check_access()
+    made.close()
+
+
+def test_equal_scores(browser: Browser, tmp_path: Path) -> None:
+    names = ("same", "two", "beyond")
+    records = [
+        Record(save(tmp_path / f"{number}.png", number), 96, 64, dict(zip(names, (0.834, number // 2, 7), strict=True)))
+        for number in range(4)
+    ]
+    table = write_scores(tmp_path / "s.csv", records, dict.fromkeys(names, False))
+    page = write_report(table, tmp_path / "r.html", maps=False).path
+    made = Opened(browser, page)
+    ends = [chart.locator(".ends > span").all_inner_texts() for chart in made.page.locator(".histogram").all()]
+    # A chart of one value is as wide as the score's range, which is 0 to 1; a score beyond it has a chart around it.
+    assert ends == [["0.000", "1.000"], ["0.000", "1.000"], ["6.500", "7.500"]]
+    made.page.locator("#cards button").first.click()
+    ranks = made.page.locator("#profile .rank").all_inner_texts()
+    assert ranks == ["equal to all others", "better than 17 % of the others", "equal to all others"]
+    made.close()
+    # A change that all images share is within what a change can be.
+    records = [replace(record, scores={**record.scores, "same": 0.134}) for record in records]
+    later = write_scores(tmp_path / "later.csv", records, dict.fromkeys(names, False))
+    made = Opened(browser, write_report(table, tmp_path / "c.html", later, maps=False).path)
+    first = made.page.locator(".histogram").first.locator(".ends > span")
+    assert first.all_inner_texts() == ["\N{MINUS SIGN}1.000", "1.000"]
+    made.close()
+
+
+def test_an_image_too_small_to_score_is_not_called_unreadable(browser: Browser, tmp_path: Path) -> None:
+    records = [Record(save(tmp_path / "fine.png", 1), 96, 64, {"a": 0.5})]
+    small = save(tmp_path / "small.png", 2, (16, 16))
+    records.append(Record(small, error="small.png is 16x16 pixels; the smallest that can be scored is 32x32"))
+    table = write_scores(tmp_path / "s.csv", records, {"a": False})
+    made = Opened(browser, write_report(table, tmp_path / "r.html", maps=False).path)
+    card = made.page.locator("#cards button", has_text="small.png")
+    assert card.locator(".missing").inner_text() == "no score"
+    card.click()
+    assert "the smallest that can be scored is 32x32" in made.page.locator("#picture-error").inner_text()
+    made.close()
+
+
+def test_menus_group_the_attributes_of_a_metric(browser: Browser, tmp_path: Path) -> None:
+    names = ("m:look.quality", "m:look.brightness", "piqe")
+    table = write_attributes(tmp_path / "s.csv", [dict.fromkeys(names, number / 9) for number in range(9)])
     made = Opened(browser, write_report(table, tmp_path / "r.html", maps=False).path, color_scheme="dark")
     for menu in ("#sort", "#across"):
         group = made.page.locator(f"{menu} optgroup")

@@ -43,3 +43,16 @@ def comparatives(pairs: Sequence[Pair] = (), lower_better: bool = False) -> Pair
     more = f" (+{len(pairs) - 1})" if len(pairs) > 1 else ""
     high, low = (f"closer to {text + more!r}" for text in pairs[0])
     return high, low
+
+
+def opposite(more: str) -> str:
+    """Return what an image with a lower score is, given what one with a higher score is.
+
+    Args:
+        more: the first of two `comparatives`.
+
+    Example:
+        >>> opposite("brighter"), opposite("closer to 'Happy photo.'")
+        ('darker', "further from 'Happy photo.'")
+    """
+    return dict(_WORDS.values()).get(more, f"further from {more.removeprefix('closer to ')}")

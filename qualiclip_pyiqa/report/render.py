@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import visible
+from ..metrics.words import opposite
 from ..optional import require
 from .findings import DUPLICATE_BITS, OUTLIER_COUNT, OUTLIER_Z
 from .maps import PageMap
 from .previews import Preview, preview_suffix
+from .settings import shown_settings
 from .sheet import CHANGE, Column, Sheet, common_prefix
 from .text import page_json, visible_values
 
@@ -107,7 +109,8 @@ def render(page: Page) -> Iterator[str]:
             if row.error is not None
         ],
         settings=[
-            (name, visible_values(run.meta)) for name, run in zip(page.sheet.names, page.sheet.runs, strict=True)
+            (name, visible_values(shown_settings(run)))
+            for name, run in zip(page.sheet.names, page.sheet.runs, strict=True)
         ],
         notes=page.notes,
         compared=len(page.sheet.runs) == 2,
@@ -196,13 +199,15 @@ def _data(page: Page, slots: Mapping[int, int]) -> dict[str, Any]:
 
 
 def _column(sheet: Sheet, column: Column) -> dict[str, Any]:
+    more = sheet.runs[column.run or 0].comparative(column.source)
     return {
         "name": column.name,
         "shown": visible(column.name),
         "label": visible(column.label),
         **_grouped(sheet, column),
         "lowerBetter": column.lower_better,
-        "more": sheet.runs[column.run or 0].comparative(column.source),
+        "more": more,
+        "less": opposite(more),
         "run": column.run,
         "limits": column.limits,
     }
@@ -213,8 +218,9 @@ def _grouped(sheet: Sheet, column: Column) -> dict[str, str]:
     metric, attribute = sheet.runs[column.run or 0].metric_of(column.source)
     if attribute is None:
         return {"group": "", "option": visible(column.name)}
-    of_run = "" if len(sheet.runs) == 1 else f" ({CHANGE if column.run is None else sheet.names[column.run]})"
-    return {"group": visible(metric + of_run), "option": visible(attribute)}
+    if len(sheet.runs) > 1:  # a closed menu shows the option alone, so that this has to tell the runs apart
+        attribute += f" · {CHANGE if column.run is None else sheet.names[column.run]}"
+    return {"group": visible(metric), "option": visible(attribute)}
 
 
 def _type() -> str:

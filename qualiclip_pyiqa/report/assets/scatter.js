@@ -66,10 +66,13 @@ function showMoved() {
       : `Largest shifts of rank, from ${across.label} to ${up.label}, in percent of the table.`;
   byId("moved").replaceChildren(
     ...moved.slice(0, MOVED).map(([row, by]) => {
-      const better = pair && up.lowerBetter ? by < 0 : by > 0;
+      const higher = pair && up.lowerBetter ? by < 0 : by > 0;
+      const meaning = higher ? up.more : up.less;
       const words = pair ? signedText(by) : `${by > 0 ? "+" : "−"}${Math.abs(100 * by).toFixed(0)} %`;
-      const from = `${scoreText(valueOf(scatter.across, row))} → ${scoreText(valueOf(scatter.up, row))}`;
-      const label = element("span", { className: `by ${better ? "better" : "worse"}`, textContent: words });
+      const from = `${scoreText(valueOf(scatter.across, row))} → ${scoreText(valueOf(scatter.up, row))}${pair ? ` · ${meaning}` : ""}`;
+      // What describes an image, such as its brightness, has a word for each side and no colour.
+      const judged = up.more === "better" && across.more === "better" ? ` ${meaning}` : "";
+      const label = element("span", { className: `by${judged}`, textContent: words });
       return element("li", {}, pictureButton(row, label, element("div", { className: "from", textContent: from })));
     }),
   );
