@@ -39,6 +39,10 @@ CJK_FONTS = (
 )
 
 
+# Formats of figures, by suffix: matplotlib knows more, of which some need TeX and some have no header.
+FORMATS = ("png", "svg", "pdf", "jpg", "webp")
+
+
 def _matplotlib(module: str) -> Any:
     return require(f"matplotlib.{module}", "plots", "a plot")
 
@@ -47,12 +51,13 @@ def check_figure(path: Path) -> None:
     """Check that a plot can be written to a path, before there is anything to draw.
 
     Raises:
-        SettingsError: matplotlib is not installed, or cannot write files of that suffix.
+        SettingsError: matplotlib is not installed, or the suffix is none of FORMATS that it can write.
     """
     require("matplotlib", "plots", "a plot")
-    known = _matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise SettingsError(f"{path} cannot be written; expected a suffix of {', '.join(sorted(known))}")
+    able = _matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes()
+    known = [f".{each}" for each in FORMATS if each in able]
+    if path.suffix.lower() not in known:
+        raise SettingsError(f"{path} cannot be written; expected a suffix of {', '.join(known)}")
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
@@ -76,8 +81,10 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure in the format of the path's suffix, whole or not at all.
 
     Raises:
+        SettingsError: as `check_figure`.
         OSError: the file cannot be written.
     """
+    check_figure(path)
     finish_figure(figure)
     with writing(path), replacing(path) as part:
         figure.savefig(part, dpi=110, format=path.suffix[1:].lower(), bbox_inches="tight")

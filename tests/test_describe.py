@@ -183,6 +183,13 @@ def test_a_table_without_these_scores_is_refused(table: Path, capsys: pytest.Cap
     assert said.count("\n") == 1
 
 
+def test_a_refused_table_is_not_called_small(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert describe(PHOTO, "--against", table, "-m", "qualiclip-mini:sharpness") == 2
+    assert not caplog.records
+    assert describe(PHOTO, "--against", table, "-m", "qualiclip-mini") == 0
+    assert any("so few" in record.getMessage() for record in caplog.records)
+
+
 def test_a_table_of_another_model_is_refused(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = tmp_path / "scores.csv"
     copied.write_bytes(table.read_bytes())
@@ -230,6 +237,7 @@ def test_several_images_are_drawn(suffix: str, tmp_path: Path, capsys: pytest.Ca
         ([PHOTO, "-o", "profile.doc"], "expected a suffix of"),
         ([PHOTO] * 25 + ["-o", "profile.png"], "25 images; -o draws at most 24"),
         ([PHOTO, "--against", "none.csv"], "none.csv"),
+        ([PHOTO, "--against", "nothere/"], "nothere cannot be read (No such file or directory); expected a table"),
         ([PHOTO, "-m", "qualiclip-mini:lok"], "did you mean 'look'"),
     ],
 )
@@ -272,14 +280,14 @@ def test_figures_show_scores_without_a_reference_too(tmp_path: Path) -> None:
 def test_what_makes_a_reference_weak_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = tmp_path / "scores.csv"
     table.write_text("path,width,height,qualiclip-mini,error\na.png,64,64,0.5,\nb.png,64,64,0.6,\n")
-    TableReference(table)
+    TableReference(table).check({"qualiclip-mini": {}})
     said = [record.getMessage() for record in caplog.records]
     assert any("scores.csv.meta.json" in line and "is not known" in line for line in said)
     assert any("scores.csv has 2 images: percentiles of so few" in line for line in said)
     rows = "".join(f"{number}.png,64,64,0.{number:03},\n" for number in range(100))
     table.write_text(f"path,width,height,qualiclip-mini,error\n{rows}")
     caplog.clear()
-    TableReference(table)
+    TableReference(table).check({"qualiclip-mini": {}})
     assert not any("so few" in record.getMessage() for record in caplog.records)
 
 

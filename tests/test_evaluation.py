@@ -854,6 +854,19 @@ print(matplotlib.get_backend())
     assert said.stdout.strip().lower() == "svg" and (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_plots_are_written_in_few_formats(tmp_path: Path) -> None:
+    """matplotlib's own list has formats that need TeX, and raw pixels, which nothing opens."""
+    for suffix in ("raw", "rgba", "pgf", "ps", "PGF", ""):
+        path = tmp_path / f"p.{suffix}"
+        for write in (figures.check_figure, lambda path: plots.scatter(path, {"m": range(6)}, range(6), {"m": ""})):
+            with pytest.raises(SettingsError, match=r"expected a suffix of \.png, \.svg, \.pdf, \.jpg"):
+                write(path)
+    assert not list(tmp_path.iterdir())
+    for suffix in figures.FORMATS:
+        plots.scatter(tmp_path / f"p.{suffix}", {"m": range(6)}, range(6), {"m": ""})
+        assert (tmp_path / f"p.{suffix}").stat().st_size > 1000
+
+
 def test_a_plot_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Any, part: Path, **_: object) -> None:
         part.write_bytes(b"half")

@@ -18,7 +18,7 @@ from qualiclip_pyiqa import BlindMetric, ImageError, OpenQualiCLIP, QualityMap, 
 from qualiclip_pyiqa.explain import local
 from qualiclip_pyiqa.explain.contributions import contributions, logit_directions
 from qualiclip_pyiqa.explain.mapper import Mapper
-from qualiclip_pyiqa.explain.quality_map import scale_of
+from qualiclip_pyiqa.explain.quality_map import KINDS, scale_of
 from qualiclip_pyiqa.towers.mobile import MobileTower
 from qualiclip_pyiqa.towers.statistics import ENERGIES, log_energies, moments
 
@@ -305,6 +305,7 @@ def test_wrong_settings_are_one_line(arguments: dict, message: str, look: OpenQu
 
 
 def test_kinds_that_a_metric_lacks_are_one_line(families_folder: Path, look: OpenQualiCLIP) -> None:
+    pytest.importorskip("captum")
     x = upstream.pictures(1, 64, 64)
     cases = [
         (look, "contributions", "MobileTower"),
@@ -318,7 +319,15 @@ def test_kinds_that_a_metric_lacks_are_one_line(families_folder: Path, look: Ope
     for metric, kind, message in cases:
         with pytest.raises(SettingsError, match=message) as caught:
             Mapper(metric, kind).maps(x)
-        assert "kinds that work" in str(caught.value) and "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+        named = str(caught.value).partition("kinds that work: ")[2].split(", ")
+        assert kind not in named and named[-1] == "occlusion"
+        for other in KINDS:  # all that are named work, and no others
+            if other in named:
+                Mapper(metric, other, metric.attributes[:1]).maps(x)
+            else:
+                with pytest.raises(SettingsError, match="is not defined for"):
+                    Mapper(metric, other, metric.attributes[:1]).maps(x)
     with pytest.raises(SettingsError, match="2 metrics were given"):
         Mapper(["qualiclip-mini", "qualiclip-mini+"])
     with pytest.raises(SettingsError, match="pass attribute=NAME"):
@@ -344,6 +353,22 @@ def test_missing_captum_is_one_line(look: OpenQualiCLIP, monkeypatch: pytest.Mon
     for kind in ("occlusion", "gradcam"):
         with pytest.raises(SettingsError, match=r"needs captum: pip install \"qualiclip-pyiqa\[explain\]\""):
             Mapper(look, kind).maps(upstream.pictures(1, 64, 64))
+
+
+def test_one_image_of_a_batch_is_mapped_and_drawn(look: OpenQualiCLIP) -> None:
+    x = upstream.pictures(2, 64, 96)
+    found = quality_map(x[:1], look, attribute="sharpness")
+    assert np.array_equal(found.values, quality_map(x[0], look, attribute="sharpness").values)
+    with pytest.raises(ImageError, match="tensor has 2 images; expected one"):
+        quality_map(x, look, attribute="sharpness")
+    pytest.importorskip("matplotlib")
+    assert found.figure(x[:1]).axes
+
+
+def test_a_map_s_repr_is_one_short_line(look: OpenQualiCLIP) -> None:
+    said = repr(quality_map(upstream.pictures(1, 640, 640)[0], look, attribute="sharpness"))
+    assert "sharpness" in said and "20x20 places" in said and "array" not in said
+    assert "\n" not in said and len(said) < 200
 
 
 def test_figures_show_images_maps_and_scales(look: OpenQualiCLIP) -> None:

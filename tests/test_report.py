@@ -298,6 +298,8 @@ def test_the_sets_of_a_prompt_file_are_scored_and_mapped(tmp_path: Path, capsys:
         ("report s.csv -o r.html --ignore-profile", "--ignore-profile has no effect"),
         ("report s.csv -o r.html --maps", "unknown metric 'a'"),
         ("report empty -o r.html", "no images in empty"),
+        ("report nothere/ -o r.html", "nothere does not exist; expected a folder of images, or a table of scores"),
+        ("report s.csv nothere -o r.html", "nothere does not exist"),
     ],
 )
 def test_bad_input_gets_one_line(

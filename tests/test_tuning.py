@@ -394,11 +394,20 @@ def test_pyiqas_own_class_takes_the_result(
         ("image,mos\n0.png,3\n1.png,2\n", ["-m", "clipiqa"], "clipiqa has fixed prompts"),
         ("image,mos\n0.png,3\n1.png,2\n", ["--batch", "0"], "batch is 0"),
         ("image,one,two\n0.png,3,1\n", [], "pass --mos-column"),
+        ("image,mos\n0.png,3\n1.png,2\n", ["--tracker", "wand"], "tracker is 'wand'; expected one of tensorboard"),
+        ("image,mos\n0.png,3\n1.png,2\n", ["--tracker", "wandb"], "wandb needs wandb: pip install wandb"),
     ],
 )
 def test_wrong_command_lines(
-    table: str, options: list[str], said: str, rated_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: str,
+    options: list[str],
+    said: str,
+    rated_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
     (tmp_path / "scores.csv").write_text(table)
     arguments = ["tune", "-m", "clipiqa+", "--ratings", str(tmp_path / "scores.csv"), "--images", str(rated_folder)]
     assert cli.main([*arguments, "--out", str(tmp_path / "run"), *options]) == 2

@@ -48,7 +48,9 @@ def add_parser(commands: Commands) -> None:
         "photographs of their training set)",
     )
     parser.add_argument("--json", action="store_true", help="print the profiles as JSON")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the profiles: .png, .svg or .pdf")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="draw the profiles: .png, .svg, .pdf, .jpg, .webp"
+    )
     add_force_option(parser)
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
     add_read_options(parser)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..errors import ImageError
 from ..images.convert import source_name
 from ..screen import Screen, loading
 from . import (
@@ -18,7 +21,14 @@ from . import (
     chosen_metrics,
     put,
     read_options,
+    say,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..explain.mapper import Mapper
+    from ..explain.quality_map import QualityMap
 
 
 def add_parser(commands: Commands) -> None:
@@ -26,8 +36,9 @@ def add_parser(commands: Commands) -> None:
         "explain",
         help="draw which places of an image are good or bad",
         description="Map an image's quality by one or more metrics: draw the image, and each map over it with its "
-        "score and scale, and print how the map relates to the score. `qualiclip score --maps DIR` maps every image of "
-        "a folder. docs/maps.md says which map finds what.",
+        "score and scale, and print the drawing's name, the scores, and once how the maps relate to them. `qualiclip "
+        "score --maps DIR` maps every image of a folder. docs/maps.md says which map finds what. "
+        "Exit status: 0 all were drawn, 1 some were not, 2 wrong usage.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("path", metavar="IMAGE", nargs="+", help="file of an image")
@@ -50,7 +61,13 @@ def add_parser(commands: Commands) -> None:
         "values)",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="file of the drawing, such as map.png"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file of the drawing, such as map.png (or .svg, .pdf, .jpg, .webp); for several images, map-1.png, "
+        "map-2.png and so on, in their order",
     )
     add_force_option(parser)
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
@@ -79,22 +96,59 @@ def run(arguments: argparse.Namespace) -> int:
             Mapper({name: metric}, arguments.kind, arguments.attribute, arguments.device)
             for name, metric in metrics.items()
         ]
+    said: set[str] = set()
+    failed = 0
     with tqdm(total=len(outputs), unit="image", file=Screen(), disable=None) as bar:
         for path, output in zip(arguments.path, outputs, strict=True):
-            rgb = load_image(path, **reading)
-            total = sum(mapper.passes(rgb.shape[1], rgb.shape[2]) for mapper in mappers)
-            hidden = True if total == len(mappers) else None  # one pass each is no wait
-            with tqdm(total=total, unit="pass", leave=False, file=Screen(), disable=hidden) as passes:
-                maps = [each for mapper in mappers for each in mapper.maps(rgb[None], passes.update)[0]]
-            if scale is not None:
-                maps = [each.scaled(*scale) for each in maps]
-            save_figure(draw_maps(rgb, maps, title=source_name(path)), output)
-            bar.update()
-            for each in maps:
-                line = f"{source_name(path)}  {each.metric}  {each.attribute}  {each.score:.4f}  {each.relation}"
+            try:
+                rgb = load_image(path, **reading)
+                maps = _maps(mappers, rgb)
+            except ImageError as error:
+                failed += 1
                 with tqdm.external_write_mode(file=Screen()):
-                    put(line)
-    return 0
+                    say(f"qualiclip: {error}")
+            else:
+                if scale is not None:
+                    maps = [each.scaled(*scale) for each in maps]
+                save_figure(draw_maps(rgb, maps, title=source_name(path)), output)
+                with tqdm.external_write_mode(file=Screen()):
+                    put(f"{source_name(path)}  {source_name(output)}")
+                    put("\n".join(f"  {line}" for line in _lines(mappers, maps, said)))
+            bar.update()
+    return int(failed > 0)
+
+
+def _maps(mappers: Sequence[Mapper], rgb: Tensor) -> list[QualityMap]:
+    """Map an image (3, H, W) by every metric, with a progress bar if it takes many passes."""
+    from tqdm import tqdm
+
+    total = sum(mapper.passes(rgb.shape[1], rgb.shape[2]) for mapper in mappers)
+    hidden = True if total == len(mappers) else None  # one pass each is no wait
+    with tqdm(total=total, unit="pass", leave=False, file=Screen(), disable=hidden) as passes:
+        return [each for mapper in mappers for each in mapper.maps(rgb[None], passes.update)[0]]
+
+
+def _lines(mappers: Sequence[Mapper], maps: Sequence[QualityMap], said: set[str]) -> Iterator[str]:
+    """Format the scores of an image, and what is new about its maps; `said` are the relations of earlier images."""
+    from ..metrics.base import BlindMetric
+    from ..report.reference import shipped_reference
+
+    relations: dict[str, list[str]] = {}
+    for each in maps:
+        name = f"{source_name(each.metric)}  {source_name(each.attribute)}"
+        yield f"{name}  {each.score:.4f}"
+        relations.setdefault(each.relation, []).append(source_name(each.attribute))
+    for relation, attributes in relations.items():
+        if relation not in said:
+            yield f"{', '.join(dict.fromkeys(attributes))}: {relation}"
+    said.update(relations)
+    height, width = maps[0].size
+    for mapper in mappers:
+        described = mapper.network.describe() if isinstance(mapper.network, BlindMetric) else {}
+        sides = shipped_reference().fitted_sides(described)
+        note = None if sides is None else sides.map_note(width, height)
+        if note is not None:
+            yield f"{source_name(mapper.metric)}: {note}"
 
 
 def numbered(output: Path, count: int) -> list[Path]:

@@ -41,6 +41,14 @@ class Maps:
                 f"{self.folder.path(there)} exists already; pass --force to replace maps, or choose another folder"
             )
 
+    def complete(self, name: str) -> None:
+        """Draw what an earlier run left out: the maps of an image, or its row of the index."""
+        drawing = self.folder.path(name)
+        if drawing.exists():
+            self.folder.index.add(name, drawing)
+        else:
+            self.write(name)
+
     def write(self, name: str) -> None:
         """Draw the maps of an image that was scored."""
         try:
@@ -56,11 +64,13 @@ class Maps:
 
 def maps_of(arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], sources: Sources) -> Maps:
     """Return the folder of `--maps`, with mappers of all metrics."""
-    from ..explain.folder import MapFolder
+    from ..explain.folder import INDEX, MapFolder
     from ..explain.mapper import Mapper
     from ..explain.quality_map import check_scale
 
     scale = None if arguments.map_range is None else check_scale(*arguments.map_range)
+    if arguments.output is not None and arguments.output.resolve() == (arguments.maps / INDEX).resolve():
+        raise SettingsError(f"{arguments.output} is the index of --maps {arguments.maps}; choose another name")
     device = arguments.device.split(",")[0] if arguments.device else None
     reading = read_options(arguments, READ_RULES)
     mappers = [Mapper({name: each}, device=device) for name, each in metrics.items()]

@@ -83,7 +83,10 @@ def add_parser(commands: Commands) -> None:
     add_metric_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".csv, .jsonl or .parquet (default: stdout)")
     parser.add_argument(
-        "--maps", type=Path, metavar="DIR", help="also draw the quality maps of every image to a folder, see explain"
+        "--maps",
+        type=Path,
+        metavar="DIR",
+        help="also draw the quality maps of every image to a folder, and maps.csv, which names the map of each path",
     )
     parser.add_argument(
         "--map-range",
@@ -211,7 +214,7 @@ def _fill(
     for record in table.rows():
         done.add(table.key(record.path))
         summary.add(record)
-        if maps is not None and record.error is None and not maps.folder.path(record.path or "").exists():
+        if maps is not None and record.error is None:
             unmapped.append(record.path or "")
 
     errors = {
@@ -241,7 +244,7 @@ def _fill(
             bar.update()
     for name in unmapped:
         assert maps is not None
-        maps.write(name)
+        maps.complete(name)
 
 
 def _scored(scorer: Scorer, files: Mapping[str, ParquetImages], names: Iterable[str]) -> Iterator[Record]:

@@ -75,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from ..training.trackers import check_trackers
+
+    trackers = check_trackers(arguments.tracker or ())
+
     from ..training.recipes import RECIPES, default_recipe, fresh_network
     from ..training.tuning import tune
 
@@ -97,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe,
         validation=arguments.validation,
         mos_range=None if arguments.mos_range is None else tuple(arguments.mos_range),
-        trackers=arguments.tracker or (),
+        trackers=trackers,
     )
     put(path)
     return 0

@@ -29,7 +29,7 @@ def contributions(metric: BlindMetric, rgb: Tensor, columns: Sequence[int]) -> F
         found = metric.tower.shares(rgb, logit_directions(metric)[list(columns)])
     if found is None or not isinstance(metric, PromptIQA):
         what = f"{metric.model_type} on {type(metric.tower).__name__}, which is no CLIP ResNet or vision transformer"
-        raise no_such_map("contributions", what, "local (embedded models and most CLIP towers), occlusion")
+        raise no_such_map("contributions", what, metric)
     pairs = [int(metric.membership[:, column].sum()) for column in columns]
     sums, rest = found.places.sum(dim=2), found.rest
     approximate = isinstance(metric.tower, ViTTower) and not metric.tower.averages

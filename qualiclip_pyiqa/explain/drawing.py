@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from ..errors import SettingsError
 from ..figures import drawable, finish_figure, new_figure
 from ..images.convert import source_name
-from ..images.tensors import Source, load_image
-from .quality_map import QualityMap
+from ..images.tensors import Source
+from .quality_map import QualityMap, one_image
 
 LONGEST = 1000  # pixels, the longest side of an image in a figure
 COLUMNS = 4  # panels beside each other, at most
 WIDTH = 4.2  # inches of a panel
+LINE = 58  # characters of the text below a panel that fit into its width
 # Perceptually uniform, and from dark to light in the direction of better; diverging maps are neutral at zero.
 COLOURS, DIVERGING = "viridis", "PuOr"
 OPACITY = 0.62  # of a map over the image, which is drawn in grey below it
@@ -35,7 +36,7 @@ def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> A
     """Draw an image, and beside it each of its maps over the image in grey, with score, colour bar and meaning.
 
     Args:
-        picture: the image, anything that `load_image` takes.
+        picture: the image, as for `quality_map`.
         maps: of this image.
         title: of the image's panel.
 
@@ -48,7 +49,7 @@ def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> A
     """
     if not maps:
         raise SettingsError("there is no map to draw; expected at least one")
-    rgb = load_image(picture)
+    rgb = one_image(picture)[0]
     size = rgb.shape[1], rgb.shape[2]
     for each in maps:
         if each.size != size:
@@ -62,7 +63,7 @@ def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> A
     columns = min(COLUMNS, 1 + len(maps))
     rows = -(-(1 + len(maps)) // columns)
     tall = min(1.8, max(0.45, size[0] / size[1]))
-    figure, axes = new_figure(rows, columns, (WIDTH * columns, (WIDTH * tall + 1.25) * rows))
+    figure, axes = new_figure(rows, columns, (WIDTH * columns, (WIDTH * tall + 1.4) * rows))
     panels = list(axes.flat)
     panels[0].imshow(pixels)
     name = title or (source_name(picture) if isinstance(picture, str) else "image")
@@ -111,7 +112,7 @@ def _draw_map(figure: Any, axis: Any, grey: NDArray[np.float32], found: QualityM
     extend = ("both" if above else "min") if below else ("max" if above else "neither")
     bar = figure.colorbar(drawn, ax=axis, extend=extend, **BAR_PLACE)
     more, less = ("raises", "lowers") if found.diverging else found.comparatives
-    bar.set_label(f"\N{LEFTWARDS ARROW} {less}   {BARS[found.kind]}   {more} \N{RIGHTWARDS ARROW}", fontsize=8.5)
+    bar.set_label(_bar_label(less, BARS[found.kind], more), fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_linewidth(0.4)
 
@@ -122,4 +123,14 @@ def _shortened(text: str, most: int = 46) -> str:
 
 
 def _lines(text: str) -> str:
-    return "\n".join(textwrap.wrap(drawable(text), 58))
+    return "\n".join(textwrap.wrap(drawable(text), LINE))
+
+
+def _bar_label(less: str, values: str, more: str) -> str:
+    """Join what the values are and what their ends mean: in one line if it fits below a panel, else in two or more."""
+    left, right = drawable(f"\N{LEFTWARDS ARROW} {less}"), drawable(f"{more} \N{RIGHTWARDS ARROW}")
+    if len(line := f"{left}   {values}   {right}") <= LINE:
+        return line
+    if len(line := f"{left}   {right}") <= LINE:
+        return f"{values}\n{line}"
+    return "\n".join(map(_lines, (left, values, right)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from ..images.convert import source_name
 from ..images.identity import image_key
 from ..images.tensors import Source, load_image
 from .drawing import draw_maps
+from .index import MapIndex
 from .mapper import Mapper
 from .quality_map import QualityMap, check_scale
 
+INDEX = "maps.csv"
+
 
 class MapFolder:
-    """Draws the maps of images by some metrics to a folder, one PNG file for each image.
+    """Draws the maps of images by some metrics to a folder, one PNG file for each image, and `maps.csv` (`MapIndex`).
 
-    A file's name is the image's, without unusual characters, and a hash of its path, as equal names may come from
+    A file's name is the letters and digits of the image's, and a hash of its path, as equal names may come from
     different folders.
 
     Args:
@@ -32,7 +35,8 @@ class MapFolder:
         scale: ends of the colour bar of all maps; None: those of each map's own values.
 
     Raises:
-        SettingsError: matplotlib is not installed, `folder` is a file, or a scale whose first end is not the lower one.
+        SettingsError: matplotlib is not installed, `folder` is a file or has another `maps.csv`, or a scale whose first
+            end is not the lower one.
         OSError: the folder cannot be made.
     """
 
@@ -50,12 +54,12 @@ class MapFolder:
             raise SettingsError(f"{folder} is a file; expected a folder for the maps")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        self.index = MapIndex(folder / INDEX)
 
     def path(self, name: str) -> Path:
         """Return the file of an image's maps."""
         key = image_key(name).encode("utf-8", "surrogateescape")
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:60].strip("_-") or "image"
-        return self.folder / f"{stem}-{hashlib.sha256(key).hexdigest()[:12]}.png"
+        return self.folder / f"{safe_stem(name)}-{hashlib.sha256(key).hexdigest()[:12]}.png"
 
     def existing(self, names: Iterable[str]) -> str | None:
         """Return the first of these images whose maps exist already."""
@@ -78,4 +82,20 @@ class MapFolder:
         if self.scale is not None:
             maps = [each.scaled(*self.scale) for each in maps]
         save_figure(draw_maps(rgb, maps, title=source_name(name)), self.path(name))
+        self.index.add(name, self.path(name))
         return self.path(name)
+
+
+def safe_stem(name: str) -> str:
+    """Return the letters and digits of an image's name, in any script; all else becomes an underscore.
+
+    Example:
+        >>> safe_stem("in/Ünïcode $1 写真.png"), safe_stem("-?.png")
+        ('Ünïcode_1_写真', 'image')
+    """
+    text = unicodedata.normalize("NFC", Path(name).stem)
+    # Marks are parts of letters, in the scripts of India for example.
+    kept = (each if each == "-" or unicodedata.category(each)[0] in "LMN" else "_" for each in text)
+    words = "_".join(word for word in "".join(kept).split("_") if word)
+    # File systems limit a name to 255 bytes.
+    return words[:60].encode()[:180].decode(errors="ignore").strip("_-") or "image"

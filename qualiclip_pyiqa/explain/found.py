@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..metrics.base import BlindMetric
+from ..metrics.fitted import FittedIQA
+from ..metrics.prompt_iqa import PromptIQA
+from ..towers.base import Tower
+from ..towers.mobile import MobileTower
+from ..towers.resnet import ResNetTower
+from ..towers.vit import ViTTower
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,34 @@ class Found:
     relation: Callable[[int, int], str]
 
 
-def no_such_map(kind: str, what: str, others: str) -> SettingsError:
-    """Return the error for a kind of map that a metric does not have."""
-    return SettingsError(f"a map of kind {kind!r} is not defined for {what}; kinds that work: {others}")
+def no_such_map(kind: str, what: str, metric: nn.Module) -> SettingsError:
+    """Return the error for a kind of map that a metric does not have, with the kinds that it has."""
+    kinds = ", ".join(kinds_of(metric))
+    return SettingsError(f"a map of kind {kind!r} is not defined for {what}; kinds that work: {kinds}")
+
+
+@torch.no_grad()
+def kinds_of(metric: nn.Module) -> list[str]:
+    """Return the kinds of map that a metric has: its tower is asked for the maps of a small image."""
+    kinds = []
+    if isinstance(metric, BlindMetric) and metric.tile is None:
+        tower = metric.tower
+        mobile = isinstance(tower, MobileTower) and isinstance(metric, PromptIQA | FittedIQA)
+        places = shares = None
+        if isinstance(metric, PromptIQA) and isinstance(tower, Tower):
+            text = metric.prompt_features
+            rgb = metric.prepare(torch.zeros(1, 3, 64, 64)).to(text.device)
+            places, shares = tower.place_features(rgb), tower.shares(rgb, torch.zeros_like(text[:1]))
+        if mobile or places is not None:
+            kinds.append("local")
+        if shares is not None:
+            kinds.append("contributions")
+        if isinstance(tower, MobileTower | ResNetTower | ViTTower):
+            kinds.append("gradcam")
+    return [*kinds, "occlusion"]
 
 
 def refuse_tile(kind: str, metric: BlindMetric) -> None:
     """Raise SettingsError for a metric that averages over windows of its own."""
     if metric.tile is not None:
-        raise no_such_map(kind, f"a metric with tile={metric.tile}", "occlusion")
+        raise no_such_map(kind, f"a metric with tile={metric.tile}", metric)

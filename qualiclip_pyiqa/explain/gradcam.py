@@ -36,7 +36,7 @@ def grad_cam(metric: BlindMetric, rgb: Tensor, columns: Sequence[int]) -> Found:
         network = before = BeforeLastBlock(metric, tower)
         layer, step = before.tokens, tower.patch[0]
     else:
-        raise no_such_map("gradcam", f"{metric.model_type} on {type(tower).__name__}", "occlusion")
+        raise no_such_map("gradcam", f"{metric.model_type} on {type(tower).__name__}", metric)
     with torch.enable_grad():
         scores: Tensor = network(rgb).detach()[:, list(columns)]
         maps = []

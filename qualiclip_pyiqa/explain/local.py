@@ -25,7 +25,7 @@ def local_scores(metric: BlindMetric, rgb: Tensor, columns: Sequence[int]) -> Fo
         return _by_windows(metric, metric.tower, rgb, list(columns))
     if isinstance(metric.tower, Tower) and isinstance(metric, PromptIQA):
         return _by_features(metric, metric.tower, rgb, list(columns))
-    raise no_such_map("local", f"{metric.model_type} on {type(metric.tower).__name__}", "occlusion")
+    raise no_such_map("local", f"{metric.model_type} on {type(metric.tower).__name__}", metric)
 
 
 def _by_windows(metric: PromptIQA | FittedIQA, tower: MobileTower, rgb: Tensor, columns: list[int]) -> Found:
@@ -77,7 +77,7 @@ def _by_features(metric: PromptIQA, tower: Tower, rgb: Tensor, columns: list[int
     found = tower.place_features(rgb)
     if found is None:
         what = f"{metric.model_type}, whose tower pools places in a way that gives none of them a feature of its own"
-        raise no_such_map("local", what, "occlusion")
+        raise no_such_map("local", what, metric)
     values = metric.rate(found.places.flatten(0, 1))[:, columns].unflatten(0, found.places.shape[:2])  # (N, L, A)
     values = values.transpose(1, 2).unflatten(2, found.grid)
     means = values.mean(dim=(2, 3))

@@ -45,6 +45,7 @@ class Mapper:
         metric: name of the metric.
         attributes: names of the mapped attributes, in the order of the maps.
         kind: of the maps.
+        network: the metric.
 
     Raises:
         SettingsError: an unknown metric, kind, attribute or device, or a kind that this metric does not have.
@@ -74,7 +75,7 @@ class Mapper:
             raise SettingsError(f"{self.metric} is an exported file, which has no maps; use the metric itself")
         self.kind = kind or ("occlusion" if network is None else "local")
         if network is None and self.kind != "occlusion":
-            raise no_such_map(self.kind, f"{self.metric}, a metric of another package", "occlusion")
+            raise no_such_map(self.kind, f"{self.metric}, a metric of another package", built)
         known = ("quality",) if network is None else network.attributes
         self.attributes = tuple(known if attributes is None else attributes)
         for name in self.attributes:
@@ -85,13 +86,13 @@ class Mapper:
                 )
         if not self.attributes:
             raise SettingsError(f"attributes is empty; expected some of {', '.join(known)}")
-        self._network = built if network is None else network
+        self.network = built if network is None else network
         self._columns = [known.index(name) for name in self.attributes]
         prompts = getattr(network, "prompts", None)
         groups = {} if prompts is None else dict(prompts.groups)
         self._pairs: list[tuple[Pair, ...]] = [groups.get(name, ()) for name in self.attributes]
         self._sign = -1 if lower_is_better(built) else 1
-        self.device = _device_of(self._network)
+        self.device = _device_of(self.network)
 
     def passes(self, height: int, width: int) -> int:
         """Count the passes of the network that an image of this size takes; more than one for occlusion only."""
@@ -111,7 +112,7 @@ class Mapper:
             ImageError: wrong type, shape or dtype, or images smaller than 32x32 pixels.
             SettingsError: the metric has no maps of this kind, or the kind needs a package that is not installed.
         """
-        network = self._network
+        network = self.network
         images = network.prepare(rgb) if isinstance(network, BlindMetric) else check_batch(rgb).float()
         if self.kind == "occlusion":
             found = occlusion(network, images.to(self.device), self._columns, tick)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SettingsError
+from ..errors import ImageError, SettingsError
 from ..metrics.prompts import Pair
 from ..metrics.registry import DEFAULT_METRIC
 from ..metrics.words import BETTER
@@ -55,6 +55,14 @@ class QualityMap:
     relation: str
     comparatives: Pair = BETTER
 
+    def __repr__(self) -> str:
+        rows, columns = self.values.shape
+        return (
+            f"QualityMap({self.attribute} by {self.metric}, {self.kind}, {rows}x{columns} places of an image "
+            f"{self.size[0]}x{self.size[1]}, values {self.values.min():.4g} to {self.values.max():.4g}, "
+            f"score {self.score:.4g})"
+        )
+
     @property
     def diverging(self) -> bool:
         """Whether zero is a value's middle: above it a place raises the score, below it lowers it."""
@@ -82,7 +90,7 @@ class QualityMap:
         """Draw the image, the map over it and the map's scale; see `explain.drawing.draw_maps`.
 
         Args:
-            picture: the image, anything that `load_image` takes.
+            picture: the image, as for `quality_map`.
 
         Returns:
             A matplotlib Figure.
@@ -113,7 +121,7 @@ def quality_map(
     """Map one image's quality. For several images, attributes or metrics, use `explain.mapper.Mapper`.
 
     Args:
-        picture: anything that `load_image` takes.
+        picture: anything that `load_image` takes, or a tensor (1, C, H, W).
         metric: name or file of a metric, a metric of pyiqa, or a `BlindMetric`.
         kind: "local": the score of each place's surroundings; "contributions": each place's summand of the logit;
             "gradcam" or "occlusion": how the score reacts to a place. Default: "local", or "occlusion" for other
@@ -132,7 +140,6 @@ def quality_map(
         >>> found.values.shape, found.size, found.kind
         ((24, 16), (768, 512), 'local')
     """
-    from ..images.tensors import load_image
     from .mapper import Mapper
 
     mapper = Mapper(metric, kind, None if attribute is None else [attribute], device)
@@ -141,7 +148,21 @@ def quality_map(
             f"{mapper.metric} has {len(mapper.attributes)} attributes; pass attribute=NAME, one of "
             f"{', '.join(mapper.attributes)}"
         )
-    return mapper.maps(load_image(picture).unsqueeze(0))[0][0]
+    return mapper.maps(one_image(picture))[0][0]
+
+
+def one_image(picture: Source) -> torch.Tensor:
+    """Load an image as a batch of one, (1, 3, H, W).
+
+    Raises:
+        ImageError: it cannot be read, or a tensor of several.
+    """
+    from ..images.tensors import as_batch
+
+    rgb = as_batch(picture)
+    if len(rgb) > 1:
+        raise ImageError(f"tensor has {len(rgb)} images; expected one: `Mapper.maps` takes several")
+    return rgb
 
 
 def check_scale(low: float, high: float) -> tuple[float, float]:

@@ -77,11 +77,24 @@ class Sides:
         side = max(width, height)
         if self.low / FAR <= side <= self.high * FAR:
             return None
-        usual = f"{self.low:.0f}" if round(self.low) == round(self.high) else f"{self.low:.0f} to {self.high:.0f}"
         return (
-            f"far {'smaller' if side < self.low else 'larger'} than the images of the reference (most have {usual} "
-            "pixels on their longer side): percentiles can mislead, above all those of sharpness and noise"
+            f"far {'smaller' if side < self.low else 'larger'} than the images of the reference ({self._usual}): "
+            "percentiles can mislead, above all those of sharpness and noise"
         )
+
+    def map_note(self, width: int, height: int) -> str | None:
+        """Return one line if an image is far larger than these, to which a model was fitted, else None."""
+        if max(width, height) <= self.high * FAR:
+            return None
+        return (
+            f"far larger than the photographs that the model was fitted to ({self._usual}): maps can mislead, above "
+            "all that of sharpness; in an enlarged image it can be upside down"
+        )
+
+    @property
+    def _usual(self) -> str:
+        usual = f"{self.low:.0f}" if round(self.low) == round(self.high) else f"{self.low:.0f} to {self.high:.0f}"
+        return f"most have {usual} pixels on their longer side"
 
 
 class Reference(Protocol):
@@ -128,20 +141,7 @@ class TableReference:
         self.description = f"{counted(len(scores.paths), 'image')} of {path.name}"
         sides = [max(size) for size in scores.sizes.values()]
         self.sides = Sides(*(float(each) for each in np.percentile(sides, (5, 95)))) if sides else None
-        if not self._settings:
-            logger.warning(
-                "%s has no description beside it (%s), so whether its scores are of the same model and prompts is not "
-                "known; score its images with `qualiclip score -o`",
-                path,
-                meta_path(path).name,
-            )
-        if len(scores.paths) < FEW:
-            logger.warning(
-                "%s has %s: percentiles of so few say little, and none may be unusual; better %d or more",
-                path,
-                counted(len(scores.paths), "image"),
-                FEW,
-            )
+        self._count = len(scores.paths)
 
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         shared = [column for column in columns if len(self._values.get(column, ()))]
@@ -159,6 +159,24 @@ class TableReference:
                     raise SettingsError(
                         f"{self.path} has scores of another {column}: its {what} differ; score its images again"
                     )
+        self._warn()
+
+    def _warn(self) -> None:
+        """Log what makes the reference weak."""
+        if not self._settings:
+            logger.warning(
+                "%s has no description beside it (%s), so whether its scores are of the same model and prompts is not "
+                "known; score its images with `qualiclip score -o`",
+                self.path,
+                meta_path(self.path).name,
+            )
+        if self._count < FEW:
+            logger.warning(
+                "%s has %s: percentiles of so few say little, and none may be unusual; better %d or more",
+                self.path,
+                counted(self._count, "image"),
+                FEW,
+            )
 
     def values(self, column: str, described: Mapping[str, Any], pairs: Sequence[Pair]) -> Distribution | None:
         found = self._values.get(column)
@@ -181,6 +199,14 @@ class ShippedReference:
         self._models: dict[str, Mapping[str, Sequence[float]]] = {
             model["sha256"]: model["pairs"] for model in content["models"]
         }
+
+    def fitted_sides(self, described: Mapping[str, Any]) -> Sides | None:
+        """Return how large the photographs are that a model was fitted to; None for a model that is not known.
+
+        Args:
+            described: the metric, as its `describe()` does.
+        """
+        return self.sides if (described.get("weights") or {}).get("sha256") in self._models else None
 
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         """Accept every metric: those that are not in the table have no percentiles."""

@@ -20,6 +20,7 @@ from ..scoring.building import MetricLike
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, Table, read_table
 from ..scoring.tables.meta import lower_better_of
+from ..scoring.tables.read import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ def read_run(
         SettingsError: neither a folder with images nor a table of scores; no such score in the table.
     """
     source = Path(source)
+    if not os.path.lexists(source) and source.suffix not in SUFFIXES:  # `read_table` explains a missing table
+        raise SettingsError(f"{source} does not exist; expected a folder of images, or a table of scores")
     if source.is_dir():
         return _score(source, metrics, options or {}, watch)
     if options:

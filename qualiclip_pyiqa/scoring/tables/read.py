@@ -91,6 +91,7 @@ def open_rows(path: Path) -> Rows:
     if path.suffix == ".parquet":
         return ParquetRows(path)
     if path.suffix != PART:
+        path.stat()  # of a path that does not exist, the suffix is not the fault
         check_suffix(path)
     return JsonRows(path)
 
