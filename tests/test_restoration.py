@@ -26,7 +26,7 @@ PHOTOS = ROOT / "examples" / "photos"
 def example() -> Iterator[ModuleType]:
     """`train.py`, imported as it imports its neighbours."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLE)
+        patch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
         yield importlib.import_module("train")
     for name in ("networks", "tasks", "measures", "train"):
         sys.modules.pop(name, None)
