@@ -1,9 +1,11 @@
 """Metric specs: a metric's name, optionally with prompts of the user's choice.
 
-spec    = metric | metric ":" prompts
-        | file of `qualiclip export` [":" engine], such as "model.onnx:openvino"
-metric  = name, such as "clipiqa" | file, which ends in ".safetensors"
-prompts = what `resolve_prompts` takes as a text: a set, POSITIVE/NEGATIVE, FILE.toml or FILE.toml:SET
+The grammar::
+
+    spec    = metric | metric ":" prompts
+            | file of `qualiclip export` [":" engine], such as "model.onnx:openvino"
+    metric  = name, such as "clipiqa" | file, which ends in ".safetensors"
+    prompts = what `resolve_prompts` takes as a text: a set, POSITIVE/NEGATIVE, FILE.toml or FILE.toml:SET
 """
 
 from __future__ import annotations
