@@ -122,6 +122,18 @@ def add_rating_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_map_range_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the option of one colour scale for all maps: a pair of numbers."""
+    parser.add_argument(
+        name,
+        nargs=2,
+        type=a_number,
+        metavar=("LOW", "HIGH"),
+        help="ends of the colour scale of all maps, so that drawings can be compared (default: those of each map's own "
+        "values)",
+    )
+
+
 def add_read_options(parser: argparse.ArgumentParser, timeout: int = 60, pixels: int = 89) -> None:
     """Add the options of `Scorer` for reading images; each is None unless it is given.
 

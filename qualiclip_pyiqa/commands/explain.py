@@ -13,8 +13,8 @@ from ..screen import Screen, loading
 from . import (
     READ_RULES,
     Commands,
-    a_number,
     add_force_option,
+    add_map_range_option,
     add_metric_option,
     add_read_rules,
     check_new,
@@ -52,14 +52,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--attribute", action="append", metavar="NAME", help="attribute to map; repeatable (default: all of the metric)"
     )
-    parser.add_argument(
-        "--range",
-        nargs=2,
-        type=a_number,
-        metavar=("LOW", "HIGH"),
-        help="ends of the colour scale of all maps, so that drawings can be compared (default: those of each map's own "
-        "values)",
-    )
+    add_map_range_option(parser, "--range")
     parser.add_argument(
         "-o",
         "--output",

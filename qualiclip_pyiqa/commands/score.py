@@ -25,7 +25,7 @@ from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_m
 from ..screen import Screen, loading
 from . import (
     Commands,
-    a_number,
+    add_map_range_option,
     add_metric_option,
     add_read_options,
     check_output,
@@ -88,13 +88,7 @@ def add_parser(commands: Commands) -> None:
         metavar="DIR",
         help="also draw the quality maps of every image to a folder, and maps.csv, which names the map of each path",
     )
-    parser.add_argument(
-        "--map-range",
-        nargs=2,
-        type=a_number,
-        metavar=("LOW", "HIGH"),
-        help="ends of the colour scale of all maps, so that they can be compared (default: those of each map's values)",
-    )
+    add_map_range_option(parser, "--map-range")
     parser.add_argument("--force", action="store_const", const=True, help="replace maps that exist in DIR")
     parser.add_argument("--resume", action="store_true", help="continue or extend an existing FILE")
     parser.add_argument("-0", "--null", action="store_true", help="names in the list on stdin end with NUL")

@@ -133,6 +133,12 @@ def read_photograph(path: Path) -> Tensor:
         raise ImageError(f"{error}; {LEAVE_OUT}") from None
 
 
+def random_crop(image: Tensor, size: int, rng: random.Random) -> Tensor:
+    """Cut a square at a random place of an image: (..., H, W) -> (..., size, size), a view."""
+    top, left = (rng.randint(0, side - size) for side in image.shape[-2:])
+    return image[..., top : top + size, left : left + size]
+
+
 def read_energies(paths: Sequence[Path], silent: bool = False) -> Tensor:
     """Compute `towers.mini.log_energies` of photographs as they are -> (N, ENERGIES)."""
     watched = tqdm(paths, desc="undistorted", unit="image", file=Screen(), leave=False, disable=silent or None)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import SettingsError
 from ..towers.mini import MiniTower
+from ..towers.recompute import recompute_activations as recompute_blocks
 from ..towers.timm_tower import TimmTower
 from ..towers.vit import ViTTower
 from .config import Config
@@ -45,15 +46,17 @@ def recompute_activations(tower: nn.Module, config: Config) -> None:
     Raises:
         SettingsError: the tower's normalisation statistics would count every batch twice.
     """
-    if isinstance(tower, ViTTower):
-        tower.transformer.grad_checkpointing = True  # type: ignore[assignment]
-    elif isinstance(tower, TimmTower):
-        if config.statistics and any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+    if isinstance(tower, ViTTower | TimmTower):
+        if (
+            isinstance(tower, TimmTower)
+            and config.statistics
+            and any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
+        ):
             raise SettingsError(
                 f"recompute would let {config.backbone}'s normalisation count every batch twice; "
                 "expected statistics = false"
             )
-        tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        recompute_blocks(tower)
     elif isinstance(tower, MiniTower):
         tower.stages = nn.ModuleList(Recomputed(*stage) for stage in tower.stages)  # type: ignore[misc]
     else:

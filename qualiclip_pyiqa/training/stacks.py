@@ -19,7 +19,7 @@ from ..degradations.base import LEVELS, blur
 from ..degradations.compose import degrade_all, draw_types
 from ..towers.statistics import laplacian
 from .config import Config
-from .photographs import read_photograph
+from .photographs import random_crop, read_photograph
 
 # Groups of degradations that train each prompt pair of the mini tower, in the order of its blocks; None: all. The
 # second block sees only log energies, too few values to rank both blur and noise, so it learns from blur alone.
@@ -86,12 +86,7 @@ def _camera(rng: random.Random, region: Tensor, probability: float) -> Tensor:
 
 def _two_crops(rng: random.Random, region: Tensor, size: int) -> Tensor:
     """Cut two overlapping crops at random places of a region (1, 3, H, W) -> (2, 3, size, size)."""
-    height, width = region.shape[-2:]
-    crops = []
-    for _ in range(2):
-        top, left = rng.randint(0, height - size), rng.randint(0, width - size)
-        crops.append(region[0, :, top : top + size, left : left + size])
-    return torch.stack(crops)
+    return torch.stack([random_crop(region[0], size, rng) for _ in range(2)])
 
 
 @dataclass(frozen=True)

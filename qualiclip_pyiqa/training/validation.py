@@ -21,6 +21,7 @@ from ..screen import Screen
 from ..towers.base import freeze
 from .alignment import Aligned, similarities
 from .config import Config
+from .photographs import random_crop
 
 
 @torch.no_grad()
@@ -49,11 +50,7 @@ class Validation:
     def __init__(self, photographs: Sequence[Tensor], config: Config, seed: int) -> None:
         rng = random.Random(f"validation {seed}")
         size = min(config.validation_crop, *(min(p.shape[1:]) for p in photographs))
-        crops = []
-        for photograph in photographs:
-            top, left = (rng.randint(0, side - size) for side in photograph.shape[1:])
-            crops.append(photograph[:, top : top + size, left : left + size].float() / 255)
-        pristine = torch.stack(crops)
+        pristine = torch.stack([random_crop(photograph, size, rng).float() / 255 for photograph in photographs])
         self.bank = config.bank
         self.names = [name for name in self.bank if config.type_weights.get(name, 1.0) > 0]
         self.pristine = (pristine * 255).round().to(torch.uint8)

@@ -17,7 +17,7 @@ from ...degradations.base import LEVELS
 from ...degradations.severity import severity
 from ...screen import Screen
 from ...towers.mobile import MobileTower, limited
-from ..photographs import read_photograph
+from ..photographs import random_crop, read_photograph
 from .frozen import pass_frozen
 from .heads import Head, ridge, standardisation
 
@@ -106,9 +106,7 @@ def measure_ladders(tower: MobileTower, paths: Sequence[Path], seed: int) -> lis
     ladders = []
     for path in tqdm(paths, desc="ladders", unit="photograph", file=Screen()):
         rng = random.Random(f"ladder {seed} {path.name}")
-        photograph = read_photograph(path).float() / 255
-        top, left = (rng.randint(0, side - SIDE) for side in photograph.shape[1:])
-        crop = photograph[None, :, top : top + SIDE, left : left + SIDE]
+        crop = random_crop(read_photograph(path).float() / 255, SIDE, rng)[None]
         if rng.random() < TONE:
             crop = (0.5 + (crop - 0.5) * rng.uniform(0.7, 1.1)).clamp(0, 1)
         if rng.random() < TONE:

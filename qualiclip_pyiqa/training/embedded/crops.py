@@ -20,7 +20,7 @@ from ...degradations.banks import ALL_TYPES
 from ...degradations.base import GROUP_ORDER, LEVELS
 from ...screen import Screen
 from ...towers.mobile import MobileTower
-from ..photographs import read_photograph
+from ..photographs import random_crop, read_photograph
 from ..stacks import laplacian_log_variance
 from .frozen import Passed, pass_frozen
 
@@ -59,12 +59,8 @@ class Crops:
 
 def draw_crops(photograph: Tensor, rng: random.Random) -> Tensor:
     """Cut a crop of a photograph (3, H, W) in 0..1 and degrade it -> (1 + VERSIONS, 3, SIDE, SIDE) of 8 bits."""
-    height, width = photograph.shape[1:]
-    side = min(rng.choice(REGIONS), height, width)
-    regions = []
-    for _ in range(CANDIDATES):
-        top, left = rng.randint(0, height - side), rng.randint(0, width - side)
-        regions.append(photograph[:, top : top + side, left : left + side])
+    side = min(rng.choice(REGIONS), *photograph.shape[1:])
+    regions = [random_crop(photograph, side, rng) for _ in range(CANDIDATES)]
     region = regions[int(laplacian_log_variance(torch.stack(regions)).argmax())][None]
     if rng.random() < 0.5:  # scaled down before the degradation, else after it
         region = _scaled(region)

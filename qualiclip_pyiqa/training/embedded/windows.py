@@ -38,7 +38,7 @@ from ...towers.base import load_into
 from ...towers.mobile import MobileTower, limited
 from ...towers.windows import SIDE as CELL
 from ...towers.windows import WINDOW
-from ..photographs import list_photographs, read_photograph, shorter_side
+from ..photographs import list_photographs, random_crop, read_photograph, shorter_side
 from .attributes import ATTRIBUTES, change
 from .frozen import EARLY, FROZEN
 from .heads import Floats, Head, standardisation
@@ -159,9 +159,7 @@ def measure_windows(tower: MobileTower, paths: Sequence[Path], seed: int) -> lis
     versions = []
     for path in tqdm(paths, desc="windows", unit="photograph", file=Screen()):
         rng = random.Random(f"windows {seed} {path.name}")
-        photograph = read_photograph(path).float() / 255
-        top, left = (rng.randint(0, side - SIDE) for side in photograph.shape[1:])
-        crop = photograph[:, top : top + SIDE, left : left + SIDE]
+        crop = random_crop(read_photograph(path).float() / 255, SIDE, rng)
         drawn = draw_regions(rng)
         images = torch.stack([_with_regions(crop, regions, rng) for regions in drawn])
         rows = list(tower.cells(images, FROZEN).rows((WINDOW, WINDOW)))
