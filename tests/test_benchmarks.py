@@ -33,6 +33,7 @@ ARGUMENTS = {
         *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
     ],
     "onednn": [],
+    "precision": ["--photographs", str(PHOTOS), "--calibrate", "many"],
     "reference": ["--pristine", "pristine", "--write", "out/reference.toml"],
     "report": [],
     "restoration": ["--pristine", "pristine", "--others", EMBEDDED, "--restorers", "out", "--sheets", "out"],
@@ -61,12 +62,15 @@ def folder(tmp_path: Path) -> Path:
     """Small photographs to fit and degrade, and blurred ones with opinion scores."""
     (tmp_path / "pristine").mkdir()
     (tmp_path / "rated").mkdir()
+    (tmp_path / "many").mkdir()
     lines = ["image,dmos"]
     photos = [PHOTOS / f"{name}.jpg" for name in ("hats", "lighthouse", "parrots", "portrait")]
     for number, path in enumerate(photos):
         with Image.open(path) as photo:
             small = photo.convert("RGB").resize((128, 96))
         small.save(tmp_path / "pristine" / path.name)
+        for degrees in range(8):  # as many as calibration takes
+            small.rotate(45 * degrees).save(tmp_path / "many" / f"{number}{degrees}.png")
         for radius in range(5):
             small.filter(ImageFilter.GaussianBlur(radius)).save(tmp_path / "rated" / f"{number}{radius}.png")
             lines.append(f"{number}{radius}.png,{10 + 20 * radius - number}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from . import Commands, add_force_option, add_prompts_option, check_new, chosen_metrics, put
+from .calibration import add_calibrate_option, check_calibrate, measuring
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,11 +27,14 @@ def add_parser(commands: Commands) -> None:
         default="float",
         help="what the file takes: float32 (N, 3, H, W) in 0..1 (default), or uint8 (N, H, W, 3)",
     )
+    parser.add_argument("--int8", action="store_true", help="quantise convolutions to 8 bits where scores allow it")
+    add_calibrate_option(parser, "--int8")
     add_force_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_new(arguments.output, arguments.force)
+    check_calibrate(arguments.calibrate, arguments.int8, "--int8")
     metrics = chosen_metrics(arguments, [arguments.metric])
     import torch
 
@@ -37,7 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..scoring.building import blind_metric, build_metrics, named_metrics
 
     built = build_metrics(named_metrics(metrics), torch.device("cpu"))[arguments.metric]
-    card = export_metric(blind_metric(built), arguments.output, arguments.metric, arguments.input)
+    bar = measuring() if arguments.int8 else nullcontext(lambda *_: None)
+    with bar as tick:
+        card = export_metric(
+            blind_metric(built), arguments.output, arguments.metric, arguments.input, arguments.calibrate, tick
+        )
     size = arguments.output.stat().st_size / 2**20
     put(f"{arguments.output}: {card.metric}, {', '.join(card.attributes)}, {size:.1f} MiB, licence {card.licence}")
+    if card.quantisation:
+        put("\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in card.quantisation.items()))
     return 0

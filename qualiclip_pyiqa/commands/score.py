@@ -34,6 +34,7 @@ from . import (
     refuse,
     say,
 )
+from .calibration import add_calibrate_option, check_calibrate, int8_metrics
 from .maps import Maps, maps_of
 from .summary import Summary
 
@@ -94,7 +95,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("-0", "--null", action="store_true", help="names in the list on stdin end with NUL")
     parser.add_argument("--device", help="such as cpu, cuda, or cuda:0,cuda:1 (default: cuda if there is one)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="maximum number of images of equal size per batch")
-    parser.add_argument("--precision", default="fp32", help="fp32 (default), tf32, bf16 or fp16")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default), tf32, bf16, fp16 or int8")
+    add_calibrate_option(parser, "--precision int8")
     parser.add_argument("--compile", action="store_true", help="use torch.compile, which pays off for many images")
     add_read_options(parser)
     parser.add_argument(
@@ -121,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         url = next((path for path in arguments.paths if "://" in path and not os.path.lexists(path)), None)
         if url is not None:
             raise SettingsError(f"{url} is a URL; pass --engine ray to score images in an object store")
+    check_calibrate(arguments.calibrate, arguments.precision == "int8", "--precision int8")
     metrics = chosen_metrics(arguments)
     if arguments.resume:
         _check_columns(arguments.output, list(metrics))
@@ -147,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
     with loading(", ".join(metrics)):
-        engine = _engine(arguments, metrics, files)
+        engine = _engine(arguments, _in_precision(arguments, metrics), files)
         maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
     if maps is not None and not arguments.resume:
         maps.check(chain.from_iterable(files[path].names if path in files else [path] for path in found.paths))
@@ -321,6 +324,14 @@ def _listed(data: bytes, null: bool) -> list[str]:
         )
     names = [name.removesuffix("\r") for name in lines.split("\n")]
     return [name for name in names if name and not name.isspace()]
+
+
+def _in_precision(arguments: argparse.Namespace, metrics: Mapping[str, MetricLike]) -> Mapping[str, MetricLike]:
+    """Return the metrics that run: quantised ones for int8, which is a precision of exported files only."""
+    if arguments.precision != "int8":
+        return metrics
+    arguments.precision = "fp32"  # of what is not quantised
+    return int8_metrics(metrics, arguments.calibrate)
 
 
 def _engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ..metrics.export_card import IMAGE, INPUTS, KEY, SCORES, ExportCard
 from ..metrics.specs import EXPORTED_SUFFIXES
 from ..optional import require
 from .graph import card_of, exportable, trace
+from .quantise import quantise
 
 if TYPE_CHECKING:
     import onnx
@@ -25,7 +27,14 @@ if TYPE_CHECKING:
 _MOST_BYTES = 2**31 - 1  # of an ONNX file, a limit of Protocol Buffers
 
 
-def export_metric(metric: BlindMetric | None, path: Path, name: str = "the metric", input: str = "float") -> ExportCard:
+def export_metric(
+    metric: BlindMetric | None,
+    path: Path,
+    name: str = "the metric",
+    input: str = "float",
+    int8: Path | None = None,
+    tick: Callable[[int, int], object] = lambda *_: None,
+) -> ExportCard:
     """Write a metric to one file, from pixels to scores, for any number and size of images.
 
     Args:
@@ -33,18 +42,22 @@ def export_metric(metric: BlindMetric | None, path: Path, name: str = "the metri
         path: ends in `.onnx` or `.pt2`; replaced if it exists.
         name: what the user calls the metric, for error messages.
         input: `float` or `uint8`, see `INPUTS`.
+        int8: folder of photographs by which convolutions are quantised to 8 bits, see `quantise`; None: float32.
+        tick: called while that is measured, see `quantise`.
 
     Returns:
         What the file says about itself.
 
     Raises:
-        SettingsError: the metric cannot be exported, a package is missing, or the file would be too large.
+        SettingsError: the metric cannot be exported or quantised, a package is missing, or the file would be too large.
         OSError: the file cannot be written; an existing one is unchanged.
     """
     if path.suffix not in EXPORTED_SUFFIXES:
         raise SettingsError(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(EXPORTED_SUFFIXES)}")
     if input not in INPUTS:
         raise SettingsError(f"input is {input!r}; expected one of {', '.join(INPUTS)}")
+    if int8 is not None and path.suffix != ".onnx":
+        raise SettingsError(f"{path} cannot hold 8-bit convolutions; expected an ONNX file")
     if path.suffix == ".onnx":
         for module in ("onnx", "onnxscript"):
             require(module, "onnx", "an ONNX file")
@@ -57,6 +70,9 @@ def export_metric(metric: BlindMetric | None, path: Path, name: str = "the metri
         return card
     model = to_onnx(program, name)
     card = replace(card, opset=opset_of(model))
+    if int8 is not None:
+        model, measured = quantise(model, card, int8, tick)
+        card = replace(card, precision="int8", quantisation=measured)
     write_onnx(model, card, path)
     return card
 

@@ -12,6 +12,7 @@ import io
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,10 +27,11 @@ from .export_card import IMAGE, INPUTS, KEY, SCORES, ExportCard
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 #: Engine -> extra of this package that installs it.
-ENGINES = {"onnxruntime": "onnx", "openvino": "openvino"}
-_PT2_ENGINE = "torch"
+ENGINES = {"onnxruntime": "onnx", "openvino": "openvino", "openvino-bf16": "openvino"}
+_BF16, _PT2_ENGINE = "openvino-bf16", "torch"
 # A function from a graph's input to its scores (N, A).
 Run: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
@@ -41,7 +43,8 @@ class ExportedIQA(BlindMetric):
 
     Args:
         path: the file, `.onnx` or `.pt2`.
-        engine: `onnxruntime` or `openvino` for `.onnx`; None: ONNX Runtime.
+        engine: `onnxruntime`, `openvino`, or `openvino-bf16` (faster and coarser, on CPUs with bfloat16) for `.onnx`;
+            None: ONNX Runtime.
         trusted: whether to open a `.pt2` archive, which can run code of its own.
 
     Shape:
@@ -70,11 +73,18 @@ class ExportedIQA(BlindMetric):
             )
         data = _read(path)
         card = _card_of_archive(data, path) if archive else _card_of_onnx(data, path)
+        if card.precision == "int8" and engine not in card.quantisation.get("engines", ()):
+            raise SettingsError(
+                f"{path.name} was not found to score alike on {engine} when it was quantised; expected one of "
+                f"{', '.join(map(str, card.quantisation.get('engines', ())))}"
+            )
         super().__init__(card.metric, card.paper, card.score_range, card.lower_better)
         self.card, self.path = card, path
         self.tower = EngineTower(data, path.name, engine, card)
         if engine in ENGINES:
-            require(engine, ENGINES[engine], f"{path.name} on {engine}")
+            require(engine.partition("-")[0], ENGINES[engine], f"{path.name} on {engine}")
+        if engine == _BF16:
+            _check_bf16()
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -131,7 +141,7 @@ class EngineTower(nn.Module):
         self._lock = threading.Lock()
 
     def forward(self, rgb: Tensor) -> Tensor:
-        scores = self._loaded()(_pixels(rgb, self.input))
+        scores = self._loaded()(pixels(rgb, self.input))
         if scores.shape != (len(rgb), self.columns):
             raise WeightsError(
                 f"{self.name} returned scores of shape {scores.shape}, not {(len(rgb), self.columns)}: the file is "
@@ -143,7 +153,7 @@ class EngineTower(nn.Module):
         with self._lock:
             if self._run is None:
                 try:
-                    self._run = _LOAD[self.engine](self._data)
+                    self._run = run_by(self.engine, self._data)
                 except Exception as error:
                     raise WeightsError(
                         f"{self.name} cannot be loaded by {self.engine} ({reason(error, 200)}); export the metric again"
@@ -158,7 +168,7 @@ class EngineTower(nn.Module):
         self._lock = threading.Lock()
 
 
-def _pixels(rgb: Tensor, kind: str) -> np.ndarray:
+def pixels(rgb: Tensor, kind: str) -> np.ndarray:
     """Convert images to the input of a graph, see `INPUTS`."""
     rgb = rgb.detach().cpu()
     if kind == "uint8":
@@ -166,13 +176,23 @@ def _pixels(rgb: Tensor, kind: str) -> np.ndarray:
     return rgb.float().contiguous().numpy()
 
 
-def _in_onnx_runtime(data: bytes) -> Run:
+def onnx_session(data: bytes) -> onnxruntime.InferenceSession:
+    """Load a graph into ONNX Runtime, with as many threads as PyTorch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def run_by(engine: str, data: bytes) -> Run:
+    """Load a graph into an engine, and return the function that runs it."""
+    return _LOAD[engine](data)
+
+
+def _in_onnx_runtime(data: bytes) -> Run:
+    session = onnx_session(data)
 
     def run(image: np.ndarray) -> np.ndarray:
         scores: np.ndarray = session.run([SCORES], {IMAGE: image})[0]
@@ -181,14 +201,14 @@ def _in_onnx_runtime(data: bytes) -> Run:
     return run
 
 
-def _in_openvino(data: bytes) -> Run:
+def _in_openvino(data: bytes, precision: str = "f32") -> Run:
     import openvino
 
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # by default OpenVINO rounds to bfloat16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": precision,  # by default OpenVINO rounds to bfloat16 where the CPU has it
     }
     compiled = core.compile_model(core.read_model(io.BytesIO(data)), "CPU", settings)
 
@@ -197,6 +217,13 @@ def _in_openvino(data: bytes) -> Run:
         return np.array(compiled.create_infer_request().infer({IMAGE: image})[compiled.output(SCORES)])
 
     return run
+
+
+def _check_bf16() -> None:
+    import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise SettingsError("this CPU does not compute in bfloat16; expected engine 'openvino' without -bf16")
 
 
 def _in_torch(data: bytes) -> Run:
@@ -213,6 +240,7 @@ def _in_torch(data: bytes) -> Run:
 _LOAD: dict[str, Callable[[bytes], Run]] = {
     "onnxruntime": _in_onnx_runtime,
     "openvino": _in_openvino,
+    _BF16: partial(_in_openvino, precision="bf16"),
     _PT2_ENGINE: _in_torch,
 }
 

@@ -6,6 +6,7 @@ several concurrent passes restores what the first one found. Passes on other dev
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,17 @@ from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 #: Precision -> dtype of weights and images.
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def warn_of_slow_bf16() -> None:
+    """Log a warning if this CPU has no instructions for bfloat16. PyTorch has no public function that tells."""
+    known = [getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("avx512_bf16", "amx_tile")]
+    if any(known) and not any(supported() for supported in known if supported is not None):
+        logger.warning("this CPU has no instructions for bfloat16, so bf16 is slower than fp32 here")
 
 
 def set_tf32(matmul: bool, convolution: bool) -> Callable[[], None]:

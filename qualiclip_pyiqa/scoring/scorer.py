@@ -34,7 +34,7 @@ from ..metrics.words import comparatives
 from .building import Metrics, build_metrics, named_metrics
 from .description import attribute_of, describe_metric, lower_is_better
 from .network import Network, Scored
-from .precision import PRECISIONS
+from .precision import PRECISIONS, warn_of_slow_bf16
 from .tables import Record, to_table
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Scorer:
             on a CPU 8.
         workers: number of decoding processes; 0 decodes in this process. Default: by the number of CPU cores, 0 in a
             process that may not start others.
-        precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16".
+        precision: "fp32", "tf32" (fp32 with the faster, coarser products of NVIDIA GPUs), "bf16" or "fp16". On a CPU,
+            bf16 is fast only if the CPU has instructions for it, and a warning says if not. For int8 see
+            `export_metric`.
         compile: use `torch.compile`, which pays off from a few hundred images.
         max_pixels: refuse larger images before decoding. Default: Pillow's limit, 89 million.
         ignore_orientation: keep the stored orientation instead of applying EXIF orientation.
@@ -120,8 +122,14 @@ class Scorer:
         limit = None if max_pixels is None else _at_least(1, "max_pixels", 1, max_pixels)
         self.rules = ReadRules(bool(ignore_orientation), bool(allow_truncated), limit, bool(ignore_profile))
         self.decode_timeout = _seconds("decode_timeout", decode_timeout)
+        if precision == "int8":
+            raise SettingsError(
+                "precision int8 is that of files: pass one of `qualiclip export --int8 --calibrate DIR` as a metric"
+            )
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if precision == "bf16" and on_cpu:
+            warn_of_slow_bf16()
         named = named_metrics(metrics)
         self.networks = [Network(build_metrics(named, each), each, precision, compile) for each in devices]
         self.columns: tuple[str, ...] = self.networks[0].columns
