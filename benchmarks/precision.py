@@ -52,14 +52,15 @@ def fused(model: str) -> BlindMetric:
     return net
 
 
-def files(model: str, calibrate: Path, folder: Path) -> dict[str, Path]:
+def files(model: str, calibrate: Path, folder: Path, quick: bool) -> dict[str, Path]:
     """Export a model in fp32 and, if its convolutions can be, in int8: file by precision."""
     net = exportable(built(model), model)
     onnx_model = to_onnx(trace(net, model, "float"), model)
     card = replace(card_of(net, "float"), opset=opset_of(onnx_model))
     made = {"fp32": folder / "fp32.onnx"}
     write_onnx(onnx_model, card, made["fp32"])
-    for precision, limits in (("int8", Difference(np.inf, -1)), ("int8, within limits", LIMITS)):
+    tried = [("int8", Difference(np.inf, -1)), ("int8, within limits", LIMITS)]
+    for precision, limits in tried[:1] if quick else tried:
         try:
             whole, said = quantise(onnx_model, card, calibrate, limits=limits)
         except SettingsError as error:
@@ -86,7 +87,7 @@ def variants(model: str, exported: dict[str, Path]) -> dict[tuple[str, str], Cal
 
 @torch.no_grad()
 def rows_of(model: str, options: Any, folder: Path, weights: Path) -> list[dict[str, Any]]:
-    exported = files(model, options.calibrate, folder)
+    exported = files(model, options.calibrate, folder, options.quick)
     repeat, count = (1, 4) if options.quick else (options.repeat, options.count)
     paths = common.spread(find_images([str(options.photographs)]).paths, count)
     images = [load_image(path)[None] for path in paths]

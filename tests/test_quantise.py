@@ -54,19 +54,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tick() -> list[tuple[int, int]]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def int8(
-    metric: PromptIQA, photographs: Path, tick: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def int8(metric: PromptIQA, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "int8.onnx"
     # A random network is noisier than a trained one.
     wide = partial(quantise.quantise, limits=quantise.Difference(0.1, 0.5))
     with mock.patch("qualiclip_pyiqa.export.write.quantise", wide):
-        export_metric(metric, path, int8=photographs, tick=lambda done, total: tick.append((done, total)))
+        export_metric(metric, path, int8=photographs)
     return path
 
 
@@ -87,12 +80,6 @@ def test_int8_is_near_and_holds_integers(metric: PromptIQA, int8: Path, engine: 
     }
 
 
-def test_each_convolution_is_measured_alone(int8: Path, tick: list[tuple[int, int]]) -> None:
-    said = ExportedIQA(int8).card.quantisation
-    total = said["convolutions"] + said["convolutions_in_fp32"] - 2
-    assert tick == [(k + 1, total) for k in range(total)]
-
-
 def test_what_int8_changes_too_much_is_refused(file: Path, metric: PromptIQA, photographs: Path) -> None:
     model, card = onnx.load(str(file)), ExportedIQA(file).card
     with mock.patch.object(quantise, "_ALONE", 2), pytest.raises(SettingsError, match="does not allow int8") as caught:
@@ -103,10 +90,13 @@ def test_what_int8_changes_too_much_is_refused(file: Path, metric: PromptIQA, ph
 def test_worst_convolutions_stay_in_float(file: Path, photographs: Path) -> None:
     model, card = onnx.load(str(file)), ExportedIQA(file).card
     far, near = quantise.Difference(1, 0), quantise.Difference(0, 1)
+    ticks: list[tuple[int, int]] = []
     found = iter([far, far, near, near, far])  # the last two: of each engine
     with mock.patch.object(quantise, "_ALONE", 2), mock.patch.object(quantise, "difference", lambda *_: next(found)):
-        _, said = quantise.quantise(model, card, photographs)
+        _, said = quantise.quantise(model, card, photographs, lambda *progress: ticks.append(progress))
     assert said["convolutions_in_fp32"] == 2 + 2
+    total = said["convolutions"] + 2
+    assert ticks == [(k + 1, total) for k in range(total)]  # each convolution was measured alone, once
     assert said["engines"] == ["onnxruntime"]
 
 

@@ -6,9 +6,9 @@ Activations become uint8 and weights int8 per channel, around each convolution a
 the first and the last convolution.
 
 Which other convolutions stay is measured. Half of the photographs give the ranges of activations, the other half the
-differences from the fp32 scores. Each convolution is quantised alone, which orders them by their mean squared
-difference. Then all are quantised but the 0, 1, 2, 4, ... worst, until no score is off by more than `FARTHEST` of the
-range, and the rank correlation with fp32 is at least `LEAST_SRCC` for every attribute.
+differences from the fp32 scores. If all are too many, each convolution is quantised alone, which orders them by their
+mean squared difference. Then all are quantised but the 1, 2, 4, ... worst, until no score is off by more than
+`FARTHEST` of the range, and the rank correlation with fp32 is at least `LEAST_SRCC` for every attribute.
 """
 
 from __future__ import annotations
@@ -99,13 +99,10 @@ def quantise(
     low, high = map(float, card.score_range.split(","))
     engines = [engine for engine in _ENGINES if find_spec(engine) is not None]
     before = _scores(model, judging)
-    noise = {}
-    for number, name in enumerate(candidates):
-        alone = _scores(_quantised(model, [name], ranges), judging[:_ALONE])
-        noise[name] = float(np.square(alone - before[:_ALONE]).mean())
-        tick(number + 1, len(candidates))
-    worst = sorted(candidates, key=lambda name: noise[name], reverse=True)
+    worst: list[str] = []
     for kept in _steps(len(candidates)):
+        if kept and not worst:
+            worst = _worst_first(model, candidates, ranges, judging[:_ALONE], before[:_ALONE], tick)
         chosen = [name for name in candidates if name not in worst[:kept]]
         made = _quantised(model, chosen, ranges)
         found = difference(before, _scores(made, judging), high - low)
@@ -128,6 +125,22 @@ def quantise(
         f"{found.farthest:.3f} of their range (at most {limits.farthest}) and have an SRCC of {found.srcc:.3f} with "
         f"fp32 (at least {limits.srcc}); export it without --int8"
     )
+
+
+def _worst_first(
+    model: onnx.ModelProto,
+    candidates: Sequence[str],
+    ranges: Any,
+    images: Sequence[np.ndarray],
+    before: Floats,
+    tick: Callable[[int, int], object],
+) -> list[str]:
+    """Order convolutions by the mean squared difference of scores when each alone is quantised."""
+    noise = {}
+    for number, name in enumerate(candidates):
+        noise[name] = float(np.square(_scores(_quantised(model, [name], ranges), images) - before).mean())
+        tick(number + 1, len(candidates))
+    return sorted(candidates, key=lambda name: noise[name], reverse=True)
 
 
 def central_parts(folder: Path) -> list[Tensor]:
