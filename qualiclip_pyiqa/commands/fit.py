@@ -51,7 +51,12 @@ def add_parser(commands: Commands) -> None:
         help="whose tower: a metric of this package, such as qualiclip-mini, a backbone of open_clip, such as RN50, or "
         "a file of `qualiclip train` or `qualiclip fit`",
     )
-    parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="weights in place of the tower's own")
+    parser.add_argument(
+        "--backbone-weights",
+        type=Path,
+        metavar="PATH",
+        help="weights in place of the tower's own: a file, or a folder in the layout of Hugging Face transformers",
+    )
     parser.add_argument("--ratings", required=True, type=Path, metavar="CSV", help="opinion scores of the images")
     add_rating_options(parser)
     parser.add_argument(

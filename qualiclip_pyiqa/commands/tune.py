@@ -51,7 +51,15 @@ def add_parser(commands: Commands) -> None:
         "and a quality map of one of them (default: none)",
     )
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="weights in place of the metric's own")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="tower in place of the metric's own: OpenAI's or open_clip's name"
+    )
+    parser.add_argument(
+        "--backbone-weights",
+        type=Path,
+        metavar="PATH",
+        help="weights in place of the metric's own: a file, or a folder in the layout of Hugging Face transformers",
+    )
     own = parser.add_argument_group("settings in place of the recipe's")
     own.add_argument("--learning-rate", type=a_number, metavar="X")
     own.add_argument("--loss", choices=("mse", "mse+plcc"))
@@ -88,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = ("learning_rate", "loss", "crop", "n_ctx", "shared", "epochs", "batch", "seed")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     recipe = dataclasses.replace(recipe, **given)
-    net = fresh_network(arguments.metric, recipe, weights=arguments.backbone_weights)
+    net = fresh_network(arguments.metric, recipe, backbone=arguments.backbone, weights=arguments.backbone_weights)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         net = net.to(device)

@@ -73,7 +73,8 @@ class PromptIQA(BlindMetric):
         prompt_specific_ctx: whether a fresh context is one per text; otherwise all texts share one.
         prompts: name of a prompt set, a list of (positive, negative) pairs, or a mapping from attribute to a pair or
             pairs.
-        weights: name of a weight record, or a file, that holds the tower.
+        weights: name of a weight record, a file, or a folder in the layout of Hugging Face transformers, that holds the
+            tower.
         tile: see `BlindMetric`; docs/speed.md says how far such scores are from those of the whole image.
 
     Shape:
@@ -306,6 +307,8 @@ def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
     missing = [text for text in prompts.texts if text not in stored]
     if not missing:
         return torch.stack([stored[text] for text in prompts.texts])
+    if not model.has_text_tower and not stored:
+        raise PromptError(f"{model.path} has no text tower, which encodes prompts; expected a whole CLIP")
     if not model.has_text_tower:
         raise PromptError(
             f"{model.path.name} has no text tower and no feature for {missing[0]!r}; "

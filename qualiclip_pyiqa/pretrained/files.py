@@ -136,6 +136,35 @@ class WeightFile:
         return known
 
 
+@dataclass(frozen=True)
+class WeightFolder(WeightFile):
+    """Record of a folder whose files together are one model; its sha256 is that of its files' in the form of sha256sum.
+
+    Attributes:
+        parts: the files.
+    """
+
+    parts: tuple[WeightFile, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return any(part.changed for part in self.parts)
+
+    @property
+    def computed_sha256(self) -> str | None:
+        return self._joined([part.computed_sha256 for part in self.parts])
+
+    def sha256(self) -> str | None:
+        return self._joined([part.sha256() for part in self.parts])
+
+    def _joined(self, hashes: list[str | None]) -> str | None:
+        if None in hashes:
+            return None
+        names = (part.path.relative_to(self.path).as_posix() for part in self.parts)
+        lines = "".join(f"{sha256}  {name}\n" for sha256, name in zip(hashes, names, strict=True))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def file_sha256(path: str | Path) -> str:
     """Return the sha256 of a file in hex, computed once per process and content.
 

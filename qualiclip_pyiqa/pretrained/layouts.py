@@ -172,7 +172,8 @@ def _is_list(value: object, longest: int) -> bool:
     return isinstance(value, list) and 0 < len(value) <= longest
 
 
-def _is_rgb(value: object, positive: bool) -> bool:
+def is_rgb(value: object, positive: bool) -> bool:
+    """Whether a value is a list of three numbers that can normalise pixels; a standard deviation is `positive`."""
     if not (isinstance(value, list) and len(value) == 3):
         return False
     numbers = [each for each in value if isinstance(each, int | float) and not isinstance(each, bool)]
@@ -196,8 +197,8 @@ def _are_window_heads(value: Any) -> bool:
 
 
 _CLIP = {
-    "mean": (lambda value: _is_rgb(value, positive=False), "three numbers"),
-    "std": (lambda value: _is_rgb(value, positive=True), "three positive numbers"),
+    "mean": (lambda value: is_rgb(value, positive=False), "three numbers"),
+    "std": (lambda value: is_rgb(value, positive=True), "three positive numbers"),
     "quick_gelu": (lambda value: isinstance(value, bool), "true or false"),
 }
 _MINI = {

@@ -35,7 +35,8 @@ class ModelOrigin:
         openai: whether the weights are OpenAI's or fine-tuned from them, and so need QuickGELU.
         activation: activation of the image tower's blocks; "none" for the mini tower.
         temperature: divides the logits; None if the file has none.
-        tower_options: keywords of the mini tower, or replacements for fields of `towers.backbones.Backbone`.
+        tower_options: keywords of the mini tower, or replacements for fields of `towers.backbones.Backbone`, from the
+            metadata of this package's files or the configuration beside a CLIP in the layout of transformers.
         upstream_texts: texts of the stored prompt features of a file in upstream's QualiCLIP layout.
     """
 
@@ -59,7 +60,7 @@ class ModelOrigin:
             WeightsError: the file was changed, replaced or removed since it was loaded.
         """
         model = None if self.file.changed else _load(self.path, self.backbone, self.openai, self.upstream_texts)
-        if model is None or self.file.changed:
+        if model is None or self.file.changed or model.tower_options != self.tower_options:
             raise WeightsError(f"{self.path} changed after this model was loaded from it; create the metric again")
         return model
 
@@ -190,7 +191,8 @@ def load_model(weights: str | Path | WeightRecord, backbone: str, upstream_texts
     """Find a weight file and load its model.
 
     Args:
-        weights: name of a manifest record, a record, or a file; for the look-up order see `pretrained.find`.
+        weights: name of a manifest record, a record, a file, or a folder with a CLIP in the layout of transformers; for
+            the look-up order see `pretrained.find`.
         backbone: name of the image tower; ignored for files trained with this package, which name their own.
         upstream_texts: texts, in order, of the stored prompt features of a file in upstream's QualiCLIP layout.
 
@@ -227,6 +229,11 @@ def _load(
         state = {key.removeprefix("clip_model."): value for key, value in state.items()}
         own = replace(own, texts=upstream_texts)
         openai = True  # fine-tuned from OpenAI's weights
+    elif found.transformers is not None:
+        from ..towers import backbones
+
+        found.transformers.check_backbone(path, backbones.find_backbone(backbone))
+        own = replace(own, tower=found.transformers.tower_options())
     return LoadedModel(
         file=found.file,
         backbone=own.backbone,
@@ -283,6 +290,6 @@ def activation_of(backbone: str, openai: bool, options: Mapping[str, Any]) -> st
 def _definition(backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:
     from ..towers import backbones
 
-    # `own_metadata` admits only mean, std and quick_gelu.
+    # `own_metadata` and `TransformersConfig` admit only mean, std and quick_gelu.
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     return replace(backbones.find_backbone(backbone, openai), **values)

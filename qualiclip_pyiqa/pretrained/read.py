@@ -11,18 +11,26 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, kind_of, one_line, reason
-from .files import OpenFile, WeightFile
+from .files import OpenFile, WeightFile, WeightFolder
 from .find import resolve
 from .layouts import check_layout
 from .manifest import WeightRecord, manifest, openai_hashes
 from .torchscript import read_archive
+from .transformers_layout import (
+    TransformersConfig,
+    is_transformers_clip,
+    read_config,
+    to_open_clip,
+    towers_of,
+    weight_files,
+)
 from .verify import VERIFY_VARIABLE, check_hash, is_torchscript
 
 if TYPE_CHECKING:
@@ -43,15 +51,17 @@ class ReadWeights:
     Attributes:
         file: the file that was read.
         tensors: under the file's names, on the CPU, in the file's dtype, memory-mapped if the format allows it. A bare
-            context is named `prompt_learner.ctx`.
+            context is named `prompt_learner.ctx`; a CLIP in the layout of transformers gets open_clip's names.
         metadata: of safetensors; empty for other formats.
         from_openai: whether the file's hash proves that the weights are OpenAI's.
+        transformers: what the JSON files beside a CLIP in the layout of transformers say; None for other layouts.
     """
 
     file: WeightFile
     tensors: dict[str, Tensor] = field(repr=False)
     metadata: dict[str, str] = field(repr=False)
     from_openai: bool
+    transformers: TransformersConfig | None = None
 
 
 def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) -> ReadWeights:
@@ -59,13 +69,49 @@ def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) 
 
     Args:
         name_or_path: name of a record, a record, or a path to safetensors, a `torch.save` file or OpenAI's archive; the
-            format is detected from the content.
+            format is detected from the content. Or a folder with a CLIP in the layout of transformers.
         layout: a layout of the manifest, or `context` for any kind of context file; None: detected from the content.
 
     Raises:
         WeightsError: not found, wrong hash, damaged, unsafe, or of another layout.
     """
     path, record = resolve(name_or_path)
+    if path.is_dir():
+        found = _read_folder(path)
+    else:
+        found = _read_file(path, record)
+        if is_transformers_clip(found.tensors):
+            found = _renamed(path.parent, [found], found.file)
+    check_layout(path, found.tensors, found.metadata, layout)
+    return found
+
+
+def _read_folder(folder: Path) -> ReadWeights:
+    """Read a CLIP in the layout of transformers from the files of a folder."""
+    parts = [_read_file(path, None) for path in weight_files(folder)]
+    files = tuple(part.file for part in parts)
+    file = files[0] if len(files) == 1 else WeightFolder(folder, files[0].stamp, parts=files)
+    return _renamed(folder, parts, file)
+
+
+def _renamed(folder: Path, parts: Sequence[ReadWeights], file: WeightFile) -> ReadWeights:
+    """Join the files of a CLIP in the layout of transformers under open_clip's names.
+
+    Args:
+        folder: with the JSON files.
+        parts: content of the files.
+        file: what they are together.
+    """
+    config = read_config(folder, [towers_of(part.tensors) for part in parts], [part.file.path for part in parts])
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        for key, value in part.tensors.items():
+            tensors[key.removeprefix("model.")] = value
+    return ReadWeights(file, to_open_clip(file.path, tensors), {}, from_openai=False, transformers=config)
+
+
+def _read_file(path: Path, record: WeightRecord | None) -> ReadWeights:
+    """Read the tensors of one file under its own names, without a check of its layout."""
     with OpenFile(path) as opened:
         if record is not None:
             check_hash(record, opened)
@@ -81,7 +127,6 @@ def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) 
         opened.check_unchanged()
         sha256 = sha256 or _openai_conversion(opened)
         tensors = _tensors(opened, loaded)
-        check_layout(path, tensors, metadata, layout)
         own = {key: metadata.get(key, "") for key in ("format", "licence", "source")}
         return ReadWeights(
             file=WeightFile(path, opened.stamp, sha256 or opened.known_sha256, **own),

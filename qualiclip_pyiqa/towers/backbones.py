@@ -206,9 +206,14 @@ def text_tower(backbone: Backbone, state: Mapping[str, Tensor], what: str) -> Te
             f"backbone {backbone.name!r} has a text encoder that takes no learned context; "
             "choose one such as 'RN50', 'ViT-B-32' or 'convnext_base'"
         )
+    text = _text_state(state)
+    table = text.get("positional_embedding")
+    config = backbone.text
+    if table is not None and 0 < len(table) < config["context_length"]:  # trained for shorter texts
+        config = config | {"context_length": len(table)}
     with torch.device("meta"):
-        tower = TextTower(backbone.open_clip_model(vision_cfg=_NO_VISION))
-    load_into(tower, _text_state(state), what)
+        tower = TextTower(backbone.open_clip_model(vision_cfg=_NO_VISION, text_cfg=config))
+    load_into(tower, text, what)
     return tower
 
 

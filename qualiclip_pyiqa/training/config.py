@@ -91,7 +91,7 @@ class Config:
     recalibrate_crop: int
     workers: int  # processes that read photographs; 0: the training process does
     degrade_on: str  # `workers`: degrade in these processes; `device`: in the training process, on the tower's device
-    # Backbones other than mini: `openai`, a name of the weight manifest, or a file
+    # Backbones other than mini: `openai`, a name of the weight manifest, a file, or a folder in transformers' layout
     weights: str = ""
     # The mini tower: keywords of MiniTower
     widths: tuple[int, ...] = ()
@@ -116,7 +116,7 @@ class Config:
         if self.backbone != "mini":
             of_mini = self.widths or self.depths or self.hidden or self.dim or self.dropout
             self._need(not of_mini, "backbone", "mini where widths, depths, ... are given")
-            self._need(bool(self.weights), "weights", "openai, a name of the weight manifest or a file")
+            self._need(bool(self.weights), "weights", "openai, a name of the weight manifest, a file or a folder")
             return
         self._need(len(self.widths) == 4 and min(self.widths) > 0, "widths", "four positive integers")
         self._need(len(self.depths) == 4 and min(self.depths) > 0, "depths", "four positive integers")
