@@ -69,6 +69,18 @@ def test_get_finds_or_says_where_to_get_it(folder: Path, capsys: pytest.CaptureF
     assert not out and len(err) == 1 and "QualiCLIP.pth" in err[0] and "qualiclip-mini" in err[0]
 
 
+def test_a_file_that_cannot_be_downloaded_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = manifest.manifest()["CONTRIQUE"]
+    assert cli.main(["weights", "get", "CONTRIQUE"]) == 1
+    out, err = lines(capsys)
+    assert not out and len(err) == 1
+    for word in (record.file, record.by_hand, "QUALICLIP_PYIQA_WEIGHTS", str(folder.parent / "home")):
+        assert word in err[0], word
+    assert cli.main(["weights", "list"]) == 0
+    rows = {line.split()[0]: line for line in lines(capsys)[0]}
+    assert " unknown " in rows["CONTRIQUE"] and " known " in rows["CONTRIQUE_koniq"]
+
+
 def test_unknown_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     for action in ("path", "get", "verify"):
         assert cli.main(["weights", action, "qualiclp"]) == 2

@@ -23,6 +23,7 @@ from weight_files import CONTENT, RECORD, SHA256, folder, own_caches, refusal, w
 from qualiclip_pyiqa.errors import WeightsError
 from qualiclip_pyiqa.pretrained import download, find, folders, manifest
 from qualiclip_pyiqa.pretrained.files import OpenFile, WeightFile, file_sha256
+from qualiclip_pyiqa.pretrained.layouts import REQUIRED
 from qualiclip_pyiqa.pretrained.manifest import WeightRecord
 from qualiclip_pyiqa.pretrained.read import read
 from qualiclip_pyiqa.pretrained.verify import provenance, verdict
@@ -49,9 +50,11 @@ def test_manifest_is_complete_and_consistent() -> None:
     assert named <= set(records)
     for record in records.values():
         assert record.licence and record.licence_url.startswith("https://") and record.source and record.citation
-        assert record.layout in {"openai-clip", "qualiclip", "context-tensor", "params", "qualiclip-pyiqa"}
-        assert record.commercial_use != any(word in record.licence for word in ("NC", "non-commercial"))
+        assert record.layout in {*REQUIRED, "context-tensor", "params"}
+        restricted = any(word in record.licence for word in ("NC", "non-commercial", "none stated"))
+        assert record.commercial_use != restricted
         assert bool(record.hf_repo) == bool(record.hf_file)
+        assert not (record.by_hand and record.origin)
         for url in record.urls:
             assert url.rsplit("/", 1)[-1] == record.file
             assert record.layout != "openai-clip" or record.sha256 in url

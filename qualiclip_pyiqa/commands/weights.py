@@ -29,7 +29,8 @@ def add_parser(commands: Commands) -> None:
         "list",
         help="list every weight file, its licence, whether its hash is known, and where it was found",
         description="HASH: `known` where a download is compared with a published sha256, `first use` where none was "
-        "published: the first download is trusted and later ones are held against it.",
+        "published: the first download is trusted and later ones are held against it; `unknown` for a file that is not "
+        "downloaded by this package and has no published sha256.",
     )
     action.set_defaults(run=_list)
 
@@ -88,7 +89,8 @@ def _list(_: argparse.Namespace) -> int:
         found = locate(record)
         where = f"{found.path} ({found.place})" if found else "not here"
         commercial = "yes" if record.commercial_use else "no"
-        known = "known" if (record.hub_sha256 if record.hf_repo else record.sha256) else "first use"
+        published = record.hub_sha256 if record.hf_repo else record.sha256
+        known = "known" if published else "unknown" if record.by_hand else "first use"
         rows.append((record.name, record.file, record.licence, commercial, known, where))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

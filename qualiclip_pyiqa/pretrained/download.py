@@ -29,11 +29,18 @@ def download(record: WeightRecord) -> Path:
     """Download a record's file, check its hash, and return its path.
 
     Raises:
-        WeightsError: no source can be reached (the message names the addresses and where to put the file by hand), or
-            the download has the wrong hash.
+        WeightsError: no source can be reached (the message names the addresses and where to put the file by hand), the
+            file cannot be downloaded at all, or the download has the wrong hash.
     """
     from huggingface_hub import constants
 
+    cache = folders.cache_folder()
+    into = f"{f'{cache} or ' if cache else ''}a folder named in {folders.FOLDERS_VARIABLE}"
+    if record.by_hand:
+        raise WeightsError(
+            f"{record.file} is not on this machine and cannot be downloaded by this package; get it from "
+            f"{record.by_hand} and put it into {into}"
+        )
     failures = []
     offline = constants.HF_HUB_OFFLINE
     if offline:
@@ -53,12 +60,9 @@ def download(record: WeightRecord) -> Path:
     if not record.origin:
         raise WeightsError(f"{data_folder() / record.file} is missing; it is part of this package, so reinstall it")
     by_hand = record.urls[0] if record.layout == "openai-clip" and record.urls else record.origin
-    cache = folders.cache_folder()
-    into = f"a folder named in {folders.FOLDERS_VARIABLE}"
     raise WeightsError(
         f"{record.file} is not on this machine and cannot be downloaded ({'; '.join(failures)}); fetch {by_hand} "
-        f"elsewhere and put it into {f'{cache} or ' if cache else ''}{into}; "
-        f"the metric {EMBEDDED_METRIC} needs no download"
+        f"elsewhere and put it into {into}; the metric {EMBEDDED_METRIC} needs no download"
     )
 
 

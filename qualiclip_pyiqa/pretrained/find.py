@@ -75,7 +75,7 @@ def resolve(name_or_path: str | Path | WeightRecord) -> tuple[Path, WeightRecord
                 f"name that `qualiclip weights list` prints{near}"
             )
         # The embedded model has no origin: a user may well give their own model its file name.
-        return path, next((r for r in manifest().values() if r.file == path.name and r.origin), None)
+        return path, next((r for r in manifest().values() if r.file == path.name and (r.origin or r.by_hand)), None)
     found = locate(record)
     if found is None:
         return download(record), record

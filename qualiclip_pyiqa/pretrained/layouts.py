@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,21 @@ REQUIRED = {
     "openai-clip": ("visual.", "logit_scale"),
     "qualiclip": ("clip_model.visual.", "clip_model.logit_scale", "prompts_features"),
     "context": ("prompt_learner.ctx",),
+    "contrique": ("encoder.0.weight", "encoder.7."),
+    "ridge": ("coef", "intercept"),
+    "re-iqa": ("encoder.conv1.weight", "encoder.layer4."),
     "qualiclip-pyiqa": ("visual.", "prompts_features", "logit_scale"),
     "qualiclip-pyiqa-fitted": ("visual.", "regression", "images"),
 }
 _FORMATS = {"qualiclip-pyiqa": (OWN_FORMAT, OWN_METADATA), "qualiclip-pyiqa-fitted": (FITTED_FORMAT, FITTED_METADATA)}
+# The first of these tensors that a file holds tells its layout.
+_TELLTALES = {
+    "prompts_features": "qualiclip",
+    "prompt_learner.ctx": "context",
+    "encoder.0.weight": "contrique",
+    "encoder.conv1.weight": "re-iqa",
+    "coef": "ridge",
+}
 CONTEXT_LAYOUTS = ("context", "context-tensor", "params")
 
 # Well above any real model, but small enough that a hostile file cannot define a network that exhausts memory.
@@ -103,15 +114,7 @@ def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     Raises:
         WeightsError: required tensors or metadata are missing, or the file has another version of our own format.
     """
-    if layout is None:
-        layout = "openai-clip"
-        if metadata.get("format", "").startswith("qualiclip-pyiqa"):
-            layout = metadata["format"].partition("/")[0]
-            layout = layout if layout in _FORMATS else "qualiclip-pyiqa"
-        elif "prompts_features" in state:
-            layout = "qualiclip"
-        elif "prompt_learner.ctx" in state:
-            layout = "context"
+    layout = layout or detect_layout(state, metadata)
     required = REQUIRED["context" if layout in CONTEXT_LAYOUTS else layout]
     missing = [
         key for key in required if not (any(k.startswith(key) for k in state) if key.endswith(".") else key in state)
@@ -127,6 +130,22 @@ def check_layout(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     if missing:
         some = ", ".join(list(state)[:3])[:200] or "nothing"
         raise WeightsError(f"{path} is not of layout {layout}: it lacks {', '.join(missing)} (it holds {some}, ...)")
+
+
+def detect_layout(state: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """Return the layout, a key of `REQUIRED`, that the names of a file's tensors suggest; `openai-clip` for any others.
+
+    `check_layout` tells whether the file really has it.
+
+    Example:
+        >>> detect_layout(["encoder.0.weight", "projector.0.weight"], {}), detect_layout(["visual.proj"], {})
+        ('contrique', 'openai-clip')
+    """
+    if metadata.get("format", "").startswith("qualiclip-pyiqa"):
+        layout = metadata["format"].partition("/")[0]
+        return layout if layout in _FORMATS else "qualiclip-pyiqa"
+    names = set(state)
+    return next((layout for name, layout in _TELLTALES.items() if name in names), "openai-clip")
 
 
 def _json(path: Path, key: str, text: str) -> Any:

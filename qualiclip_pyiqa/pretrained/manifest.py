@@ -30,6 +30,7 @@ class WeightRecord:
         hf_revision: full commit hash to download from; empty for the head of `main`.
         hf_sha256, hf_size: of `hf_file`, if its bytes differ from those of `file`.
         urls: other addresses of `file`.
+        by_hand: where to get a file that cannot be downloaded; empty for others.
         sha256: of `file`: whole, its first digits, or empty if unknown.
         size: of `file` in bytes; 0 if unknown.
     """
@@ -48,12 +49,13 @@ class WeightRecord:
     hf_sha256: str = ""
     hf_size: int = 0
     urls: tuple[str, ...] = ()
+    by_hand: str = ""
     sha256: str = ""
     size: int = 0
 
     @property
     def origin(self) -> str:
-        """Address for fetching the file by hand; empty for the embedded model."""
+        """Address for fetching the file by hand; empty for the embedded model and for a file without an address."""
         if self.hf_repo:
             return f"https://huggingface.co/{self.hf_repo}/resolve/{self.hf_revision or 'main'}/{self.hf_file}"
         return self.urls[0] if self.urls else ""
