@@ -313,6 +313,8 @@ def measure(paths: list[str], options: argparse.Namespace) -> list[dict[str, Any
     with running(options.metric, shlex.split(options.serve)) as (port, folder):
         load(port, folder, photographs, min(5.0, options.seconds), ["one"] * 2)  # warm-up
         for step, kinds in steps.items():
+            if options.quick and step not in ("one at a time", "mixed"):
+                continue
             result = load(port, folder, photographs, options.seconds, kinds)
             rows.append(row(step, len(kinds), result, rate))
             for line in result[0].lost[:5]:

@@ -129,7 +129,7 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -
         kept = {path.name for path in (folder / "out").iterdir()}
         assert {"denoise-0-base.safetensors", "restored-denoise.jpg", "restored-sr2.jpg"} <= kept
     if name == "serve":
-        assert [row["lost"] for row in result["rows"][1:]] == [0] * 5
+        assert [row["lost"] for row in result["rows"][1:]] == [0] * 2
         assert result["rows"][0]["images a second"] > 0  # a step of the load may be too short for a slow machine
     if name == "attributes":
         assert rows["steps along own types", "sharpness"]["right"] > 0.5  # chance is a half
