@@ -20,9 +20,10 @@ from qualiclip_pyiqa import ExportedIQA, QualityLoss, Scorer
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
 from qualiclip_pyiqa.export.write import export_metric
-from qualiclip_pyiqa.metrics.export_card import KEY, ExportCard
+from qualiclip_pyiqa.metrics.export_card import IMAGE, KEY, SCORES, ExportCard
 from qualiclip_pyiqa.metrics.prompt_iqa import PromptIQA
 
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 PROMPTS = {"light": ("Bright photo.", "Dark photo."), "sharp": ("Sharp photo.", "Blurry photo.")}
 
 
@@ -165,6 +166,18 @@ def other_input(model: onnx.ModelProto) -> None:
     model.graph.input[0].name = "pixels"
 
 
+def input_of_bytes(model: onnx.ModelProto) -> None:
+    (card,) = (each for each in model.metadata_props if each.key == KEY)
+    card.value = json.dumps({**json.loads(card.value), "input": "uint8"})
+
+
+def prompts_of_others(model: onnx.ModelProto) -> None:
+    (card,) = (each for each in model.metadata_props if each.key == KEY)
+    values = json.loads(card.value)
+    values["description"]["prompts"]["light"] = [["Bright photo.", "Bright photo."]]
+    card.value = json.dumps(values)
+
+
 def no_metadata(model: onnx.ModelProto) -> None:
     del model.metadata_props[:]
 
@@ -177,6 +190,8 @@ def no_metadata(model: onnx.ModelProto) -> None:
         (foreign_operator, "com.evil"),
         (a_function, "not ONNX's own"),
         (other_input, "inputs"),
+        (input_of_bytes, "takes another input"),
+        (prompts_of_others, "the metadata is damaged"),
         (no_metadata, "not written by `qualiclip export`"),
     ],
 )
@@ -192,12 +207,72 @@ def wrong_operator(model: onnx.ModelProto) -> None:
     model.graph.node[0].op_type = "Conway"
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_what_an_engine_refuses_is_one_line(file: Path, tmp_path: Path, engine: str) -> None:
-    broken = ExportedIQA(rewritten(file, tmp_path / "broken.onnx", wrong_operator), engine)
-    with pytest.raises(WeightsError, match="cannot be loaded") as caught:
-        broken(images(1, 32, 32))
+def no_output(model: onnx.ModelProto) -> None:
+    """Return the image instead of scores."""
+    model.graph.node.add().CopyFrom(helper.make_node("Identity", [IMAGE], [SCORES]))
+    last = next(node for node in model.graph.node if SCORES in node.output)
+    last.output[list(last.output).index(SCORES)] = "unused"
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+
+
+def far_too_large(model: onnx.ModelProto) -> None:
+    """Add a tensor of 400 GB to the scores."""
+    last = next(node for node in model.graph.node if SCORES in node.output)
+    last.output[list(last.output).index(SCORES)] = "before"
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
+    size = helper.make_tensor("size", TensorProto.INT64, [1], [10**11])
+    shape = helper.make_node("ConstantOfShape", ["size"], ["huge"], value=zero)
+    total = helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0)
+    # The size depends on the image, so that no engine folds it into a constant.
+    dimension = helper.make_node("Shape", [IMAGE], ["dimension"], start=0, end=1)
+    model.graph.initializer.append(size)
+    shape.input[0] = "many"
+    many = helper.make_node("Mul", ["dimension", "size"], ["many"])
+    for node in (dimension, many, shape, total, helper.make_node("Add", ["before", "sum"], [SCORES])):
+        model.graph.node.add().CopyFrom(node)
+
+
+@pytest.mark.parametrize(
+    ("change", "engine", "words"),
+    [
+        (wrong_operator, "onnxruntime", "cannot be loaded"),
+        (wrong_operator, "openvino", "cannot be loaded"),
+        (no_output, "onnxruntime", "the file is damaged"),
+        (no_output, "openvino", "the file is damaged"),
+        (far_too_large, "onnxruntime", "out of memory"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_before_anything_is_written(
+    file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: object, engine: str, words: str
+) -> None:
+    broken = rewritten(file, tmp_path / "broken.onnx", change)
+    with pytest.raises(WeightsError, match=words) as caught:
+        Scorer(f"{broken}:{engine}", device="cpu", workers=0)
     assert "\n" not in str(caught.value)
+    assert cli.main(["score", str(PHOTOS), "-m", f"{broken}:{engine}", "-o", str(tmp_path / "scores.csv")]) == 1
+    said = capfd.readouterr()
+    assert words in said.err and "Traceback" not in said.err and said.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
+
+
+def test_an_image_too_large_for_an_engine_is_an_error_of_its_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small_only(image: np.ndarray) -> np.ndarray:
+        if image[0].size > 3 * 40 * 40:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+        return np.zeros((len(image), 2), np.float32)
+
+    monkeypatch.setattr("qualiclip_pyiqa.metrics.exported.run_by", lambda *_: small_only)
+    scorer = Scorer(str(file), device="cpu", workers=0)
+    small, large = scorer.score([np.zeros((40, 40, 3), np.uint8), np.zeros((80, 80, 3), np.uint8)])
+    assert small.error is None and len(small.scores) == 2
+    assert large.error == "80x80 pixels do not fit into the memory of cpu"
+
+
+def test_words_of_attributes_are_those_of_the_metric(metric: PromptIQA, file: Path) -> None:
+    exported = ExportedIQA(file)
+    assert exported.prompts == metric.prompts
+    own, other = (Scorer({"m": each}, device="cpu", workers=0).comparatives for each in (metric, exported))
+    assert own == other and own["m.light"][0] == "brighter"
 
 
 def test_damaged_and_missing_files_are_one_line(file: Path, archive: Path, tmp_path: Path) -> None:
@@ -269,3 +344,11 @@ def test_command_writes_a_file_that_scores(
     record = next(Scorer(str(out), device="cpu", workers=0).score([photo]))
     score = float(table.read_text().splitlines()[1].split(",")[-2])
     assert record.scores[str(out)] == pytest.approx(score, abs=CLOSE)
+
+
+def test_other_packages_metrics_are_refused_before_they_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pyiqa, "create_metric", lambda *_, **__: pytest.fail("it was built"))
+    assert cli.main(["export", "niqe", "-o", str(tmp_path / "x.onnx")]) == 2
+    assert "niqe" in capfd.readouterr().err

@@ -44,3 +44,10 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
 def test_a_name_that_cannot_be_is_the_error_of_the_block() -> None:
     with pytest.raises(ValueError, match="mine"), replacing(Path("a\0b")):
         raise ValueError("mine")
+
+
+def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "a.csv"
+    with pytest.raises(FileNotFoundError) as caught, replacing(path) as part:
+        part.write_text("1")
+    assert caught.value.filename == str(path) and ".part" not in str(caught.value)

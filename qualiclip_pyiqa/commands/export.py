@@ -36,11 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
     check_new(arguments.output, arguments.force)
     check_calibrate(arguments.calibrate, arguments.int8, "--int8")
     metrics = chosen_metrics(arguments, [arguments.metric])
+    import pyiqa
     import torch
 
+    from ..export.graph import exportable
     from ..export.write import export_metric
+    from ..metrics.registry import METRICS
     from ..scoring.building import blind_metric, build_metrics, named_metrics
 
+    if arguments.metric in set(pyiqa.list_models()) - METRICS.keys():
+        exportable(None, arguments.metric)  # refused before its weights are downloaded
     built = build_metrics(named_metrics(metrics), torch.device("cpu"))[arguments.metric]
     bar = measuring() if arguments.int8 else nullcontext(lambda *_: None)
     with bar as tick:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import WeightsError
+from ..errors import PromptError, WeightsError
 from ..images.convert import MIN_SIDE
+from .prompts import Prompts, resolve_prompts
 
 #: Key of the JSON object in an ONNX file's metadata, and the name of a .pt2 archive's entry.
 KEY = "qualiclip_pyiqa.json"
@@ -69,6 +70,11 @@ class ExportCard:
     torch: str
     format: str = FORMAT
 
+    @property
+    def prompts(self) -> Prompts | None:
+        """Antonym prompt pairs of each attribute; None for a metric without prompts."""
+        return _prompts(self.description, self.attributes)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -101,6 +107,10 @@ class ExportCard:
         if wrong is not None:
             value = repr(values[wrong])[:80] if wrong in values else "missing"
             raise WeightsError(f"{source}: {wrong!r} of the metadata is {value}; export the metric again")
+        try:
+            _prompts(values["description"], values["attributes"])
+        except PromptError as error:
+            raise WeightsError(f"{source}: the metadata is damaged ({error}); export the metric again") from error
         return cls(**{name: values[name] for name in names} | {"attributes": tuple(values["attributes"])})
 
 
@@ -142,6 +152,15 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "torch": _is_text,
     "format": _is_text,
 }
+
+
+def _prompts(description: dict[str, Any], attributes: Sequence[str]) -> Prompts | None:
+    found = description.get("prompts")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or list(found) != list(attributes):
+        raise PromptError("its prompts are not those of its attributes")
+    return resolve_prompts(found)
 
 
 def licence_of(description: dict[str, Any]) -> str:

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError, WeightsError, reason
+from ..images.convert import MIN_SIDE
 from ..optional import require
 from .base import BlindMetric, windows
 from .export_card import IMAGE, INPUTS, KEY, SCORES, ExportCard
+from .prompts import Prompts
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 #: Engine -> extra of this package that installs it.
 ENGINES = {"onnxruntime": "onnx", "openvino": "openvino", "openvino-bf16": "openvino"}
 _BF16, _PT2_ENGINE = "openvino-bf16", "torch"
+# Messages of the engines' own exceptions.
+_OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "out of memory", "can't allocate memory")
 # A function from a graph's input to its scores (N, A).
 Run: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
@@ -39,7 +43,7 @@ Run: TypeAlias = Callable[[np.ndarray], np.ndarray]
 class ExportedIQA(BlindMetric):
     """A metric from a file of `qualiclip export`. It runs on the CPU, whatever its device, and has no gradient.
 
-    The engine uses as many threads as PyTorch had when the first image was scored.
+    The engine uses as many threads as PyTorch had when the first image was scored, or `check` was called.
 
     Args:
         path: the file, `.onnx` or `.pt2`.
@@ -80,6 +84,7 @@ class ExportedIQA(BlindMetric):
             )
         super().__init__(card.metric, card.paper, card.score_range, card.lower_better)
         self.card, self.path = card, path
+        self.prompts: Prompts | None = card.prompts
         self.tower = EngineTower(data, path.name, engine, card)
         if engine in ENGINES:
             require(engine.partition("-")[0], ENGINES[engine], f"{path.name} on {engine}")
@@ -89,6 +94,18 @@ class ExportedIQA(BlindMetric):
     @property
     def attributes(self) -> tuple[str, ...]:
         return self.card.attributes
+
+    def check(self) -> None:
+        """Score a grey image, so that a file which cannot be used is found before work begins.
+
+        Raises:
+            WeightsError: the engine cannot load or run the file, or its scores have another shape.
+        """
+        try:
+            self.tower(torch.full((1, 3, MIN_SIDE, MIN_SIDE), 0.5))
+        except MemoryError as error:
+            text = f"{error}, already for an image of {MIN_SIDE}x{MIN_SIDE} pixels; it is refused"
+            raise WeightsError(text) from error
 
     def features(self, x: Tensor) -> Tensor:
         x = self.prepare(x)
@@ -141,7 +158,15 @@ class EngineTower(nn.Module):
         self._lock = threading.Lock()
 
     def forward(self, rgb: Tensor) -> Tensor:
-        scores = self._loaded()(pixels(rgb, self.input))
+        run = self._loaded()
+        try:
+            scores = run(pixels(rgb, self.input))
+        except Exception as error:  # each engine has classes of its own
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+                raise MemoryError(f"{self.name} is out of memory in {self.engine}") from error
+            raise WeightsError(
+                f"{self.name} cannot be run by {self.engine} ({reason(error, 200)}); export the metric again"
+            ) from error
         if scores.shape != (len(rgb), self.columns):
             raise WeightsError(
                 f"{self.name} returned scores of shape {scores.shape}, not {(len(rgb), self.columns)}: the file is "
@@ -182,7 +207,7 @@ def onnx_session(data: bytes) -> onnxruntime.InferenceSession:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # fatal ones: others are raised too
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
@@ -277,6 +302,9 @@ def _card_of_onnx(data: bytes, path: Path) -> ExportCard:
     names = [each.name for each in model.graph.input], [each.name for each in model.graph.output]
     if names != ([IMAGE], [SCORES]):
         raise WeightsError(f"{path} has inputs {names[0]} and outputs {names[1]}; expected {[IMAGE]} and {[SCORES]}")
+    taken = model.graph.input[0].type.tensor_type.elem_type
+    if taken != {"float": onnx.TensorProto.FLOAT, "uint8": onnx.TensorProto.UINT8}[card.input]:
+        raise WeightsError(f"{path} takes another input than its metadata says ({card.input}); export the metric again")
     return card
 
 

@@ -69,6 +69,7 @@ class Network:
 
     Raises:
         SettingsError: two scores would have the same column, or a setting has no effect on an exported file.
+        WeightsError: an exported file cannot be run.
     """
 
     def __init__(self, metrics: Mapping[str, nn.Module], device: torch.device, precision: str, compile: bool) -> None:
@@ -90,9 +91,11 @@ class Network:
                 self.others.append((name, metric.to(device).eval()))
                 continue
             net.eval()
-            if isinstance(net, ExportedIQA) and (compile or precision != "fp32"):
-                given = "compile" if compile else f"precision {precision!r}"
-                raise SettingsError(f"{given} has no effect on {name}, an exported file; leave it out")
+            if isinstance(net, ExportedIQA):
+                if compile or precision != "fp32":
+                    given = "compile" if compile else f"precision {precision!r}"
+                    raise SettingsError(f"{given} has no effect on {name}, an exported file; leave it out")
+                net.check()
             twin = next((first for _, first in own if _same_tower(first.tower, net.tower)), None)
             if twin is not None:
                 net.tower = twin.tower  # frees the memory of its own
