@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from export_files import CLOSE, farthest, images, rewritten
 from onnx import TensorProto, helper
 from test_archs import build
 
+import qualiclip_pyiqa
 from qualiclip_pyiqa import ExportedIQA, QualityLoss, Scorer
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
@@ -66,6 +68,14 @@ def test_other_programs_need_nothing_of_this_package(metric: PromptIQA, file: Pa
     x = images(1, 40, 56)
     (scores,) = session.run(None, {"image": x.numpy()})
     assert np.allclose(scores, metric(x).detach().numpy(), atol=CLOSE)
+
+
+def test_files_hold_no_paths_of_this_machine(file: Path, archive: Path) -> None:
+    package = Path(qualiclip_pyiqa.__file__).parent
+    folders = [str(folder).encode() for folder in (package, Path(torch.__file__).parent, file.parent)]
+    with zipfile.ZipFile(archive) as opened:
+        contents = [opened.read(name) for name in opened.namelist()]
+    assert not any(folder in content for folder in folders for content in (file.read_bytes(), *contents))
 
 
 def test_large_images_have_the_mean_of_windows(metric: PromptIQA, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from ..errors import SettingsError, reason
 from ..images.convert import MIN_SIDE
@@ -98,12 +99,16 @@ def trace(metric: BlindMetric, name: str, kind: str) -> ExportedProgram:
     try:
         with torch.no_grad(), _sizes_of_one_are_free(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(graph, (image,), dynamic_shapes=({**free},), strict=False)
+            program = torch.export.export(graph, (image,), dynamic_shapes=({**free},), strict=False)
     except Exception as error:
         raise SettingsError(
             f"{name} cannot be exported: its network, {type(metric.tower).__name__}, has no graph for images of any "
             f"size ({reason(error, 200)})"
         ) from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths on this machine, which an archive would keep
+    return program
 
 
 def card_of(metric: BlindMetric, kind: str) -> ExportCard:
