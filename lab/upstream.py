@@ -28,6 +28,14 @@ TINY_VIT = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 
+# For images of 32 pixels a side; the text tower has another width and depth than the image tower.
+TINY_VIT_32 = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
+}
+
 _WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad sharp blurry photo image edges high low quality".split()  # noqa: SIM905
 _TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 _WORD_TEXT = _TEXT | {"vocab_size": len(_WORDS), "no_causal_mask": True, "pool_type": "last"}
@@ -185,7 +193,8 @@ def write_context(
 
 def add_tiny_backbones(folder: Path) -> None:
     """Add `tiny-resnet`, `tiny-vit` and the models of `families` to open_clip's configurations."""
-    for name, config in {"tiny-resnet": TINY_RESNET, "tiny-vit": TINY_VIT, **families(folder / "words")}.items():
+    own = {"tiny-resnet": TINY_RESNET, "tiny-vit": TINY_VIT, "tiny-vit-32": TINY_VIT_32}
+    for name, config in {**own, **families(folder / "words")}.items():
         if not (folder / f"{name}.json").exists():  # several processes may share the folder
             (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)

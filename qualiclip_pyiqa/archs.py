@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .metrics.deep_prompt_iqa import DeepPromptIQA
 from .metrics.fitted import FittedIQA
 from .metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 
-__all__ = ["FittedIQA", "OpenCLIPIQA", "OpenQualiCLIP", "PromptIQA"]
+__all__ = ["DeepPromptIQA", "FittedIQA", "OpenCLIPIQA", "OpenQualiCLIP", "PromptIQA"]

@@ -76,6 +76,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     upstream.add_tiny_backbones(folder)
     torch.save(upstream.random_clip(upstream.TINY_RESNET, seed=0), folder / "tiny-resnet.pt")
     torch.save(upstream.random_clip(upstream.TINY_VIT, seed=0), folder / "tiny-vit.pt")
+    torch.save(upstream.random_clip(upstream.TINY_VIT_32, seed=0), folder / "tiny-vit-32.pt")
     return folder
 
 

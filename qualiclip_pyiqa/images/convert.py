@@ -138,10 +138,10 @@ def source_name(source: object) -> str:
     return {"ndarray": "array", "Tensor": "tensor"}.get(type(source).__name__, type(source).__name__)
 
 
-def check_size(height: int, width: int, name: str) -> None:
+def check_size(height: int, width: int, name: str, least: int = MIN_SIDE) -> None:
     """Raise `ImageError` if an image is too small."""
-    if min(height, width) < MIN_SIDE:
-        raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {MIN_SIDE}x{MIN_SIDE}")
+    if min(height, width) < least:
+        raise ImageError(f"{name} is {width}x{height} pixels; the smallest that can be scored is {least}x{least}")
 
 
 def check_range(low: float, high: float, name: str, of_file: bool = False) -> None:

@@ -61,6 +61,7 @@ class BlindMetric(nn.Module):
     """
 
     tower: nn.Module
+    minimum_side: int = MIN_SIDE  # of an image in pixels
     _like: Tensor
 
     def __init__(
@@ -97,7 +98,7 @@ class BlindMetric(nn.Module):
             x: as in `forward` -> (N, D), or with `tile` (N, T, D) for T windows.
 
         Raises:
-            ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels. Values are not checked.
+            ImageError: wrong type, shape or dtype, or an image smaller than `minimum_side`. Values are not checked.
         """
         x = self.prepare(x)
         if self.tile is None:
@@ -110,7 +111,7 @@ class BlindMetric(nn.Module):
         Raises:
             ImageError: as `features`.
         """
-        return check_batch(x).to(self._like.dtype)
+        return check_batch(x, self.minimum_side).to(self._like.dtype)
 
     def score(self, features: Tensor) -> Tensor:
         """Score the output of `features`: (N, D), or (N, T, D) with the mean over T windows, -> (N, A)."""
@@ -153,7 +154,7 @@ class BlindMetric(nn.Module):
             if self.tile is None
             else f"none: the mean score of windows of at most {self.tile}x{self.tile} pixels, evenly spread",
             "reading": READING,
-            "minimum_side": MIN_SIDE,
+            "minimum_side": self.minimum_side,
             "score_range": self.score_range,
             "lower_better": self.lower_better,
             "direction": "lower is better" if self.lower_better else "higher is better",
@@ -171,11 +172,11 @@ class BlindMetric(nn.Module):
         return [name for name, _ in self.named_buffers() if name not in persistent]
 
 
-def check_batch(x: Tensor) -> Tensor:
+def check_batch(x: Tensor, least: int = MIN_SIDE) -> Tensor:
     """Validate images and expand grey ones to (N, 3, H, W).
 
     Raises:
-        ImageError: wrong type, shape or dtype, or an image smaller than 32x32 pixels.
+        ImageError: wrong type, shape or dtype, or an image with a side of less than `least` pixels.
     """
     if not isinstance(x, Tensor):
         raise ImageError(f"image is {kind_of(x)}; expected a tensor (N, 3, H, W), see `as_batch`")
@@ -183,7 +184,7 @@ def check_batch(x: Tensor) -> Tensor:
         raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
     if not x.is_floating_point():
         raise ImageError(f"image tensor has dtype {x.dtype}; expected floating point in 0..1")
-    check_size(x.shape[2], x.shape[3], "image")
+    check_size(x.shape[2], x.shape[3], "image", least)
     return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
 
 

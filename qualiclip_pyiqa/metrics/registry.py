@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import SettingsError, did_you_mean
+from .learners import Learner
 from .prompts import ATTRIBUTES, LOOK
 
 CLIPIQA_PAPER = "Wang, Chan, Loy: Exploring CLIP for Assessing the Look and Feel of Images, AAAI 2023, arXiv:2207.12396"
@@ -14,6 +15,8 @@ QUALICLIP_PAPER = (
     "Agnolucci, Galteri, Bertini: Quality-Aware Image-Text Alignment for Opinion-Unaware Image Quality Assessment, "
     "2024, arXiv:2403.11176"
 )
+CLIP_DQA_PAPER = "Zeng, Fu et al.: CLIP-DQA, ISCAS 2025, arXiv:2502.01707"
+CLIP_AGIQA_PAPER = "Fu et al.: CLIP-AGIQA, IEEE Signal Processing Letters 2024, arXiv:2406.16641"
 FITTED_PAPER = "none: ridge regression on the statistics of an image tower"
 
 DEFAULT_METRIC = "qualiclip-mini+"
@@ -95,6 +98,29 @@ class PromptSpec(MetricSpec):
             "pos_embedding": self.pos_embedding,
             **pretrained,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepPromptSpec(MetricSpec):
+    """A row for a metric by deep prompts (`DeepPromptIQA`), which the user's file holds.
+
+    Attributes:
+        backbone: name of the CLIP model, a vision transformer.
+        backbone_weights: record of `weights/manifest.toml` that holds it.
+        learners: a score each.
+        whole_view: whether the image tower sees the whole image, resized, beside each window.
+        dataset: what it was published for, and so what to train it on.
+    """
+
+    backbone: str = "ViT-B/32"
+    backbone_weights: str = "ViT-B-32"
+    learners: tuple[Learner, ...]
+    whole_view: bool
+    dataset: str
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        return (self.backbone_weights,)
 
 
 _clipiqa = partial(PromptSpec, arch="OpenCLIPIQA", paper=CLIPIQA_PAPER, backbone="RN50", weights="RN50")
@@ -202,6 +228,31 @@ _TABLE: tuple[MetricSpec, ...] = (
         summary="ridge regression on a tower's statistics, from your file of `qualiclip fit`",
         paper=FITTED_PAPER,
     ),
+    DeepPromptSpec(
+        name="clip-dqa",
+        arch="DeepPromptIQA",
+        weights="",
+        summary="dehazed photographs: CLIP ViT-B/32 with prompts in every block, from your file of `qualiclip tune`",
+        paper=CLIP_DQA_PAPER,
+        learners=(Learner("quality", ("good photo.", "bad photo."), text_maps=True, visual_maps=True),),
+        whole_view=True,
+        dataset="dehazed photographs",
+    ),
+    DeepPromptSpec(
+        name="clip-agiqa",
+        arch="DeepPromptIQA",
+        weights="",
+        summary="AI-generated images, and their alignment with a text: as `clip-dqa`, with two sets of prompts",
+        paper=CLIP_AGIQA_PAPER,
+        learners=(
+            Learner(
+                "quality", ("good photo.", "bad photo."), text_maps=False, visual_maps=True, mixed_with="alignment"
+            ),
+            Learner("alignment", ("aligned photo.", "misaligned photo."), text_maps=False, visual_maps=False),
+        ),
+        whole_view=False,
+        dataset="AI-generated images",
+    ),
     *(
         _clipiqa(name=f"clipiqa-{attribute}", prompts=attribute, summary=f"zero-shot: {positive} / {negative}")
         for attribute, (positive, negative) in ATTRIBUTES.items()
@@ -230,6 +281,11 @@ def metric_spec(name: str) -> MetricSpec:
 def with_context() -> list[str]:
     """Return the names of the metrics that have a learned prompt context."""
     return [name for name, spec in METRICS.items() if isinstance(spec, PromptSpec) and spec.context is not None]
+
+
+def with_deep_prompts() -> list[str]:
+    """Return the names of the metrics by deep prompts."""
+    return [name for name, spec in METRICS.items() if isinstance(spec, DeepPromptSpec)]
 
 
 def guess_lower_better(column: str) -> bool:

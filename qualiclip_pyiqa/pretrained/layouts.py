@@ -18,7 +18,9 @@ OWN_FORMAT = "qualiclip-pyiqa/1"
 OWN_METADATA = ("backbone", "tower", "prompts")
 FITTED_FORMAT = "qualiclip-pyiqa-fitted/1"
 FITTED_METADATA = ("backbone", "tower", "fit")
-OWN_FORMATS = (OWN_FORMAT, FITTED_FORMAT)
+PROMPTS_FORMAT = "qualiclip-pyiqa-prompts/1"
+PROMPTS_METADATA = ("metric", "backbone", "attributes")
+OWN_FORMATS = (OWN_FORMAT, FITTED_FORMAT, PROMPTS_FORMAT)
 # Tensor keys that a layout requires; a final dot marks a prefix.
 REQUIRED = {
     "openai-clip": ("visual.", "logit_scale"),
@@ -29,12 +31,19 @@ REQUIRED = {
     "re-iqa": ("encoder.conv1.weight", "encoder.layer4."),
     "qualiclip-pyiqa": ("visual.", "prompts_features", "logit_scale"),
     "qualiclip-pyiqa-fitted": ("visual.", "regression", "images"),
+    "qualiclip-pyiqa-prompts": ("quality.text.", "quality.visual."),
+    "deep-prompts": ("prompts_text.", "prompts_vis."),  # of the authors' code for CLIP-DQA and CLIP-AGIQA
 }
-_FORMATS = {"qualiclip-pyiqa": (OWN_FORMAT, OWN_METADATA), "qualiclip-pyiqa-fitted": (FITTED_FORMAT, FITTED_METADATA)}
+_FORMATS = {
+    "qualiclip-pyiqa": (OWN_FORMAT, OWN_METADATA),
+    "qualiclip-pyiqa-fitted": (FITTED_FORMAT, FITTED_METADATA),
+    "qualiclip-pyiqa-prompts": (PROMPTS_FORMAT, PROMPTS_METADATA),
+}
 # The first of these tensors that a file holds tells its layout.
 _TELLTALES = {
     "prompts_features": "qualiclip",
     "prompt_learner.ctx": "context",
+    "prompts_vis.0": "deep-prompts",
     "encoder.0.weight": "contrique",
     "encoder.conv1.weight": "re-iqa",
     "coef": "ridge",

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, reason
 from ..metrics.base import BlindMetric
+from ..metrics.deep_prompt_iqa import DeepPromptIQA
 from ..metrics.exported import ExportedIQA
 from ..metrics.fitted import FittedIQA
 from ..metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from ..metrics.prompts import Prompts
 from ..metrics.registry import METRICS
 from ..metrics.specs import EXPORTED_SUFFIXES, FILE_SUFFIX, PromptedMetric, parse_spec, spec_for, split_exported
-from ..pretrained.layouts import FITTED_FORMAT
+from ..pretrained.deep_prompts import metric_of_prompts
+from ..pretrained.layouts import FITTED_FORMAT, PROMPTS_FORMAT
 from ..pretrained.read import stored_format
 from ..screen import Screen
 
@@ -79,7 +81,7 @@ def build_metrics(
 
 
 def metric_of_file(path: str, prompts: Prompts | None = None) -> BlindMetric:
-    """Load a metric of `qualiclip train` or `qualiclip fit`.
+    """Load a metric of `qualiclip train`, `qualiclip fit`, or `qualiclip tune` for deep prompts.
 
     Args:
         path: the file.
@@ -92,7 +94,12 @@ def metric_of_file(path: str, prompts: Prompts | None = None) -> BlindMetric:
     """
     if not Path(path).exists():
         raise SettingsError(f"{path} does not exist; expected a metric's name or the file of a trained model")
-    if stored_format(path) == FITTED_FORMAT:
+    stored = stored_format(path)
+    if stored == PROMPTS_FORMAT:
+        if prompts is not None:
+            raise SettingsError(f"{path} holds learned prompts, which fit their own texts only; pass the file alone")
+        return DeepPromptIQA(metric_of_prompts(path), weights=path)
+    if stored == FITTED_FORMAT:
         if prompts is not None:
             raise SettingsError(f"{path} is a metric of `qualiclip fit`, which takes no prompts; pass the file alone")
         return FittedIQA(weights=path)

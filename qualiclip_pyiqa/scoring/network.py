@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError, one_line
+from ..errors import ImageError, SettingsError, one_line
+from ..images.convert import check_size
 from ..images.tensors import from_pixels
 from ..metrics.base import BlindMetric
 from ..metrics.exported import ExportedIQA
@@ -154,8 +155,18 @@ class Network:
     def _score_own(self, rgb: Tensor, images: Sequence[Scored]) -> None:
         # Large images are streamed in strips to save memory, which cannot be compiled.
         large = rgb.shape[2] * rgb.shape[3] > LARGE_PIXELS
-        features = [(plain if large else fast)(rgb) for fast, plain in self.towers]
+        height, width = rgb.shape[2:]
+        features: dict[int, Tensor] = {}
         for columns, net, index in self.heads:
+            try:
+                check_size(height, width, "image", net.minimum_side)
+            except ImageError as error:
+                for image in images:
+                    image.errors.append(f"{columns[0].removesuffix('.' + net.attributes[0])}: {error}")
+                continue
+            if index not in features:
+                fast, plain = self.towers[index]
+                features[index] = (plain if large else fast)(rgb)
             for image, scores in zip(images, net.score(features[index]).tolist(), strict=True):
                 for column, score in zip(columns, scores, strict=True):
                     image.add(column, score)

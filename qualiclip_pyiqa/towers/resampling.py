@@ -19,9 +19,9 @@ _BITS = 2**22
 def resize_like_pillow(rgb: Tensor, height: int, width: int, filter: str = "bilinear") -> Tensor:
     """Resize images as `PIL.Image.resize` does, antialiased.
 
-    Without a gradient in `rgb`, the result equals that of Pillow 13 for images of 8 bits, bit for bit. (Earlier versions
-    always resample columns first; where the order differs, some results differ by one level.) With a gradient, levels
-    are rounded nowhere, so that the gradient is exact; the result then differs from Pillow's by up to a level.
+    Without a gradient in `rgb`, the result equals that of Pillow 13 for images of 8 bits, bit for bit. (Earlier
+    versions always resample columns first; where the order differs, some results differ by one level.) With a gradient,
+    levels are rounded nowhere, so that the gradient is exact; the result then differs from Pillow's by up to a level.
 
     Args:
         rgb: images in 0..1.

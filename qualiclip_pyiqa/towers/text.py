@@ -9,6 +9,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from .prompted import run_with_prompts
+
 
 class TextTower(nn.Module):
     """CLIP's causal text transformer, from token embeddings (so that it takes learned contexts) to features.
@@ -46,6 +48,15 @@ class TextTower(nn.Module):
 
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(embeddings), end)
+
+    def forward_prompted(self, embeddings: Tensor, end: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """Encode texts with prompts (n, W) for each block, behind the start of text -> features (P, D).
+
+        `embeddings` hold those of the first block.
+        """
+        mask = self.mask(embeddings.shape[1])
+        tokens = run_with_prompts(self.blocks, self.embed(embeddings), prompts, start=1, attn_mask=mask)
+        return self.forward_head(tokens, end)
 
     def embed(self, embeddings: Tensor) -> Tensor:
         """Add the positional table to token embeddings (P, T, W), as input of the first block."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .base import Tower, resize_flat
 from .places import PlaceFeatures, Shares
+from .prompted import run_with_prompts
 
 
 class ViTTower(Tower):
@@ -61,6 +62,26 @@ class ViTTower(Tower):
             x = x + resize_flat(self.positional_embedding, x.shape[1]).to(x.dtype)
         tokens: Tensor = self.ln_pre(x)
         return tokens
+
+    def forward_prompted(self, views: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """Compute image features (N, D) from views of each image and prompts for each block.
+
+        The first block's input is the class token, the patches of every view, each with the positions of its own view,
+        and the prompts, which have no position.
+
+        Args:
+            views: (N, V, 3, S, S), RGB in 0..1, of the size that the positional table is for.
+            prompts: of each block, (n, C).
+        """
+        images, count = views.shape[:2]
+        patches = self.conv1(self.normalise(views.flatten(0, 1))).flatten(2).transpose(1, 2)
+        table = self.positional_embedding.to(patches.dtype)
+        patches = (patches + table[1:]).unflatten(0, (images, count)).flatten(1, 2)
+        start, first = self.class_embedding.to(patches.dtype) + table[0], prompts[0].to(patches.dtype)
+        tokens = torch.cat([start.expand(images, 1, -1), patches, first.expand(images, -1, -1)], dim=1)
+        recompute = bool(self.transformer.grad_checkpointing)
+        tokens = run_with_prompts(self.blocks, self.ln_pre(tokens), prompts, -len(first), recompute)
+        return self.forward_head(tokens[:, : -len(first)])
 
     def forward_features(self, rgb: Tensor) -> Tensor:
         """Compute the unnormalised tokens after the last block: (N, 1 + h*w, C), the class token first."""

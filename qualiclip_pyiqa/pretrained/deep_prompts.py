@@ -1,0 +1,167 @@
+"""Files of deep prompts: this package's own, and those that the authors' code for CLIP-DQA and CLIP-AGIQA writes.
+
+Tensors are named `ATTRIBUTE.text.BLOCK`, `ATTRIBUTE.visual.BLOCK`, and, if there are maps,
+`ATTRIBUTE.text_maps.BLOCK.weight` and so on. The authors' code writes a file for each learner.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import WeightsError
+from .files import WeightFile
+from .layouts import PROMPTS_FORMAT
+from .read import ReadWeights, read
+from .write import write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Names in the authors' files -> ours, and what is added to the block's number. CLIP-AGIQA's code stores the first
+# block's text prompt (`ctx`) and visual map (`proj`) apart from the others.
+_NAMES = {
+    "prompts_text": ("text", 0),
+    "prompts_vis": ("visual", 0),
+    "prompt_txt_projections": ("text_maps", 0),
+    "prompt_vis_projections": ("visual_maps", 0),
+    "compound_prompt_projections": ("visual_maps", 1),
+}
+_FIRST = {"ctx": "text.0", "proj.weight": "visual_maps.0.weight", "proj.bias": "visual_maps.0.bias"}
+# Embeddings of fixed tokens, which belong to CLIP; the authors' code drops them too.
+_FIXED = ("token_prefix", "token_suffix")
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    """Deep prompts from one file, or from one for each learner.
+
+    Attributes:
+        files: the files.
+        tensors: by name, see above.
+        backbone: the CLIP model that they were learned on; "" if the files do not say so.
+        attributes: what they were learned for.
+    """
+
+    files: tuple[WeightFile, ...]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    backbone: str
+    attributes: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Path of the first file."""
+        return self.files[0].path
+
+
+def load_prompts(weights: str | Path, metric: str, attributes: Sequence[str]) -> LoadedPrompts:
+    """Read deep prompts.
+
+    Args:
+        weights: a file of `qualiclip tune`, or one of the authors' code. If there is one for each of two learners, that
+            of the quality prompts (`..._tar_...`), beside which the other (`..._aux_...`) is expected.
+        metric, attributes: name and attributes of the metric.
+
+    Raises:
+        WeightsError: the file is missing, damaged, of another kind or another metric's, or lies without the other one.
+    """
+    found = read(weights)
+    if found.metadata.get("format") == PROMPTS_FORMAT:
+        if found.metadata["metric"] != metric:
+            raise WeightsError(f"{found.file.path} holds prompts of {found.metadata['metric'][:80]!r}, not of {metric}")
+        return LoadedPrompts(
+            files=(found.file,),
+            tensors=found.tensors,
+            backbone=found.metadata["backbone"],
+            attributes=_attributes(found, attributes),
+        )
+    tensors = _named(found, "quality")
+    files = [found.file]
+    if len(attributes) > 1:
+        beside = _beside(found, tensors)
+        tensors |= _named(beside, attributes[1])
+        files.append(beside.file)
+    return LoadedPrompts(tuple(files), tensors, "", tuple(attributes))
+
+
+def metric_of_prompts(path: str | Path) -> str:
+    """Return the metric that a file of `qualiclip tune` was learned for.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or of another kind.
+    """
+    return read(path, layout="qualiclip-pyiqa-prompts").metadata["metric"]
+
+
+def write_prompts(
+    path: Path, tensors: Mapping[str, Tensor], metric: str, backbone: str, attributes: Sequence[str]
+) -> None:
+    """Write deep prompts in this package's format, whole or not at all; equal prompts give equal bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    metadata = {
+        "format": PROMPTS_FORMAT,
+        "metric": metric,
+        "backbone": backbone,
+        "attributes": json.dumps([*attributes]),
+    }
+    write_safetensors(path, tensors, metadata)
+
+
+def _attributes(found: ReadWeights, expected: Sequence[str]) -> tuple[str, ...]:
+    """Return the attributes in a file's metadata: the metric's first ones."""
+    text = found.metadata["attributes"]
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not names or names != list(expected[: len(names)]):
+        raise WeightsError(
+            f"{found.file.path}: metadata 'attributes' is {text[:80]!r}; expected a list of {', '.join(expected)}"
+        )
+    return tuple(names)
+
+
+def _named(found: ReadWeights, attribute: str) -> dict[str, Tensor]:
+    """Rename the tensors of a file of the authors' code."""
+    tensors: dict[str, Tensor] = {}
+    path = found.file.path
+    shift = int("ctx" in found.tensors)
+    for key, value in found.tensors.items():
+        if key in _FIXED:
+            continue
+        match = re.fullmatch(r"(\w+)\.(\d{1,3})((?:\.weight|\.bias)?)", key)
+        if key in _FIRST:
+            name = _FIRST[key]
+        elif match is not None and match[1] in _NAMES:
+            kind, first = _NAMES[match[1]]
+            name = f"{kind}.{int(match[2]) + first + shift * (kind == 'text')}{match[3]}"
+        else:
+            raise WeightsError(
+                f"{path} holds {key[:80]!r}; expected deep prompts of `qualiclip tune`, or of the authors' code"
+            )
+        tensors[f"{attribute}.{name}"] = value
+    return tensors
+
+
+def _beside(found: ReadWeights, tensors: Mapping[str, Tensor]) -> ReadWeights:
+    """Read the prompts that the authors' code stored beside those of quality."""
+    path = found.file.path
+    if not any(key.startswith("quality.visual_maps.") for key in tensors):
+        raise WeightsError(
+            f"{path} holds prompts without maps, such as those of alignment alone; expected the file of the quality "
+            "prompts ('..._tar_...')"
+        )
+    name = "_aux_".join(path.name.rsplit("_tar_", 1))
+    if name == path.name or not path.with_name(name).is_file():
+        expected = "NAME_aux_REST for NAME_tar_REST" if name == path.name else name
+        raise WeightsError(
+            f"{path} holds the quality prompts alone; expected those of alignment in the same folder, as {expected}"
+        )
+    return read(path.with_name(name), layout="deep-prompts")
