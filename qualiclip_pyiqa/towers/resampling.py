@@ -70,11 +70,11 @@ def _along_rows(levels: Tensor, width: int, filter: str, exact: bool) -> Tensor:
 
 def _weights(levels: Tensor, width: int, filter: str) -> Tensor:
     """Compute the share of each input column in each output column: (W, width), each output's sum being 1."""
-    like = {"dtype": levels.dtype, "device": levels.device}
     scale = levels.shape[-1] / width
     stretch = max(scale, 1.0)
-    centres = (torch.arange(width, **like) + 0.5) * scale
-    distances = ((torch.arange(levels.shape[-1], **like) + 0.5)[:, None] - centres).abs() / stretch
+    centres = (torch.arange(width, device=levels.device).to(levels.dtype) + 0.5) * scale
+    places = torch.arange(levels.shape[-1], device=levels.device).to(levels.dtype) + 0.5
+    distances = (places[:, None] - centres).abs() / stretch
     if filter == "bilinear":
         weights = (1 - distances).clamp(min=0)
     else:
