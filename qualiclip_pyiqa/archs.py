@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .metrics.deep_prompt_iqa import DeepPromptIQA
+from .metrics.face_norm import FaceNorm
 from .metrics.fitted import FittedIQA
 from .metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
+from .metrics.ranking import RankingAwareIQA
 
-__all__ = ["DeepPromptIQA", "FittedIQA", "OpenCLIPIQA", "OpenQualiCLIP", "PromptIQA"]
+__all__ = [
+    "DeepPromptIQA",
+    "FaceNorm",
+    "FittedIQA",
+    "OpenCLIPIQA",
+    "OpenQualiCLIP",
+    "PromptIQA",
+    "RankingAwareIQA",
+]

@@ -17,6 +17,8 @@ QUALICLIP_PAPER = (
 )
 CLIP_DQA_PAPER = "Zeng, Fu et al.: CLIP-DQA, ISCAS 2025, arXiv:2502.01707"
 CLIP_AGIQA_PAPER = "Fu et al.: CLIP-AGIQA, IEEE Signal Processing Letters 2024, arXiv:2406.16641"
+RANKING_PAPER = "Yu et al.: ranking-aware adapter for CLIP, ICLR 2025, arXiv:2412.06760"
+QGFACE_PAPER = "Song, Wang: QGFace, 2023, arXiv:2312.17494 (the norm as quality: Kim, Jain, Liu: AdaFace, CVPR 2022)"
 FITTED_PAPER = "none: ridge regression on the statistics of an image tower"
 
 DEFAULT_METRIC = "qualiclip-mini+"
@@ -219,6 +221,22 @@ _TABLE: tuple[MetricSpec, ...] = (
         context="CLIPIQA+_ViTL14_512",
         pos_embedding=True,
         summary="the same on ViT-L/14",
+    ),
+    MetricSpec(
+        name="ranking-aware",
+        arch="RankingAwareIQA",
+        weights="ranking-aware",
+        score_range="-inf, inf",
+        summary="how much of what a `caption` asks an image shows; the caption has no default",
+        paper=RANKING_PAPER,
+    ),
+    MetricSpec(
+        name="face-norm",
+        arch="FaceNorm",
+        weights="face-norm",
+        score_range="0, inf",
+        summary="norm of an aligned face's embedding (QGFace, AdaFace): recognisability, not quality as people see it",
+        paper=QGFACE_PAPER,
     ),
     MetricSpec(
         name="fitted",

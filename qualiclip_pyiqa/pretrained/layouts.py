@@ -29,6 +29,8 @@ REQUIRED = {
     "contrique": ("encoder.0.weight", "encoder.7."),
     "ridge": ("coef", "intercept"),
     "re-iqa": ("encoder.conv1.weight", "encoder.layer4."),
+    "ranking-aware": ("visual.trunk.", "token_embedding.weight", "adapter.learnable_text_tokens"),
+    "face": ("input_layer.0.weight", "body.", "output_layer."),
     "qualiclip-pyiqa": ("visual.", "prompts_features", "logit_scale"),
     "qualiclip-pyiqa-fitted": ("visual.", "regression", "images"),
     "qualiclip-pyiqa-prompts": ("quality.text.", "quality.visual."),
@@ -47,7 +49,11 @@ _TELLTALES = {
     "encoder.0.weight": "contrique",
     "encoder.conv1.weight": "re-iqa",
     "coef": "ridge",
+    "adapter.learnable_text_tokens": "ranking-aware",
+    "input_layer.0.weight": "face",
 }
+# What networks of face recognition are called inside the training module of AdaFace and of QGFace.
+_FACE_PREFIXES = ("model.", "backbone.")
 CONTEXT_LAYOUTS = ("context", "context-tensor", "params")
 
 # Well above any real model, but small enough that a hostile file cannot define a network that exhausts memory.
@@ -155,6 +161,14 @@ def detect_layout(state: Iterable[str], metadata: Mapping[str, str]) -> str:
         return layout if layout in _FORMATS else "qualiclip-pyiqa"
     names = set(state)
     return next((layout for name, layout in _TELLTALES.items() if name in names), "openai-clip")
+
+
+def without_training_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the network of a checkpoint of AdaFace or QGFace, without the heads of its training; others unchanged."""
+    for prefix in _FACE_PREFIXES:
+        if f"{prefix}input_layer.0.weight" in state:
+            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state
 
 
 def _json(path: Path, key: str, text: str) -> Any:

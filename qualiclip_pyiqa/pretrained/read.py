@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import WeightsError, kind_of, one_line, reason
 from .files import OpenFile, WeightFile, WeightFolder
 from .find import resolve
-from .layouts import check_layout
+from .layouts import check_layout, without_training_module
 from .manifest import WeightRecord, manifest, openai_hashes
 from .torchscript import read_archive
 from .transformers_layout import (
@@ -126,7 +126,7 @@ def _read_file(path: Path, record: WeightRecord | None) -> ReadWeights:
             loaded = _read_torch(opened)
         opened.check_unchanged()
         sha256 = sha256 or _openai_conversion(opened)
-        tensors = _tensors(opened, loaded)
+        tensors = without_training_module(_tensors(opened, loaded))
         own = {key: metadata.get(key, "") for key in ("format", "licence", "source")}
         return ReadWeights(
             file=WeightFile(path, opened.stamp, sha256 or opened.known_sha256, **own),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,9 +269,9 @@ def _attributes(
 
 
 def _range(text: object) -> tuple[float, float] | None:
-    """Parse a range of scores such as "0, 1", or "~0, ~100" where pyiqa knows it roughly; None if there is none."""
+    """Parse a range of scores such as "0, 1", or "~0, ~100" where pyiqa knows it roughly; None without a finite one."""
     try:
         low, high = (float(bound.strip().removeprefix("~")) for bound in str(text).split(","))
     except ValueError:
         return None
-    return low, high
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
