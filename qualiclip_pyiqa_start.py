@@ -58,7 +58,16 @@ def register_archs() -> None:
     # pyiqa loads this entry point when it builds a network, so its InferenceModel must have been imported by now.
     if any(isinstance(finder, _Finder) for finder in sys.meta_path) and INFERENCE not in sys.modules:
         _warn(f"does not find {INFERENCE} in this version of pyiqa: {READS_ITSELF}")
-    for name in ("DeepPromptIQA", "FaceNorm", "FittedIQA", "OpenCLIPIQA", "OpenQualiCLIP", "RankingAwareIQA"):
+    for name in (
+        "ContriqueIQA",
+        "DeepPromptIQA",
+        "FaceNorm",
+        "FittedIQA",
+        "OpenCLIPIQA",
+        "OpenQualiCLIP",
+        "RankingAwareIQA",
+        "ReIQA",
+    ):
         ARCH_REGISTRY.register_lazy(name, f"qualiclip_pyiqa.archs:{name}", override=True)
 
 

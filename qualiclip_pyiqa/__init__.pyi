@@ -1,7 +1,9 @@
 # The public names, read by type checkers and, at run time, by lazy_loader.
+from .archs import ContriqueIQA as ContriqueIQA
 from .archs import FittedIQA as FittedIQA
 from .archs import OpenCLIPIQA as OpenCLIPIQA
 from .archs import OpenQualiCLIP as OpenQualiCLIP
+from .archs import ReIQA as ReIQA
 from .errors import ImageError as ImageError
 from .errors import PromptError as PromptError
 from .errors import SettingsError as SettingsError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .metrics.contrastive import ContriqueIQA, ReIQA
 from .metrics.deep_prompt_iqa import DeepPromptIQA
 from .metrics.face_norm import FaceNorm
 from .metrics.fitted import FittedIQA
@@ -9,6 +10,7 @@ from .metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from .metrics.ranking import RankingAwareIQA
 
 __all__ = [
+    "ContriqueIQA",
     "DeepPromptIQA",
     "FaceNorm",
     "FittedIQA",
@@ -16,4 +18,5 @@ __all__ = [
     "OpenQualiCLIP",
     "PromptIQA",
     "RankingAwareIQA",
+    "ReIQA",
 ]

@@ -27,6 +27,10 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 class MetricContract:
     """Inherit, and define `build`."""
 
+    #: Batches and sizes that one compiled graph takes, and then one for which a graph of its own is right: 33 rows are
+    #: one in the end.
+    COMPILED = ((2, 64, 96), (3, 101, 79), (2, 33, 101))
+
     def build(self, **options: object) -> BlindMetric:
         """The metric in eval mode; `tile` is among the options that every metric takes."""
         raise NotImplementedError
@@ -119,10 +123,9 @@ class MetricContract:
     def test_compiles_whole_and_for_any_size(self, metric: BlindMetric) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(metric, fullgraph=True, dynamic=True, backend="eager")
-        for number, size in enumerate(((2, 64, 96), (3, 101, 79), (2, 33, 101))):
+        for number, size in enumerate(self.COMPILED):
             x = upstream.pictures(*size)
-            # 33 rows are one in the end, for which a graph of its own is right. Older torch (seen with 2.8) has graphs
-            # for even and odd sizes.
+            # Older torch (seen with 2.8) has graphs for even and odd sizes.
             with torch._dynamo.config.patch(error_on_recompile=number == 1 and TORCH >= (2, 14)):
                 assert (compiled(x) - metric(x)).abs().max() < 1e-5 * self.spread(metric)
 

@@ -45,9 +45,11 @@ def metrics_table() -> str:
             name, summary = f"`{family}-ATTRIBUTE`", f"{what}; ATTRIBUTE is one of {', '.join(attributes)}"
         files = [records[record] for record in spec.records]
         licences = list(dict.fromkeys(record.licence for record in files))
+        better = "lower" if spec.lower_better else "higher"
+        span, better = (spec.score_range, better) if spec.score_range else ("of your ratings", "as your ratings")
         free = "yes" if all(record.commercial_use for record in files) else "no"
         rows.append(
-            f"| {name} | {summary} | {spec.score_range} | {'lower' if spec.lower_better else 'higher'} "
+            f"| {name} | {summary} | {span} | {better} "
             f"| {', '.join(f'`{record.file}`' for record in files)} | {'; '.join(licences)} | {free} |"
         )
     return "\n".join(rows)

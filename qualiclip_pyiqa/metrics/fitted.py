@@ -20,7 +20,7 @@ from ..errors import SettingsError, WeightsError
 from ..images.convert import MIN_SIDE
 from ..pretrained.fitted import load_fitted
 from ..pretrained.verify import provenance
-from ..towers.autocast import without_autocast
+from ..towers.autocast import kept_precise, without_autocast
 from ..towers.base import freeze
 from .base import BlindMetric, pixel_statistics
 from .registry import FITTED_PAPER
@@ -127,11 +127,9 @@ class FittedIQA(BlindMetric):
             return regress(features.to(precise), regression, fit.intercept, fit.low, fit.high)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedIQA:
-        """Apply `.to()` and the like; all go through this method. Half precision is for the tower only."""
-        precise = self.regression
-        super()._apply(fn, recurse)
-        if torch.promote_types(self.regression.dtype, torch.float32) != self.regression.dtype:
-            self.regression = precise.to(self.regression.device)
+        """Apply `.to()` and the like. Half precision is for the tower only."""
+        with kept_precise(self, ("regression",)):
+            super()._apply(fn, recurse)
         return self
 
     def describe(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import PromptError, SettingsError, WeightsError
 from ..pretrained.files import WeightFile
-from ..pretrained.layouts import SMALL_TOWERS
+from ..pretrained.layouts import OWN_TOWERS
 from ..pretrained.manifest import WeightRecord, openai_record
 from ..pretrained.model import LoadedModel, load_model
 from ..pretrained.verify import provenance
@@ -277,7 +277,7 @@ def _weights_of(spec: PromptSpec, backbone: str, wanted: str | Path | None) -> s
     record = spec.weights if wanted is None else wanted
     if record != spec.weights or backbone == spec.backbone:
         return record
-    if backbone not in SMALL_TOWERS:
+    if backbone not in OWN_TOWERS:
         backbones.find_backbone(backbone)
     if spec.arch != "OpenCLIPIQA":
         raise SettingsError(

@@ -10,6 +10,14 @@ from ..errors import SettingsError, did_you_mean
 from .learners import Learner
 from .prompts import ATTRIBUTES, LOOK
 
+CONTRIQUE_PAPER = (
+    "Madhusudana, Birkbeck, Wang, Adsumilli, Bovik: Image Quality Assessment using Contrastive Learning, "
+    "IEEE TIP 2022, arXiv:2110.13266"
+)
+RE_IQA_PAPER = (
+    "Saha, Mishra, Bovik: Re-IQA: Unsupervised Learning for Image Quality Assessment in the Wild, CVPR 2023, "
+    "arXiv:2304.00451"
+)
 CLIPIQA_PAPER = "Wang, Chan, Loy: Exploring CLIP for Assessing the Look and Feel of Images, AAAI 2023, arXiv:2207.12396"
 QUALICLIP_PAPER = (
     "Agnolucci, Galteri, Bertini: Quality-Aware Image-Text Alignment for Opinion-Unaware Image Quality Assessment, "
@@ -125,6 +133,28 @@ class DeepPromptSpec(MetricSpec):
         return (self.backbone_weights,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec(MetricSpec):
+    """A row for a metric on encoders trained by contrast (`ContriqueIQA`, `ReIQA`).
+
+    Attributes:
+        backbone: `contrique` or `re-iqa`, see `pretrained.contrastive`.
+        encoders: records of the encoders.
+        regression: record of the regression on their features; empty if the user's file has it.
+    """
+
+    backbone: str
+    encoders: tuple[str, ...]
+    regression: str = ""
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        return (*self.encoders, self.regression) if self.regression else self.encoders
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | ({"regression": self.regression} if self.regression else {})
+
+
 _clipiqa = partial(PromptSpec, arch="OpenCLIPIQA", paper=CLIPIQA_PAPER, backbone="RN50", weights="RN50")
 _qualiclip = partial(
     PromptSpec,
@@ -136,6 +166,15 @@ _qualiclip = partial(
     context_std=0.02,  # as in the authors' code for QualiCLIP+
     # pyiqa's value. The authors' torch.hub code has 1; averaged over pairs, the two rank images differently.
     temperature=2.0,
+)
+_contrique = partial(
+    EncoderSpec,
+    arch="ContriqueIQA",
+    paper=CONTRIQUE_PAPER,
+    backbone="contrique",
+    weights="CONTRIQUE",
+    encoders=("CONTRIQUE",),
+    score_range="0, 100",  # of the opinion scores; the regression is not bounded
 )
 _embedded = partial(
     PromptSpec,
@@ -221,6 +260,35 @@ _TABLE: tuple[MetricSpec, ...] = (
         context="CLIPIQA+_ViTL14_512",
         pos_embedding=True,
         summary="the same on ViT-L/14",
+    ),
+    _contrique(
+        name="contrique",
+        regression="CONTRIQUE_koniq",
+        summary="ResNet-50 trained by contrast, regression on KonIQ-10k",
+    ),
+    _contrique(name="contrique-clive", regression="CONTRIQUE_clive", summary="the same, regression on CLIVE"),
+    _contrique(
+        name="contrique-live",
+        regression="CONTRIQUE_live",
+        lower_better=True,
+        summary="the same, regression on LIVE; predicts DMOS",
+    ),
+    _contrique(
+        name="contrique-csiq",
+        regression="CONTRIQUE_csiq",
+        score_range="0, 1",
+        lower_better=True,
+        summary="the same, regression on CSIQ; predicts DMOS",
+    ),
+    EncoderSpec(
+        name="reiqa",
+        arch="ReIQA",
+        weights="",
+        backbone="re-iqa",
+        encoders=("Re-IQA_quality", "Re-IQA_content"),
+        score_range="",
+        summary="two ResNet-50s trained by contrast; no regression was published: needs yours, made by `qualiclip fit`",
+        paper=RE_IQA_PAPER,
     ),
     MetricSpec(
         name="ranking-aware",

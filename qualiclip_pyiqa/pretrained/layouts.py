@@ -66,7 +66,7 @@ class OwnMetadata:
     """Validated metadata of a file in this package's own format.
 
     Attributes:
-        backbone: name of the image tower: open_clip's, OpenAI's, or one of `SMALL_TOWERS`.
+        backbone: name of the image tower: open_clip's, OpenAI's, or one of `OWN_TOWERS`.
         tower: keywords of `MiniTower` or `MobileTower`, or `mean`, `std` and `quick_gelu` of a CLIP tower.
         texts: texts of the stored prompt features, positive and negative alternating.
         temperature: divides the logits; None if the file has none.
@@ -98,7 +98,7 @@ def tower_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         WeightsError: see `own_metadata`.
     """
     backbone = metadata["backbone"]
-    checks = SMALL_TOWERS.get(backbone, _CLIP)
+    checks = OWN_TOWERS.get(backbone, _CLIP)
     tower = _json(path, "tower", metadata["tower"])
     if not isinstance(tower, dict):
         raise _wrong(path, "tower", tower, "a JSON object")
@@ -111,7 +111,7 @@ def tower_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         check, expected = checks[key]
         if not check(value):
             raise _wrong(path, f"tower.{key}", value, expected)
-    if backbone in SMALL_TOWERS:
+    if backbone in OWN_TOWERS:
         _check_complete(path, tower, checks)
     if backbone == "mini":
         _check_mini(path, tower)
@@ -238,6 +238,12 @@ def _are_window_heads(value: Any) -> bool:
     return _is_integer(value[0], 1, _MAX_BLOCKS) and _is_integer(value[1], 1, _MAX_STATISTICS)
 
 
+def _is_order(value: Any) -> bool:
+    from ..towers.contrastive import ORDERS
+
+    return isinstance(value, str) and value in ORDERS
+
+
 _CLIP = {
     "mean": (lambda value: is_rgb(value, positive=False), "three numbers"),
     "std": (lambda value: is_rgb(value, positive=True), "three positive numbers"),
@@ -254,8 +260,11 @@ _MOBILE = {
     "pairs": (lambda value: _is_integer(value, 1, _MAX_BLOCKS), f"an integer in 1..{_MAX_BLOCKS}"),
     "window_heads": (_are_window_heads, f"two integers, in 1..{_MAX_BLOCKS} and 1..{_MAX_STATISTICS}"),
 }
-# Towers of this package's own, with their keywords; a file must have them all, except for the optional ones.
-SMALL_TOWERS = {"mini": _MINI, "mobile": _MOBILE}
+_RE_IQA = {"order": (_is_order, "content-first or quality-first")}
+#: Encoders trained by contrast, with the keywords of their towers.
+CONTRASTIVE_TOWERS: dict[str, dict[str, Any]] = {"contrique": {}, "re-iqa": _RE_IQA}
+# Towers that this package builds, with their keywords; a file must have them all, except for the optional ones.
+OWN_TOWERS = {"mini": _MINI, "mobile": _MOBILE, **CONTRASTIVE_TOWERS}
 _OPTIONAL = ("window_heads",)
 
 

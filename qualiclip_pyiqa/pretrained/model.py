@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError, WeightsError
 from .files import WeightFile
-from .layouts import FITTED_FORMAT, OWN_FORMAT, SMALL_TOWERS, OwnMetadata, own_metadata
+from .layouts import CONTRASTIVE_TOWERS, FITTED_FORMAT, OWN_FORMAT, OWN_TOWERS, OwnMetadata, own_metadata
 from .manifest import WeightRecord, find_record
 from .prompt_cache import cached_features
 from .read import read
@@ -35,8 +35,8 @@ class ModelOrigin:
         openai: whether the weights are OpenAI's or fine-tuned from them, and so need QuickGELU.
         activation: activation of the image tower's blocks; "none" for the mini tower.
         temperature: divides the logits; None if the file has none.
-        tower_options: keywords of the mini tower, or replacements for fields of `towers.backbones.Backbone`, from the
-            metadata of this package's files or the configuration beside a CLIP in the layout of transformers.
+        tower_options: keywords of one of `OWN_TOWERS`, or replacements for fields of `towers.backbones.Backbone`, from
+            the metadata of this package's files or the configuration beside a CLIP in the layout of transformers.
         upstream_texts: texts of the stored prompt features of a file in upstream's QualiCLIP layout.
     """
 
@@ -72,9 +72,11 @@ class LoadedTower(ModelOrigin):
     Attributes:
         state: tensors under CLIP's names, memory-mapped if the format allows it; those of the image tower start with
             `visual.`.
+        beside: the other weight files of a tower that has several.
     """
 
     state: Mapping[str, Tensor] = field(repr=False)
+    beside: tuple[WeightFile, ...] = field(default=(), kw_only=True)
 
     @property
     def origin(self) -> ModelOrigin:
@@ -85,13 +87,13 @@ class LoadedTower(ModelOrigin):
         """Return the backbone's definition with the activation and pixel statistics that these weights need.
 
         Raises:
-            SettingsError: an unknown backbone, or one of `SMALL_TOWERS`, which are not open_clip's.
+            SettingsError: an unknown backbone, or one of `OWN_TOWERS`, which are not open_clip's.
         """
         return _definition(self.backbone, self.openai, self.tower_options)
 
     def options_to_store(self) -> dict[str, Any]:
         """Return the metadata `tower` of a file of this package that holds these weights."""
-        if self.backbone in SMALL_TOWERS:
+        if self.backbone in OWN_TOWERS:
             return dict(self.tower_options)
         definition = self.tower_definition()
         return {key: getattr(definition, key) for key in ("mean", "std", "quick_gelu")}
@@ -109,14 +111,19 @@ class LoadedTower(ModelOrigin):
         from ..towers.base import load_into
 
         visual = {key.removeprefix("visual."): value for key, value in self.state.items() if key.startswith("visual.")}
-        if self.backbone in SMALL_TOWERS:
-            from ..towers import mini, mobile
+        if self.backbone in OWN_TOWERS:
+            from ..towers import contrastive, mini, mobile
 
             if pos_embedding:
                 raise SettingsError(f"the {self.backbone} tower has no positional table; expected pos_embedding=False")
+            builders: dict[str, Callable[..., nn.Module]] = {
+                "mini": mini.MiniTower,
+                "mobile": mobile.MobileTower,
+                "contrique": contrastive.contrique_tower,
+                "re-iqa": contrastive.re_iqa_tower,
+            }
             with torch.device("meta"):  # a hostile file cannot make it allocate more than its own size
-                build = mini.MiniTower if self.backbone == "mini" else mobile.MobileTower
-                tower: nn.Module = build(**self.tower_options)
+                tower = builders[self.backbone](**self.tower_options)
             load_into(tower, visual, str(self.path))
             return tower
         return backbones.image_tower(self.tower_definition(), visual, pos_embedding, str(self.path))
@@ -253,7 +260,7 @@ def check_backbone(path: Path, backbone: str) -> None:
     from ..towers import backbones
 
     try:
-        if backbone not in SMALL_TOWERS:
+        if backbone not in OWN_TOWERS:
             backbones.find_backbone(backbone)
     except SettingsError as error:
         raise WeightsError(f"{path}: {error}") from None
@@ -284,7 +291,9 @@ def _features_by_text(path: Path, rows: Tensor | None, texts: Sequence[str]) -> 
 
 def activation_of(backbone: str, openai: bool, options: Mapping[str, Any]) -> str:
     """Name the activation of an image tower's blocks; see `ModelOrigin`."""
-    return "none" if backbone in SMALL_TOWERS else _definition(backbone, openai, options).activation
+    if backbone in CONTRASTIVE_TOWERS:
+        return "relu"
+    return "none" if backbone in OWN_TOWERS else _definition(backbone, openai, options).activation
 
 
 def _definition(backbone: str, openai: bool, options: Mapping[str, Any]) -> backbones.Backbone:

@@ -1,8 +1,8 @@
 """Read the tensors of a weight file.
 
-No code in a file is executed: safetensors, `torch.load(weights_only=True)`, and a data-only reader for OpenAI's
-TorchScript archives. Archives must have the sha256 of one of OpenAI's, even with `QUALICLIP_PYIQA_VERIFY=0`. A file is
-opened once, so the bytes hashed are the bytes read.
+No code in a file is executed: safetensors, `torch.load(weights_only=True)`, and data-only readers for OpenAI's
+TorchScript archives and for CONTRIQUE's regressors. Archives must have the sha256 of one of OpenAI's, even with
+`QUALICLIP_PYIQA_VERIFY=0`. A file is opened once, so the bytes hashed are the bytes read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, kind_of, one_line, reason
+from . import ridge_pickle
 from .files import OpenFile, WeightFile, WeightFolder
 from .find import resolve
 from .layouts import check_layout, without_training_module
@@ -122,6 +123,8 @@ def _read_file(path: Path, record: WeightRecord | None) -> ReadWeights:
             loaded, metadata = _read_safetensors(opened)
         elif is_torchscript(opened):
             loaded, sha256 = _read_torchscript(opened)
+        elif _starts_with(opened, ridge_pickle.START):
+            loaded = _read_ridge(opened)
         else:
             loaded = _read_torch(opened)
         opened.check_unchanged()
@@ -168,7 +171,7 @@ def _tensors(opened: OpenFile, loaded: Any) -> dict[str, Tensor]:
     path = opened.path
     if isinstance(loaded, torch.Tensor):
         loaded = {"prompt_learner.ctx": loaded}
-    for name in ("params", "state_dict"):  # as saved by the trainers of pyiqa and open_clip
+    for name in ("params", "state_dict", "model"):  # as saved by the trainers of pyiqa, open_clip and Re-IQA
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
     if not isinstance(loaded, Mapping):
@@ -219,6 +222,23 @@ def _read_torchscript(opened: OpenFile) -> tuple[dict[str, Tensor], str]:
         )
     with _refuse_damaged(opened):
         return read_archive(content), sha256
+
+
+def _starts_with(opened: OpenFile, start: bytes) -> bool:
+    opened.file.seek(0)
+    return opened.file.read(len(start)) == start
+
+
+def _read_ridge(opened: OpenFile) -> dict[str, Tensor]:
+    """Read a pickled Ridge as data."""
+    import torch
+
+    opened.file.seek(0)
+    try:
+        found = ridge_pickle.read_ridge(opened.file.read(ridge_pickle.MAX_BYTES + 1))
+    except ValueError as error:
+        raise WeightsError(f"{opened.path} is refused without executing any of it: {error}") from error
+    return {"coef": torch.from_numpy(found.coefficients), "intercept": torch.tensor(found.intercept)}
 
 
 def _read_torch(opened: OpenFile) -> Any:

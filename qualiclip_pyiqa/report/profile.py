@@ -14,7 +14,7 @@ from ..metrics.prompts import Pair
 from ..metrics.registry import LOOK_METRIC
 from ..metrics.words import comparatives
 from ..scoring.building import Metrics, blind_metric
-from ..scoring.description import attribute_of
+from ..scoring.description import attributes_of
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record
 from .reference import Distribution, Reference, TableReference, shipped_reference
@@ -254,8 +254,7 @@ def _attributes(
 ) -> Iterator[Attribute]:
     """Describe the columns of a scorer."""
     metrics = scorer.networks[0].metrics
-    for column in scorer.columns:
-        name, pairs = attribute_of(column, metrics)
+    for column, (name, pairs) in attributes_of(metrics).items():
         single = sum(metric is metrics[column] for metric in metrics.values()) == 1
         yield Attribute(
             column=column,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,18 +19,21 @@ def lower_is_better(metric: nn.Module) -> bool:
     return bool(getattr(getattr(metric, "net", metric), "lower_better", getattr(metric, "lower_better", False)))
 
 
-def attribute_of(column: str, metrics: Mapping[str, nn.Module]) -> tuple[str, tuple[Pair, ...]]:
-    """Return the attribute of a column, and the antonym prompt pairs whose mean it is (none without prompts).
+def attributes_of(metrics: Mapping[str, nn.Module]) -> dict[str, tuple[str, tuple[Pair, ...]]]:
+    """Return each column's attribute, and the antonym prompt pairs whose mean it is (none without prompts).
 
     Args:
-        column: its name.
         metrics: by column, those of one metric beside each other and in the order of its attributes.
     """
-    net = blind_metric(metrics[column])
-    columns = [name for name, metric in metrics.items() if metric is metrics[column]]
-    name = "quality" if net is None else net.attributes[columns.index(column)]
-    prompts = getattr(net, "prompts", None)
-    return name, () if prompts is None else dict(prompts.groups)[name]
+    found: dict[str, tuple[str, tuple[Pair, ...]]] = {}
+    for _, columns in groupby(metrics, key=lambda column: id(metrics[column])):
+        own = list(columns)
+        net = blind_metric(metrics[own[0]])
+        names = ("quality",) if net is None else net.attributes
+        prompts = getattr(net, "prompts", None)
+        groups = {} if prompts is None else dict(prompts.groups)
+        found |= {column: (name, groups.get(name, ())) for column, name in zip(own, names, strict=True)}
+    return found
 
 
 def describe_metric(metric: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ..images.workers import DecodedImage, Decoder
 from ..metrics.prompts import Pair
 from ..metrics.words import comparatives
 from .building import Metrics, build_metrics, named_metrics
-from .description import attribute_of, describe_metric, lower_is_better
+from .description import attributes_of, describe_metric, lower_is_better
 from .network import Network, Scored
 from .precision import PRECISIONS, warn_of_slow_bf16
 from .tables import Record, to_table
@@ -137,8 +137,8 @@ class Scorer:
             column: lower_is_better(metric) for column, metric in self.networks[0].metrics.items()
         }
         self.comparatives: dict[str, Pair] = {
-            column: comparatives(attribute_of(column, self.networks[0].metrics)[1], self.lower_better[column])
-            for column in self.columns
+            column: comparatives(pairs, self.lower_better[column])
+            for column, (_, pairs) in attributes_of(self.networks[0].metrics).items()
         }
 
     def score(self, images: Iterable[Source | ImageError] | Source) -> Iterator[Record]:

@@ -136,10 +136,11 @@ def freeze(tower: nn.Module) -> nn.Module:
     so a metric inside a model does not put CLIP into the model's checkpoints.
     """
     tower.eval()
-    if isinstance(tower, Tower):
-        tower.prepare_to_freeze()
-    else:
+    prepare = getattr(tower, "prepare_to_freeze", None)
+    if prepare is None:
         fold_batchnorm(tower)
+    else:
+        prepare()
     for module in tower.modules():
         tensors: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False, remove_duplicate=False)]
         tensors += module.named_buffers(recurse=False, remove_duplicate=False)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autocast import without_autocast
+from .autocast import kept_precise, without_autocast
 from .base import channels_last
 from .statistics import ENERGIES, StreamedMoments, log_energies, moments, root
 from .streaming import Step, Window, joined, rows_at_once, stream, tail, valid
@@ -196,15 +196,9 @@ class MobileTower(nn.Module):
             self.window_bias = torch.zeros(window_heads[0], dtype=torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MobileTower:
-        """Apply `.to()` and the like; all go through this method. Half precision is for the trunk only."""
-        # Detached, as a parameter itself is changed in place.
-        precise = {name: getattr(self, name).detach() for name in _PRECISE if getattr(self, name) is not None}
-        super()._apply(fn, recurse)
-        for name, before in precise.items():
-            after = getattr(self, name)
-            if torch.promote_types(after.dtype, torch.float32) != after.dtype:
-                kept = before.to(after.device)
-                setattr(self, name, nn.Parameter(kept, after.requires_grad) if name in self._parameters else kept)
+        """Apply `.to()` and the like. Half precision is for the trunk only."""
+        with kept_precise(self, _PRECISE):
+            super()._apply(fn, recurse)
         return self
 
     def forward(self, rgb: Tensor) -> Tensor:

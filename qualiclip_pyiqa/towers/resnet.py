@@ -184,23 +184,28 @@ class FoldedConv(nn.Module):
 
 
 class FoldedBottleneck(nn.Module):
-    """A frozen bottleneck of ModifiedResNet.
+    """A frozen bottleneck, of ModifiedResNet, which pools before it narrows, or of torchvision, which strides.
 
     Args:
-        block: open_clip's bottleneck, with BatchNorm folded into its convolutions, which are taken over.
+        block: open_clip's or torchvision's bottleneck, with BatchNorm folded into its convolutions, which are taken
+            over.
+
+    Attributes:
+        pool: factor by which it pools.
+        stride: of its convolutions.
     """
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.conv1, self.conv2, self.conv3 = map(FoldedConv, (block.conv1, block.conv2, block.conv3))
-        self.avgpool = block.avgpool
-        self.stride = 1
+        self.avgpool = getattr(block, "avgpool", nn.Identity())
+        self.pool, self.stride = 1, block.conv2.stride[0]
         self.shortcut: FoldedConv | None = None
         if block.downsample is not None:
-            pool, conv, _ = block.downsample
-            self.stride = pool.kernel_size
+            *pools, conv, _ = block.downsample
+            self.pool = pools[0].kernel_size if pools else 1
             # A pool over a single pixel would only copy.
-            self.shortcut_pool = nn.Identity() if self.stride == 1 else pool
+            self.shortcut_pool = nn.Identity() if self.pool == 1 else pools[0]
             self.shortcut = FoldedConv(conv)
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
@@ -216,7 +221,7 @@ class FoldedBottleneck(nn.Module):
 
     def window(self) -> Window:
         """Return the part between the 1x1 convolutions as a step over strips."""
-        return Window(lambda x: self.avgpool(self.conv2(x, inner=True)), kernel=3, group=self.stride)
+        return Window(lambda x: self.avgpool(self.conv2(x, inner=True)), kernel=3, stride=self.stride, group=self.pool)
 
 
 class FoldedLayer(nn.Sequential):
@@ -241,7 +246,8 @@ class StreamedLayer:
     def __init__(self, layer: nn.Sequential) -> None:
         self.blocks: list[Any] = list(layer)
         first = self.blocks[0]
-        self.widen = Window(first.widen, kernel=1, group=first.stride)
+        # A stride takes the first of an odd number of rows too, which a pool drops.
+        self.widen = Window(first.widen, kernel=1, group=first.pool * first.stride, ceil=first.stride > 1)
         self.windows = [block.window() for block in self.blocks]
         self.sums: Tensor | None = None
         self.done = [0] * len(self.blocks)  # rows of `sums` completed by each block

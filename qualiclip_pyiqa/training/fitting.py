@@ -19,8 +19,9 @@ from ..images.convert import source_name
 from ..metrics.fitted import FittedIQA
 from ..metrics.prompts import resolve_prompts
 from ..metrics.registry import METRICS
+from ..pretrained.contrastive import load_encoders
 from ..pretrained.fitted import FIGURES, Fit, FittedModel, load_fitted, write_fitted
-from ..pretrained.layouts import FITTED_FORMAT, OWN_FORMAT
+from ..pretrained.layouts import CONTRASTIVE_TOWERS, FITTED_FORMAT, OWN_FORMAT
 from ..pretrained.manifest import openai_record
 from ..pretrained.model import LoadedTower, load_model
 from ..pretrained.read import stored_format
@@ -116,7 +117,7 @@ def choose_tower(name: str, weights: Path | None = None) -> ChosenTower:
     Args:
         name: a metric of this package, a backbone of OpenAI or open_clip, or a file of `qualiclip train` or
             `qualiclip fit`.
-        weights: file of the tower's weights, in place of the metric's or OpenAI's.
+        weights: file of the tower's weights, in place of the metric's or OpenAI's; for `reiqa` a folder of two files.
 
     Raises:
         SettingsError: an unknown name, another package's metric, or a backbone without weights.
@@ -126,6 +127,8 @@ def choose_tower(name: str, weights: Path | None = None) -> ChosenTower:
     if name in METRICS:
         spec = METRICS[name]
         backbone = getattr(spec, "backbone", None)
+        if backbone in CONTRASTIVE_TOWERS:
+            return ChosenTower(name, load_encoders(backbone, weights), False)
         if backbone is None:
             raise SettingsError(f"{name} has no tower of its own; expected a metric with one, such as qualiclip-mini")
         model = load_model(weights or spec.weights, backbone, texts)
@@ -256,7 +259,8 @@ def fit(
     chosen = choose_strength(x, y, folds(groups, INNER_FOLDS, [options.seed, options.splits]))
     ridge = fit_ridge(x, y, [STRENGTHS[chosen]])
     found = cross_validate(x, y, groups, options)
-    file = provenance(tower.model.file)
+    files = [provenance(file) for file in (tower.model.file, *tower.model.beside)]
+    names = " + ".join(file["file"] for file in files)
     described = Fit(
         pos_embedding=tower.pos_embedding,
         regressor="ridge",
@@ -273,15 +277,16 @@ def fit(
         seed=options.seed,
         agreement=found.agreement,
         tower_name=tower.name[:200],
-        tower_file=file["file"][:200],
-        tower_sha256=file["sha256"] or "",
+        tower_file=names[:200],
+        tower_sha256=" + ".join(file["sha256"] or "" for file in files),
         ratings=ratings.columns[:1000],
         reading=", ".join(f"{name}={value}" for name, value in sorted(reading.items()) if name in _RULES),
     )
     model = FittedModel(tower.model, described, ridge.stored(), _hashes(rated.hashes))
     try:
         with replacing(out) as part:
-            write_fitted(part, model, file["licence"], f"fitted with `qualiclip fit` on the tower of {file['file']}")
+            licence = " AND ".join(dict.fromkeys(file["licence"] for file in files))
+            write_fitted(part, model, licence, f"fitted with `qualiclip fit` on the tower of {names}")
             _check_loads(part, out)
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error.strerror or error}); make room and repeat") from error

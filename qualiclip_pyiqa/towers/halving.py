@@ -1,0 +1,98 @@
+"""Halve images as Pillow's `Image.resize((width // 2, height // 2))` does, on tensors of any device, differentiably.
+
+Pillow's default filter is the bicubic one (Keys, 1981, a = -0.5), stretched by the factor of reduction against
+aliasing. It filters rows, then columns, and rounds after each to a level in 0..255. Its weights are whole multiples of
+2 ** -22.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autocast import without_autocast
+
+_PRECISION = 2**22  # of Pillow's weights
+_SPLIT = 2**11
+# Pixels that an output pixel depends on, at most: 8 for an even side, 9 for an odd one of at least 32 pixels.
+_TAPS = 9
+# Levels of 8 bits are recognised if all are this close to a whole number. Those of float32 are within 2 ** -16.
+_GRID = 2.0**-10
+
+
+def halved(rgb: Tensor) -> Tensor:
+    """Halve images as Pillow does.
+
+    Images whose values are all levels of 8 bits (k / 255) become exactly those that Pillow makes of them; the gradient
+    is that of the filter, without the rounding to levels. Pillow cannot halve others, such as a network's output or a
+    16-bit image: they are filtered with the same weights and not rounded, so that they differ from what Pillow makes of
+    the nearest 8-bit image by about a level.
+
+    Shape:
+        rgb: (N, 3, H, W) in 0..1, H and W at least 32 -> (N, 3, H // 2, W // 2), in its dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> pixels = np.random.default_rng(0).integers(0, 256, (45, 64, 3), np.uint8)
+        >>> half = halved(torch.from_numpy(pixels).movedim(-1, 0)[None] / 255)
+        >>> by_pillow = np.asarray(Image.fromarray(pixels).resize((32, 22)))
+        >>> np.array_equal((half[0] * 255).round().byte().movedim(0, -1).numpy(), by_pillow)
+        True
+    """
+    with without_autocast(rgb):
+        levels = rgb.to(torch.promote_types(rgb.dtype, torch.float32)).contiguous() * 255
+        whole = levels.detach().round()
+        on_grid = ((whole - levels.detach()).abs() <= _GRID).flatten(1).all(dim=1)[:, None, None, None]
+        levels = torch.where(on_grid, _with_gradient_of(levels, whole), levels)
+        rows = _filtered(levels, on_grid)
+        columns = _filtered(rows.transpose(2, 3), on_grid).transpose(2, 3)
+        return (columns / 255).to(rgb.dtype)
+
+
+def _filtered(levels: Tensor, on_grid: Tensor) -> Tensor:
+    """Halve the width of images (N, C, H, W) -> (N, C, H, W // 2), rounding those that `on_grid` (N, 1, 1, 1) marks."""
+    places, weights = _taps(levels.shape[3], levels)
+    # Of two parts, so that all sums of whole levels are exact in float32.
+    high = (weights / _SPLIT).round()
+    low = weights - high * _SPLIT
+    highs, lows = (torch.zeros_like(levels[..., : levels.shape[3] // 2]) for _ in range(2))
+    for tap in range(_TAPS):
+        pixels = levels.index_select(3, places[:, tap])
+        highs = highs + pixels * high[:, tap]
+        lows = lows + pixels * low[:, tap]
+    exact = highs / _SPLIT + lows / _PRECISION
+    with torch.no_grad():
+        rounded = ((highs + ((lows + _PRECISION / 2) / _SPLIT).floor()) / _SPLIT).floor()
+    return torch.where(on_grid, _with_gradient_of(exact, rounded), exact).clamp(0, 255)
+
+
+def _with_gradient_of(exact: Tensor, values: Tensor) -> Tensor:
+    """Return `values`, exactly, with the gradient of `exact`."""
+    return exact - exact.detach() + values
+
+
+def _taps(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pixels that each of side // 2 output pixels depends on, and their weights in units of 2 ** -22.
+
+    Returns:
+        Indices and whole numbers, both (side // 2, _TAPS), on the device of `like`.
+    """
+    half = side // 2
+    scale = side / half
+    centre = (torch.arange(half, dtype=torch.float64, device="cpu") + 0.5) * scale
+    first = (centre - 2 * scale + 0.5).trunc().clamp(min=0)
+    end = (centre + 2 * scale + 0.5).trunc().clamp(max=side)
+    places = first[:, None] + torch.arange(_TAPS, dtype=torch.float64, device="cpu")
+    weights = torch.where(places < end[:, None], _bicubic((places - centre[:, None] + 0.5) / scale), 0.0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    whole = (weights * _PRECISION + 0.5 * weights.sign()).trunc()  # halves away from zero
+    return places.clamp(max=side - 1).long().to(like.device), whole.to(like)
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """Evaluate the bicubic kernel with a = -0.5."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = -0.5 * (((x - 5) * x + 8) * x - 4)
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
