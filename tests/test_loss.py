@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pyiqa
@@ -75,7 +76,41 @@ def test_weight_and_reduction(small: SmallMetric) -> None:
 def test_several_attributes_count_alike() -> None:
     look = SmallLook().eval()
     x = upstream.pictures(2, 48, 64)
-    assert torch.allclose(QualityLoss(look, reduction="none")(x), 1 - look(x).mean(dim=1))
+    for chosen in (("quality", "sharpness"), ["contrast"], ("contrast", "quality", "sharpness")):
+        columns = [look.attributes.index(name) for name in chosen]
+        loss = QualityLoss(look, reduction="none", attributes=chosen)
+        assert torch.allclose(loss(x), 1 - look(x)[:, columns].mean(dim=1))
+    relative = QualityLoss(look, relative_to="target", attributes=("contrast",))
+    assert torch.allclose(relative(x, x.flip(0)), (look(x.flip(0)) - look(x))[:, 2].relu().mean())
+
+
+def test_attributes_that_describe_are_a_choice() -> None:
+    """More brightness is not better."""
+    message = (
+        r"qualiclip-mini\+:look has attributes of which more is not better \(brightness, colorfulness, contrast\); "
+        r"expected attributes=\[...\] with all or some of quality, sharpness, noisiness, compression"
+    )
+    with pytest.raises(SettingsError, match=message):
+        QualityLoss("qualiclip-mini+:look")
+    with pytest.raises(SettingsError, match=r"small has attributes of which more is not better \(contrast\)"):
+        QualityLoss(SmallLook())  # a metric without prompts: by its attributes' names
+    x = upstream.pictures(2, 64, 64)
+    judging = ("quality", "sharpness", "noisiness", "compression")
+    found = QualityLoss("qualiclip-mini+:look", attributes=judging)(x)
+    each = [QualityLoss(f"qualiclip-mini+:{name}")(x) for name in judging]
+    assert torch.allclose(found, torch.stack(each).mean())
+
+    def of(prompts: dict) -> OpenQualiCLIP:
+        return OpenQualiCLIP("qualiclip-mini+", prompts=prompts)
+
+    dark, dull = ("Bright photo.", "Dark photo."), ("Colorful photo.", "Dull photo.")
+    with pytest.raises(
+        SettingsError, match=r"not better \(a, b\); expected attributes=\[...\] with those that the loss"
+    ):
+        QualityLoss(of({"a": dark, "b": dull}))
+    # The only attribute is chosen, and so are pairs of one's own.
+    QualityLoss("qualiclip-mini+:contrast")
+    QualityLoss(of({"own": ("Bright photo.", "Dull photo."), "quality": ("Good photo.", "Bad photo.")}))
 
 
 @pytest.mark.parametrize("relative_to", ["target", "input"])
@@ -199,6 +234,79 @@ def test_a_descent_brings_pixels_back_and_takes_none_away() -> None:
     assert torch.allclose(x, torch.tensor([0.25, -2.0, 0.75, 3.0]), atol=1e-3)
 
 
+def test_values_far_outside_are_told_once(small: SmallMetric, caplog: pytest.LogCaptureFixture) -> None:
+    x = upstream.pictures(2, 48, 64)
+
+    def told(*images: Tensor, **options: str) -> list[str]:
+        caplog.clear()
+        loss = QualityLoss(small, **options)
+        for image in images:
+            loss(image, image)
+        return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+    (message,) = told(255 * x, 255 * x, 255 * x)
+    assert message.startswith("QualityLoss: x has values from ") and message.endswith("; divide by 255")
+    infinite = x.clone()
+    infinite[0, 0, 0, 0] = torch.inf
+    assert "to inf, which count as 0 or 1" in told(infinite)[0]
+    normalised = 2 * x - 1
+    assert told(x, normalised)[0].endswith("for images in -1..1 pass (x + 1) / 2")
+    one = torch.cat([255 * x[:1], x.repeat(4, 1, 1, 1)])
+    assert len(told(one, relative_to="target")) == 1
+    caplog.clear()
+    QualityLoss(small, relative_to="target")(x, 255 * x)
+    assert "target has values" in caplog.text
+    # What a network returns: a little outside, or little of it.
+    lone = x.clone()
+    lone[:, :, :4] = -2
+    with_nan = x.clone()
+    with_nan[0, 0, 0, 0] = torch.nan
+    assert not told(1.2 * x - 0.1, lone, with_nan)
+    # Later calls do not wait for a GPU to be told its values.
+    assert not told(x, x, x, 255 * x)
+
+
+def test_values_are_not_looked_at_where_they_cannot_be(small: SmallMetric) -> None:
+    loss = QualityLoss(small)
+    x = upstream.pictures(2, 48, 64)
+    each = torch.func.vmap(lambda image: loss(image[None]))(x)
+    assert torch.allclose(each, 1 - score(small, x), atol=1e-6)
+
+    class Mean(nn.Module):
+        score_range = "0, 1"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(1, 2, 3))
+
+    assert QualityLoss(Mean()).to("meta")(x.to("meta")).is_meta
+
+
+def test_crops_that_are_no_crops_are_told_once(small: SmallMetric, caplog: pytest.LogCaptureFixture) -> None:
+    x = upstream.pictures(2, 97, 131)
+    loss = QualityLoss(small, crops=(4, 200))
+    assert torch.equal(loss(x), QualityLoss(small)(x))
+    loss(x)
+    (record,) = caplog.records
+    assert (
+        "an image of 131x97 pixels is not larger than a crop of crops=(4, 200), so it is scored whole" in record.message
+    )
+    caplog.clear()
+    QualityLoss(small, crops=(4, 100))(x)
+    assert not caplog.records
+    # The whole image is scored once, not once for each crop.
+    sizes = []
+    loss.metric.network.tower.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+    loss(x)
+    assert sizes == [(2, 3, 97, 131)]
+
+
+def test_it_is_shown_with_its_metric_and_options() -> None:
+    loss = QualityLoss("qualiclip-mini:sharpness", weight=0.1, crops=(2, 64))
+    assert repr(loss).startswith("QualityLoss('qualiclip-mini:sharpness', weight=0.1, ") and "crops=(2, 64)" in repr(
+        loss
+    )
+
+
 def test_nan_is_not_hidden(metric: nn.Module) -> None:
     x = upstream.pictures(2, 48, 64)
     x[0, 0, 5, 5] = torch.nan
@@ -281,9 +389,18 @@ def test_refuses_what_it_cannot_be() -> None:
         ({"crops": (4, 31)}, r"crops is \(4, 31\)"),
         ({"crops": (0, 64)}, r"crops is \(0, 64\)"),
         ({"crops": (1, 64.0)}, r"crops is \(1, 64.0\)"),
-        ({"scales": 0.5}, r"scales is 0.5; expected positive numbers, such as \(1.0, 0.5\)"),
+        ({"scales": 0.5}, r"scales is 0.5; expected numbers above 0 and at most 4, such as \(1.0, 0.5\)"),
         ({"scales": ()}, r"scales is \(\)"),
         ({"scales": (1, 0)}, r"scales is \(1, 0\)"),
+        ({"scales": (100.0,)}, r"scales is \(100.0,\); expected numbers above 0 and at most 4"),
+        ({"scales": (float("nan"),)}, r"scales is \(nan,\)"),
+        ({"checkpointing": "yes"}, "checkpointing is 'yes'; expected True or False"),
+        ({"checkpointing": 1}, "checkpointing is 1; expected True or False"),
+        ({"attributes": "quality"}, "attributes is 'quality'; expected a list of some of quality, each once"),
+        ({"attributes": ()}, r"attributes is \(\); expected"),
+        ({"attributes": ["sharpness"]}, r"attributes is \['sharpness'\]; expected a list of some of quality"),
+        ({"attributes": ["quality", "quality"]}, "attributes is .* each once"),
+        ({"attributes": [["quality"]]}, "attributes is .* each once"),
     ],
 )
 def test_wrong_options_are_named(small: SmallMetric, options: dict, message: str) -> None:
@@ -295,6 +412,10 @@ def test_wrong_images_are_named(small: SmallMetric) -> None:
     loss = QualityLoss(small)
     with pytest.raises(ImageError, match=r"expected \(N, 3, H, W\)"):
         loss(torch.rand(3, 48, 64))
+    with pytest.raises(
+        ImageError, match=r"image is a str; .* \(N, 3, H, W\), which qualiclip_pyiqa.as_batch makes of a"
+    ):
+        loss("photos/hats.jpg")
     with pytest.raises(ImageError, match="expected floating point"):
         loss(torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
     with pytest.raises(ImageError, match=r"x has shape \(0, 3, 48, 64\); expected at least one image"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..metrics.specs import PromptedMetric
+from ..metrics.words import describes
 from ..scoring.building import MetricLike, blind_metric, build_metrics, named_metrics
 from ..scoring.description import lower_is_better
 
@@ -24,14 +25,18 @@ class FrozenMetric:
     `train()`, DistributedDataParallel or FSDP.
 
     Attributes:
+        name: of the metric, as the caller wrote it.
         network: (N, 3, H, W) -> scores.
         attributes: names of the scores.
+        describing: those of them that say what an image is like, and not how good it is.
         score_range: lowest and highest score, as pyiqa writes it: "0, 1"; None if unknown.
         lower_better: whether a lower score means a better image.
     """
 
+    name: str
     network: nn.Module
     attributes: tuple[str, ...]
+    describing: tuple[str, ...]
     score_range: str | None
     lower_better: bool
 
@@ -44,19 +49,26 @@ class FrozenMetric:
             PromptError: invalid prompts.
             WeightsError: weights are missing.
         """
-        if isinstance(metric, str | os.PathLike | PromptedMetric):
-            metric = build_metrics(named_metrics({"metric": metric}), torch.device("cpu"))["metric"]
-            network = getattr(metric, "net", metric)
-        elif isinstance(metric, nn.Module):
+        if not isinstance(metric, str | os.PathLike | PromptedMetric | nn.Module):
+            raise SettingsError(f"metric is {metric!r}; expected a name or a metric, such as 'qualiclip-mini'")
+        named = named_metrics(metric)
+        (name,) = named
+        if isinstance(metric, nn.Module):
             network = copy.deepcopy(getattr(metric, "net", metric))
         else:
-            raise SettingsError(f"metric is {metric!r}; expected a name or a metric, such as 'qualiclip-mini'")
+            metric = build_metrics(named, torch.device("cpu"))[name]
+            network = getattr(metric, "net", metric)
         if getattr(metric, "metric_mode", "NR") != "NR":
-            raise SettingsError(f"{getattr(metric, 'metric_name', metric)} needs a reference; expected an NR metric")
+            raise SettingsError(f"{name} needs a reference; expected an NR metric")
         own = blind_metric(network)
+        attributes = ("quality",) if own is None else own.attributes
+        prompts = getattr(own, "prompts", None)
+        pairs = {} if prompts is None else dict(prompts.groups)
         return cls(
+            name=name,
             network=network.eval().requires_grad_(False),
-            attributes=("quality",) if own is None else own.attributes,
+            attributes=attributes,
+            describing=tuple(each for each in attributes if describes(each, pairs.get(each, ()))),
             score_range=getattr(metric, "score_range", None),
             lower_better=lower_is_better(metric),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,9 +14,13 @@ from ..metrics.base import check_batch
 from ..scoring.building import MetricLike
 from ..towers.recompute import recompute_activations
 from .frozen import FrozenMetric
-from .range import clamp_keeping_gradient
+from .range import clamp_keeping_gradient, far_outside
 from .views import check_crops, check_scales, crop_boxes, cut, resized
 
+logger = logging.getLogger(__name__)
+
+#: The first calls of a loss, whose images are checked: reading their values waits for the GPU.
+CHECKED_CALLS = 3
 REDUCTIONS = ("mean", "sum", "none")
 RELATIVE_TO = (None, "input", "target")
 
@@ -39,20 +44,27 @@ class QualityLoss(nn.Module):
     undefined, like the parent's: build a new loss).
 
     Values outside 0..1 count as 0 or 1, as in a saved image. Their gradient is kept where it leads back into 0..1, and
-    is zero where it leads farther out: no pixel is stuck outside, and none drifts away without limit.
+    is zero where it leads farther out: no pixel is stuck outside, and none drifts away without limit. The first calls
+    log one warning if values are far outside, as of a forgotten division by 255 (not in a compiled graph, which it
+    would break). NaN stays NaN.
 
     Args:
         metric: a no-reference metric: its name (also with prompts, `"qualiclip-mini+:sharpness"`), the file of a model
             trained with this package, a metric of `pyiqa.create_metric` (with or without `as_loss`), or its network.
-            The loss uses the mean of several attributes. Named ones are built on the CPU.
+            Named ones are built on the CPU.
         weight: factor on the loss, at least 0.
         reduction: "mean" or "sum" over the batch, or "none".
         relative_to: None, "target" or "input", see above.
         crops: (n, size): score n random crops of `size` pixels a side of every image, or the whole of a shorter side,
-            instead of the image. Positions are new in every call, drawn by torch's generator of the image's device.
-        scales: factors by which images are resized (bilinear, antialiased) before they are scored or cropped.
+            instead of the image. Positions are new in every call, drawn by torch's generator of the image's device. An
+            image that is smaller than a crop is scored whole, of which one warning is logged.
+        scales: factors, at most 4, by which images are resized (bilinear, antialiased) before they are scored or
+            cropped.
         checkpointing: recompute activations in the backward pass instead of storing them: much less memory, and the
             time of another forward pass.
+        attributes: those of the metric's attributes whose mean is the score. Default: all of them, unless some say what
+            an image is like and not how good it is, such as brightness and contrast of `"qualiclip-mini+:look"`: then
+            a choice is needed. A metric of one attribute (`"qualiclip-mini+:contrast"`) needs none.
 
     Shape:
         x: (N, 3, H, W) or (N, 1, H, W), RGB or grey; H and W at least 32, at every scale
@@ -82,21 +94,30 @@ class QualityLoss(nn.Module):
         crops: Sequence[int] | None = None,
         scales: Sequence[float] = (1.0,),
         checkpointing: bool = False,
+        attributes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            hint = " (YAML reads 1e-2 as text: write 0.01 or 1.0e-2)" if isinstance(weight, str) else ""
-            raise SettingsError(f"weight is {weight!r}; expected a number of at least 0{hint}")
+        check_weight(weight, "weight")
         if reduction not in REDUCTIONS:
             raise SettingsError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
         if relative_to not in RELATIVE_TO:
             raise SettingsError(f"relative_to is {relative_to!r}; expected None, 'input' or 'target'")
+        if not isinstance(checkpointing, bool):
+            raise SettingsError(f"checkpointing is {checkpointing!r}; expected True or False")
         self.weight, self.reduction, self.relative_to = float(weight), reduction, relative_to
         self.crops, self.scales = check_crops(crops), check_scales(scales)
         self.metric = FrozenMetric.of(metric)
         self.worst, self.best = self.metric.bounds()
+        self.attributes = chosen_attributes(self.metric, attributes)
+        self.checkpointing = checkpointing
         if checkpointing:
             recompute_activations(self.metric.network)
+        self._calls = 0
+        self._warned: set[str] = set()
+
+    def extra_repr(self) -> str:
+        options = ("weight", "reduction", "relative_to", "crops", "scales", "checkpointing", "attributes")
+        return ", ".join([repr(self.metric.name), *(f"{name}={getattr(self, name)!r}" for name in options)])
 
     def forward(self, x: Tensor, target: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         """Compute the loss of a batch.
@@ -109,6 +130,8 @@ class QualityLoss(nn.Module):
         """
         x = self._prepared(x, "x")
         other = self._other(x, target, input)
+        if not torch.compiler.is_compiling():
+            self._calls += 1
         each = [self._loss_of_scale(x, other, scale) for scale in self.scales]
         loss = self.weight * (each[0] if len(each) == 1 else torch.stack(each).mean(dim=0))
         return loss if self.reduction == "none" else loss.sum() if self.reduction == "sum" else loss.mean()
@@ -135,6 +158,9 @@ class QualityLoss(nn.Module):
         x = check_batch(x)
         if not len(x):
             raise ImageError(f"{name} has shape {tuple(x.shape)}; expected at least one image")
+        # Compiled, a log would break the graph.
+        if not torch.compiler.is_compiling() and self._calls < CHECKED_CALLS and (found := far_outside(x)) is not None:
+            self._warn("values", f"{name} has {found}")
         # Resizing needs float32.
         return clamp_keeping_gradient(x.to(torch.promote_types(x.dtype, torch.float32)))
 
@@ -142,6 +168,12 @@ class QualityLoss(nn.Module):
         """Compute each image's loss at one scale: (N, 3, H, W) -> (N,)."""
         x = resized(x, scale)
         boxes = None if self.crops is None else crop_boxes(x, *self.crops)
+        if boxes is not None and not torch.compiler.is_compiling() and x.shape[2:] == boxes[2:]:
+            self._warn(
+                "crops",
+                f"an image of {x.shape[3]}x{x.shape[2]} pixels is not larger than a crop of crops={self.crops}, so it "
+                "is scored whole; expected smaller crops or larger images",
+            )
         scores = self._scores(x if boxes is None else cut(x, boxes))
         if other is None:
             loss = 1 - scores
@@ -154,10 +186,59 @@ class QualityLoss(nn.Module):
 
     def _scores(self, x: Tensor) -> Tensor:
         """Score images on the scale 0 (worst) to 1 (best): (M, 3, H, W) -> (M,)."""
-        return (self.metric.scores(x).mean(dim=1) - self.worst) / (self.best - self.worst)
+        scores = self.metric.scores(x)
+        if self.attributes != self.metric.attributes:
+            # Not by a list of indices, which would be copied to the GPU in every call.
+            columns = [self.metric.attributes.index(name) for name in self.attributes]
+            scores = torch.stack([scores[:, column] for column in columns], dim=1)
+        return (scores.mean(dim=1) - self.worst) / (self.best - self.worst)
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Log a warning, one of each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("QualityLoss: %s", message)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityLoss:
         """Apply `.to()` and the like, all of which go through this method of `nn.Module`, to the network too."""
         self.metric.network._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
+
+
+def check_weight(weight: float, name: str) -> None:
+    """Raise `SettingsError` unless a weight is a finite number of at least 0.
+
+    Args:
+        weight: the number.
+        name: of the option.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        hint = " (YAML reads 1e-2 as text: write 0.01 or 1.0e-2)" if isinstance(weight, str) else ""
+        raise SettingsError(f"{name} is {weight!r}; expected a number of at least 0{hint}")
+
+
+def chosen_attributes(metric: FrozenMetric, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the attributes whose mean is the score.
+
+    Args:
+        metric: whose attributes they are.
+        chosen: the caller's choice; None: all.
+
+    Raises:
+        SettingsError: not some of the metric's attributes; or no choice from several of which some only describe.
+    """
+    known = metric.attributes
+    if chosen is None:
+        if len(known) > 1 and metric.describing:
+            judging = [name for name in known if name not in metric.describing]
+            advice = f"all or some of {', '.join(judging)}" if judging else "those that the loss is to raise"
+            raise SettingsError(
+                f"{metric.name} has attributes of which more is not better ({', '.join(metric.describing)}); "
+                f"expected attributes=[...] with {advice}"
+            )
+        return known
+    several = tuple(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else ()
+    if not several or not all(several.count(name) == 1 and name in known for name in several):
+        raise SettingsError(f"attributes is {chosen!r}; expected a list of some of {', '.join(known)}, each once")
+    return several

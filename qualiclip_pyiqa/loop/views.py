@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from ..errors import SettingsError
 from ..images.convert import MIN_SIDE, check_size
+
+MAX_SCALE = 4.0  # memory grows with its square
 
 #: First rows and first columns of n crops of each image, (N, n) each, and the crops' height and width.
 Boxes: TypeAlias = tuple[Tensor, Tensor, int, int]
@@ -41,12 +42,14 @@ def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """Return the factors.
 
     Raises:
-        SettingsError: not a sequence of positive numbers.
+        SettingsError: not a sequence of numbers above 0 and at most `MAX_SCALE`.
     """
     several = tuple(scales) if isinstance(scales, Sequence) and not isinstance(scales, str) else ()
     valid = [isinstance(scale, int | float) and not isinstance(scale, bool) for scale in several]
-    if not several or not all(valid) or not all(0 < scale < math.inf for scale in several):
-        raise SettingsError(f"scales is {scales!r}; expected positive numbers, such as (1.0, 0.5)")
+    if not several or not all(valid) or not all(0 < scale <= MAX_SCALE for scale in several):
+        raise SettingsError(
+            f"scales is {scales!r}; expected numbers above 0 and at most {MAX_SCALE:g}, such as (1.0, 0.5)"
+        )
     return tuple(float(scale) for scale in several)
 
 
@@ -65,8 +68,10 @@ def resized(x: Tensor, scale: float) -> Tensor:
 
 
 def crop_boxes(x: Tensor, n: int, size: int) -> Boxes:
-    """Draw the positions of n crops for each of N images."""
+    """Draw the positions of n crops for each of N images; of an image that is smaller than a crop, one: the whole."""
     height, width = min(size, x.shape[2]), min(size, x.shape[3])
+    if height == x.shape[2] and width == x.shape[3]:
+        n = 1
     tops = torch.randint(x.shape[2] - height + 1, (len(x), n), device=x.device)
     lefts = torch.randint(x.shape[3] - width + 1, (len(x), n), device=x.device)
     return tops, lefts, height, width

@@ -179,7 +179,10 @@ def check_batch(x: Tensor, least: int = MIN_SIDE) -> Tensor:
         ImageError: wrong type, shape or dtype, or an image with a side of less than `least` pixels.
     """
     if not isinstance(x, Tensor):
-        raise ImageError(f"image is {kind_of(x)}; expected a tensor (N, 3, H, W), see `as_batch`")
+        raise ImageError(
+            f"image is {kind_of(x)}; expected a tensor (N, 3, H, W), which qualiclip_pyiqa.as_batch makes of a path, "
+            "PIL image or array"
+        )
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
     if not x.is_floating_point():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .prompts import LOOK, QUALITY_SETS, Pair
+from .prompts import ATTRIBUTES, LOOK, QUALITY_SETS, Pair
 
 BETTER: Pair = ("better", "worse")
 _WORDS: dict[str, Pair] = {
@@ -16,6 +16,9 @@ _WORDS: dict[str, Pair] = {
     "contrast": ("stronger in contrast", "weaker in contrast"),
     "compression": ("less compressed", "more compressed"),
 }
+# Predefined attributes of which more is better. The others say what an image is like.
+_JUDGING = ("quality", "sharpness", "noisiness", "compression", "aesthetic", "beautiful")
+_DESCRIBING: dict[str, Pair] = {name: pair for name, pair in ATTRIBUTES.items() if name not in _JUDGING}
 _OF_LOOK: dict[Pair, Pair] = {LOOK[name]: words for name, words in _WORDS.items()}
 
 
@@ -43,6 +46,22 @@ def comparatives(pairs: Sequence[Pair] = (), lower_better: bool = False) -> Pair
     more = f" (+{len(pairs) - 1})" if len(pairs) > 1 else ""
     high, low = (f"closer to {text + more!r}" for text in pairs[0])
     return high, low
+
+
+def describes(attribute: str, pairs: Sequence[Pair] = ()) -> bool:
+    """Return whether an attribute says what an image is like, and not how good it is.
+
+    Attributes and pairs that are not predefined are taken to judge: nothing is known of them.
+
+    Args:
+        attribute: its name, which decides without pairs.
+        pairs: antonym prompt pairs, whose mean is the score; empty for a metric without prompts.
+
+    Example:
+        >>> describes("contrast"), describes("light", [("Bright photo.", "Dark photo.")]), describes("sharpness")
+        (True, True, False)
+    """
+    return all(pair in _DESCRIBING.values() for pair in pairs) if pairs else attribute in _DESCRIBING
 
 
 def opposite(more: str) -> str:
