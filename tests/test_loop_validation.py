@@ -69,6 +69,21 @@ class TestQualityMetric:
         both = torchmetrics.MetricCollection({"own": QualityMetric(look), "other": QualityMetric(SmallMetric())})
         assert len(both(x)) == 4
 
+    def test_in_a_collection_with_metrics_that_have_a_reference(self, small: SmallMetric) -> None:
+        x, target = upstream.pictures(4, 48, 64).split(2)
+        psnr = torchmetrics.image.PeakSignalNoiseRatio(data_range=1.0)
+        both = torchmetrics.MetricCollection([QualityMetric(small), psnr])
+        both.update(x, target)
+        both.update(preds=target, target=x)
+        found = both.compute()
+        assert torch.allclose(found["QualityMetric"], scores(small, torch.cat([x, target])).mean())
+        assert torch.allclose(found["PeakSignalNoiseRatio"], psnr(x, target))
+        assert torch.allclose(both(x, target)["QualityMetric"], scores(small, x).mean())
+
+    def test_it_is_shown_with_its_metric(self, small: SmallMetric) -> None:
+        assert repr(QualityMetric("qualiclip-mini+:look")) == "QualityMetric('qualiclip-mini+:look')"
+        assert repr(QualityMetric(small)) == "QualityMetric('small')"
+
     def test_uint8_grey_and_wrong_images(self, small: SmallMetric) -> None:
         quality = QualityMetric(small)
         x = upstream.pictures(2, 48, 64)
@@ -244,14 +259,56 @@ def test_registries_like_basicsr_s() -> None:
     assert loss.weight == 0.5 and isinstance(loss(x, x), Tensor)
     with pytest.raises(SettingsError, match="weight and loss_weight were given, which mean the same"):
         losses.get("QualityLoss")(metric="qualiclip-mini", loss_weight=0.5, weight=0.5)
+    chosen = losses.get("QualityLoss")(metric="qualiclip-mini+:look", attributes=["sharpness", "noisiness"])
+    assert chosen.attributes == ("sharpness", "noisiness")
     image = (x[0] * 255).byte().permute(1, 2, 0).numpy()[:, :, ::-1]
     data = {"img": image, "img2": image}
     assert 0 <= metrics.get("calculate_quality")(**data, metric="qualiclip-mini") <= 1
 
 
+@pytest.mark.parametrize("kind", [option_files.QualityLoss, option_files.QualityPerceptualLoss])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"weigth": 1},
+            "has no option 'weigth'; expected some of metric, weight, reduction, relative_to, crops, scales, "
+            "checkpointing, attributes, loss_weight; did you mean 'weight'",
+        ),
+        ({"metric": None}, r"has no metric; expected one such as metric: qualiclip-mini\+"),
+        ({"loss_weight": "1e-2"}, r"loss_weight is '1e-2'; expected a number of at least 0 \(YAML reads"),
+    ],
+)
+def test_wrong_options_of_a_loss_are_named(kind: type[option_files.QualityLoss], options: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        kind(**{"metric": "qualiclip-mini", **options})
+
+
+def test_options_that_other_metrics_of_option_files_have() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)
+    plain = calculate_quality(image, metric="qualiclip-mini", crop_border=10)
+    given = {"crop_border": 10, "input_order": "CHW", "test_y_channel": False}
+    assert calculate_quality(image.transpose(2, 0, 1), metric="qualiclip-mini", **given) == plain
+    assert calculate_quality(image[10:-10, 10:-10], metric="qualiclip-mini", input_order="HWC") == plain
+    for border, left in ((40, "10x0"), (100, "0x0"), (25, "40x30")):
+        message = f"crop_border is {border}, which leaves {left} pixels of an image of 90x80; the smallest .* is 32x32"
+        with pytest.raises(ImageError, match=message):
+            calculate_quality(image, metric="qualiclip-mini", crop_border=border)
+    with pytest.raises(ImageError, match="image is a NoneType; expected an array"):
+        calculate_quality(None, metric="qualiclip-mini")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_y_channel": True}, "test_y_channel is True; expected False: the score is of the colours too"),
+        ({"input_order": "WHC"}, "input_order is 'WHC'; expected 'HWC' or 'CHW'"),
+        (
+            {"crop_boarder": 4},
+            "calculate_quality has no option 'crop_boarder'; expected some of metric, crop_border, better, "
+            "input_order, test_y_channel; did you mean 'crop_border'",
+        ),
+        ({"metric": ["qualiclip-mini"]}, r"metric is \['qualiclip-mini'\]; expected a name"),
         ({"better": "lower"}, "better is 'lower'; expected 'higher', as a higher qualiclip-mini is better"),
         ({"metric": "qualiclip-mini:look"}, r"qualiclip-mini:look has 7 scores; expected one"),
         ({"crop_border": -1}, "crop_border is -1; expected an integer of at least 0"),

@@ -31,7 +31,7 @@ class QualityMetric(Metric):
         attributes: names of the scores.
 
     Shape:
-        images: (N, 3, H, W) or (N, 1, H, W), RGB or grey, floating point in 0..1 or uint8; H and W at least 32
+        preds: (N, 3, H, W) or (N, 1, H, W), RGB or grey, floating point in 0..1 or uint8; H and W at least 32
         -> scalar float32, on the metric's own scale; for several attributes a dict of them.
 
     Raises:
@@ -65,9 +65,14 @@ class QualityMetric(Metric):
         """Whether a higher score means a better image."""
         return not self.frozen.lower_better
 
-    def update(self, images: Tensor) -> None:
-        """Add images (N, 3, H, W)."""
-        scores = self.frozen.measure(as_batch(images).to(self.total.device))
+    def update(self, preds: Tensor, target: Tensor | None = None) -> None:
+        """Add images.
+
+        Args:
+            preds: the images, (N, 3, H, W).
+            target: ignored, so that it can stand beside metrics with a reference in a `MetricCollection`.
+        """
+        scores = self.frozen.measure(as_batch(preds).to(self.total.device))
         self.total += scores.sum(dim=0, dtype=self.total.dtype)
         self.count += len(scores)
 
@@ -75,6 +80,9 @@ class QualityMetric(Metric):
         """Return the mean score; NaN without images."""
         means = (self.total / self.count).float()
         return means[0] if len(means) == 1 else dict(zip(self.attributes, means.unbind(), strict=True))
+
+    def extra_repr(self) -> str:
+        return repr(self.frozen.name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> QualityMetric:
         """Apply `.to()` and the like, of which the network follows only the device."""
