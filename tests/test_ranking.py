@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from torchvision.transforms.functional import resize
 
 from qualiclip_pyiqa import BlindMetric, Scorer
 from qualiclip_pyiqa.archs import RankingAwareIQA
+from qualiclip_pyiqa.commands.cli import main
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
 from qualiclip_pyiqa.towers import adapter
 from qualiclip_pyiqa.towers.backbones import find_backbone
@@ -116,7 +119,7 @@ def test_what_is_missing_is_one_line(small: Path, tmp_path: Path) -> None:
             RankingAwareIQA(**options)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
 
-    refused(SettingsError, r"needs caption=TEXT, .*its authors published none for quality", caption=None)
+    refused(SettingsError, r"needs caption=TEXT .* authors published none for quality", caption=None)
     refused(SettingsError, "needs caption=TEXT", caption=" ")
     refused(SettingsError, "needs caption=TEXT", caption=None, weights="ranking-aware")
     refused(
@@ -138,6 +141,23 @@ def test_what_is_missing_is_one_line(small: Path, tmp_path: Path) -> None:
         RankingAwareIQA("face-norm", caption=CAPTION)
     built = pyiqa.create_metric("ranking-aware", weights=small, backbone="small-ranking", caption=CAPTION, device="cpu")
     assert built(upstream.pictures(1, 64, 64)).shape == (1, 1) and not built.lower_better
+
+
+def test_at_the_command_line_the_caption_follows_a_colon(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = functools.partial(RankingAwareIQA, weights=small, backbone="small-ranking")
+    monkeypatch.setattr("qualiclip_pyiqa.scoring.building.RankingAwareIQA", build)
+    Image.fromarray(by_rule.image(4)).save(tmp_path / "image.png")
+    spec = "ranking-aware:Rank the numbers of apples."
+    assert main(["score", str(tmp_path / "image.png"), "-m", spec, "-o", str(tmp_path / "scores.csv")]) == 0
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    expected = scores(build(caption="Rank the numbers of apples.").eval(), by_rule.pixels(4))
+    assert float(row[spec]) == pytest.approx(float(expected), abs=1e-5)
+    assert main(["score", str(tmp_path / "image.png"), "-m", "ranking-aware", "-o", str(tmp_path / "more.csv")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "needs caption=TEXT (-m 'ranking-aware:TEXT')" in line]) == 1
 
 
 # The authors' numbers

@@ -48,6 +48,7 @@ class MetricSpec:
         paper: reference of the method.
         score_range: lowest and highest score; "" if the user's file decides it.
         lower_better: whether a lower score means a better image, unless the user's file decides it.
+        captioned: whether the metric ranks by a caption, which follows a colon in a spec.
     """
 
     name: str
@@ -57,6 +58,7 @@ class MetricSpec:
     paper: str
     score_range: str = "0, 1"
     lower_better: bool = False
+    captioned: bool = False
 
     @property
     def records(self) -> tuple[str, ...]:
@@ -295,6 +297,7 @@ _TABLE: tuple[MetricSpec, ...] = (
         arch="RankingAwareIQA",
         weights="ranking-aware",
         score_range="-inf, inf",
+        captioned=True,
         summary="how much of what a `caption` asks an image shows; the caption has no default",
         paper=RANKING_PAPER,
     ),

@@ -5,6 +5,7 @@ The grammar::
     spec    = metric | metric ":" prompts
             | file of `qualiclip export` [":" engine], such as "model.onnx:openvino"
     metric  = name, such as "clipiqa" | file, which ends in ".safetensors"
+            | "ranking-aware", after whose colon is a caption in place of prompts
     prompts = what `resolve_prompts` takes as a text: a set, POSITIVE/NEGATIVE, FILE.toml or FILE.toml:SET
 """
 
@@ -23,17 +24,19 @@ EXPORTED_SUFFIXES = (".onnx", ".pt2")
 
 @dataclass(frozen=True)
 class PromptedMetric:
-    """A metric with prompts in place of its own.
+    """A metric with prompts in place of its own, or with a caption.
 
     Attributes:
         spec: how the user wrote it; the name of its columns.
         metric: name or file.
-        prompts: the antonym prompt pairs.
+        prompts: the antonym prompt pairs; None where there is a caption.
+        caption: of a metric that ranks by one; "" for others.
     """
 
     spec: str
     metric: str
-    prompts: Prompts
+    prompts: Prompts | None = None
+    caption: str = ""
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -81,6 +84,8 @@ def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | Pr
         'clipiqa'
         >>> parse_spec("clipiqa:Clear photo./Foggy photo.").prompts.pairs
         (('Clear photo.', 'Foggy photo.'),)
+        >>> parse_spec("ranking-aware:Rank the numbers of apples.").caption
+        'Rank the numbers of apples.'
     """
     metric, prompts = split_spec(spec)
     if prompts is None:
@@ -93,6 +98,8 @@ def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | Pr
             f"{spec!r}: {metric} has a learned prompt context, which fits its own prompts only; "
             "choose a metric with fixed prompts, such as clipiqa or qualiclip"
         )
+    if row is not None and row.captioned:
+        return PromptedMetric(spec, metric, caption=prompts)
     if row is not None and not isinstance(row, PromptSpec):
         raise SettingsError(f"{spec!r}: {metric} takes no prompts; leave out {':' + prompts!r}")
     try:

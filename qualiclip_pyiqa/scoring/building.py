@@ -19,6 +19,7 @@ from ..metrics.exported import ExportedIQA
 from ..metrics.fitted import FittedIQA
 from ..metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
 from ..metrics.prompts import Prompts
+from ..metrics.ranking import RankingAwareIQA
 from ..metrics.registry import METRICS
 from ..metrics.specs import EXPORTED_SUFFIXES, FILE_SUFFIX, PromptedMetric, parse_spec, spec_for, split_exported
 from ..pretrained.deep_prompts import metric_of_prompts
@@ -143,6 +144,8 @@ def _prompted(metric: PromptedMetric, known: Iterable[str]) -> BlindMetric:
             )
         raise SettingsError(f"unknown metric {name!r} in {metric.spec!r}{did_you_mean(name, METRICS)}")
     # Not by name, as in `metric_of_file`.
+    if METRICS[name].captioned:
+        return RankingAwareIQA(name, caption=metric.caption)
     kinds: dict[str, type[PromptIQA]] = {kind.__name__: kind for kind in (OpenCLIPIQA, OpenQualiCLIP)}
     try:
         return kinds[METRICS[name].arch](name, prompts=metric.prompts)
