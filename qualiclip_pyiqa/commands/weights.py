@@ -1,4 +1,4 @@
-"""`qualiclip weights`: list, find, download and check weight files."""
+"""`qualiclip weights`: list, find, download, check and convert weight files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ImageError, SettingsError, WeightsError, did_you_mean
+from ..errors import ImageError, SettingsError, WeightsError, counted, did_you_mean
 from ..screen import Screen
 from . import Commands, put, say
 
@@ -22,7 +22,7 @@ SRCC_TOLERANCE = 0.02
 
 def add_parser(commands: Commands) -> None:
     """Add `weights` and its actions to the parser of `qualiclip`."""
-    weights = commands.add_parser("weights", help="list, find, download and check weight files")
+    weights = commands.add_parser("weights", help="list, find, download, check and convert weight files")
     actions = weights.add_subparsers(title="actions", required=True, metavar="ACTION")
 
     action = actions.add_parser(
@@ -57,6 +57,28 @@ def add_parser(commands: Commands) -> None:
     group.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --ratings")
     group.add_argument("--dataset", metavar="NAME", help='which data set they are, such as "CLIVE"')
     action.set_defaults(run=_verify)
+
+    action = actions.add_parser(
+        "convert",
+        help="write a weight file of any known layout as safetensors",
+        description="Reads QualiCLIP, CLIP (OpenAI's archive or a state dict), learned prompts, CONTRIQUE's encoder or "
+        "one of its pickled regressions, Re-IQA's encoders and every other layout that this package knows, without "
+        "executing anything, and writes the same tensors as safetensors. The result is accepted wherever FILE is.",
+    )
+    action.add_argument("file", metavar="FILE", type=Path, help="the weight file")
+    action.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="*.safetensors")
+    action.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    action.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ..pretrained.convert import convert
+
+    found = convert(arguments.file, arguments.output, arguments.force)
+    size = f"{found.bytes / 2**20:.1f} MiB"
+    say(f"qualiclip: {arguments.file}: layout {found.layout}, {counted(found.tensors, 'tensor')}, {size}")
+    put(arguments.output)
+    return 0
 
 
 def _records(names: Sequence[str]) -> list[WeightRecord]:

@@ -37,6 +37,8 @@ from .verify import VERIFY_VARIABLE, check_hash, is_torchscript
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Metadata of a file of `qualiclip weights convert`: the sha256 of the file that it was converted from.
+CONVERTED_FROM = "converted_from"
 # Settings stored beside the tensors in OpenAI's archives.
 _ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _MAX_ARCHIVE = 4 * 2**30  # bytes; OpenAI's largest archive has 1.3 GB
@@ -54,8 +56,10 @@ class ReadWeights:
         tensors: under the file's names, on the CPU, in the file's dtype, memory-mapped if the format allows it. A bare
             context is named `prompt_learner.ctx`; a CLIP in the layout of transformers gets open_clip's names.
         metadata: of safetensors; empty for other formats.
-        from_openai: whether the file's hash proves that the weights are OpenAI's.
+        from_openai: whether the file's hash proves that the weights are OpenAI's, or it says that it was converted from
+            one that has such a hash.
         transformers: what the JSON files beside a CLIP in the layout of transformers say; None for other layouts.
+        is_safetensors: whether the file is in that format.
     """
 
     file: WeightFile
@@ -63,6 +67,7 @@ class ReadWeights:
     metadata: dict[str, str] = field(repr=False)
     from_openai: bool
     transformers: TransformersConfig | None = None
+    is_safetensors: bool = False
 
 
 def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) -> ReadWeights:
@@ -119,7 +124,8 @@ def _read_file(path: Path, record: WeightRecord | None) -> ReadWeights:
         metadata: dict[str, str] = {}
         sha256 = ""
         loaded: Any
-        if _is_safetensors(opened):
+        is_safetensors = _is_safetensors(opened)
+        if is_safetensors:
             loaded, metadata = _read_safetensors(opened)
         elif is_torchscript(opened):
             loaded, sha256 = _read_torchscript(opened)
@@ -135,7 +141,8 @@ def _read_file(path: Path, record: WeightRecord | None) -> ReadWeights:
             file=WeightFile(path, opened.stamp, sha256 or opened.known_sha256, **own),
             tensors=tensors,
             metadata=metadata,
-            from_openai=sha256 in openai_hashes() or sha256 in _openai_conversions().values(),
+            from_openai=any(map(_is_openais, (sha256, metadata.get(CONVERTED_FROM, "")))),
+            is_safetensors=is_safetensors,
         )
 
 
@@ -163,6 +170,10 @@ def _openai_conversions() -> dict[int, str]:
 def _openai_conversion(opened: OpenFile) -> str:
     """Return the sha256 of a file that has the size of a conversion on the hub; "" for others, to save the hashing."""
     return opened.sha256() if opened.stamp.size in _openai_conversions() else ""
+
+
+def _is_openais(sha256: str) -> bool:
+    return sha256 in openai_hashes() or sha256 in _openai_conversions().values()
 
 
 def _tensors(opened: OpenFile, loaded: Any) -> dict[str, Tensor]:

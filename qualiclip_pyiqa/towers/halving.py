@@ -2,7 +2,8 @@
 
 Pillow's default filter is the bicubic one (Keys, 1981, a = -0.5), stretched by the factor of reduction against
 aliasing. It filters rows, then columns, and rounds after each to a level in 0..255. Its weights are whole multiples of
-2 ** -22.
+2 ** -22. (Pillow 13 filters columns first in images more than twice as tall as wide. Here they are halved as by the
+versions before, with which CONTRIQUE was trained; some pixels differ by one level.)
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .autocast import without_autocast
+from .resampling import BITS, LEVELS, bicubic
 
-_PRECISION = 2**22  # of Pillow's weights
 _SPLIT = 2**11
 # Pixels that an output pixel depends on, at most: 8 for an even side, 9 for an odd one of at least 32 pixels.
 _TAPS = 9
@@ -41,13 +42,13 @@ def halved(rgb: Tensor) -> Tensor:
         True
     """
     with without_autocast(rgb):
-        levels = rgb.to(torch.promote_types(rgb.dtype, torch.float32)).contiguous() * 255
+        levels = rgb.to(torch.promote_types(rgb.dtype, torch.float32)).contiguous() * LEVELS
         whole = levels.detach().round()
         on_grid = ((whole - levels.detach()).abs() <= _GRID).flatten(1).all(dim=1)[:, None, None, None]
         levels = torch.where(on_grid, _with_gradient_of(levels, whole), levels)
         rows = _filtered(levels, on_grid)
         columns = _filtered(rows.transpose(2, 3), on_grid).transpose(2, 3)
-        return (columns / 255).to(rgb.dtype)
+        return (columns / LEVELS).to(rgb.dtype)
 
 
 def _filtered(levels: Tensor, on_grid: Tensor) -> Tensor:
@@ -61,10 +62,10 @@ def _filtered(levels: Tensor, on_grid: Tensor) -> Tensor:
         pixels = levels.index_select(3, places[:, tap])
         highs = highs + pixels * high[:, tap]
         lows = lows + pixels * low[:, tap]
-    exact = highs / _SPLIT + lows / _PRECISION
+    exact = highs / _SPLIT + lows / BITS
     with torch.no_grad():
-        rounded = ((highs + ((lows + _PRECISION / 2) / _SPLIT).floor()) / _SPLIT).floor()
-    return torch.where(on_grid, _with_gradient_of(exact, rounded), exact).clamp(0, 255)
+        rounded = ((highs + ((lows + BITS / 2) / _SPLIT).floor()) / _SPLIT).floor()
+    return torch.where(on_grid, _with_gradient_of(exact, rounded), exact).clamp(0, LEVELS)
 
 
 def _with_gradient_of(exact: Tensor, values: Tensor) -> Tensor:
@@ -84,15 +85,7 @@ def _taps(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
     first = (centre - 2 * scale + 0.5).trunc().clamp(min=0)
     end = (centre + 2 * scale + 0.5).trunc().clamp(max=side)
     places = first[:, None] + torch.arange(_TAPS, dtype=torch.float64, device="cpu")
-    weights = torch.where(places < end[:, None], _bicubic((places - centre[:, None] + 0.5) / scale), 0.0)
+    weights = torch.where(places < end[:, None], bicubic((places - centre[:, None] + 0.5).abs() / scale), 0.0)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    whole = (weights * _PRECISION + 0.5 * weights.sign()).trunc()  # halves away from zero
+    whole = (weights * BITS + 0.5 * weights.sign()).trunc()  # halves away from zero
     return places.clamp(max=side - 1).long().to(like.device), whole.to(like)
-
-
-def _bicubic(x: Tensor) -> Tensor:
-    """Evaluate the bicubic kernel with a = -0.5."""
-    x = x.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = -0.5 * (((x - 5) * x + 8) * x - 4)
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

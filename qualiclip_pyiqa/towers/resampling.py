@@ -2,6 +2,8 @@
 
 Pillow resamples one axis after the other, with weights of 22 fractional bits, and rounds to 8 bits after each of the
 two (Pillow, src/libImaging/Resample.c). A network whose training images went through Pillow sees a difference.
+
+For halving there is `halving`, whose time grows with the image alone, and which is exact with a gradient too.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from torch import Tensor
 from .autocast import without_autocast
 
 FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # name -> support in pixels of the coarser of the two images
-_LEVELS = 255
-_BITS = 2**22
+LEVELS = 255
+BITS = 2**22
 
 
 def resize_like_pillow(rgb: Tensor, height: int, width: int, filter: str = "bilinear") -> Tensor:
@@ -39,7 +41,7 @@ def resize_like_pillow(rgb: Tensor, height: int, width: int, filter: str = "bili
     # Sums of 8-bit levels times weights of 22 bits are exact in float64, which Apple's GPUs lack.
     precise = torch.float32 if rgb.device.type == "mps" else torch.float64
     with without_autocast(rgb):
-        out = rgb.to(precise) * _LEVELS
+        out = rgb.to(precise) * LEVELS
         out = out.round() if exact else out
         if rows_first(rgb.shape[2], rgb.shape[3], height, width):
             out = _along_columns(out, height, filter, exact)
@@ -47,7 +49,7 @@ def resize_like_pillow(rgb: Tensor, height: int, width: int, filter: str = "bili
         else:
             out = _along_rows(out, width, filter, exact)
             out = _along_columns(out, height, filter, exact)
-        return (out / _LEVELS).to(rgb.dtype)
+        return (out / LEVELS).to(rgb.dtype)
 
 
 def rows_first(height: int, width: int, new_height: int, new_width: int) -> bool:
@@ -63,9 +65,9 @@ def _along_rows(levels: Tensor, width: int, filter: str, exact: bool) -> Tensor:
     """Resample the last axis: (..., W) levels in 0..255 -> (..., width)."""
     weights = _weights(levels, width, filter)
     if not exact:
-        return (levels @ weights).clamp(0, _LEVELS)
-    whole = (weights * _BITS + 0.5 * weights.sign()).trunc()
-    return ((levels @ whole + _BITS / 2) / _BITS).floor().clamp(0, _LEVELS)
+        return (levels @ weights).clamp(0, LEVELS)
+    whole = (weights * BITS + 0.5 * weights.sign()).trunc()
+    return ((levels @ whole + BITS / 2) / BITS).floor().clamp(0, LEVELS)
 
 
 def _weights(levels: Tensor, width: int, filter: str) -> Tensor:
@@ -75,10 +77,12 @@ def _weights(levels: Tensor, width: int, filter: str) -> Tensor:
     centres = (torch.arange(width, device=levels.device).to(levels.dtype) + 0.5) * scale
     places = torch.arange(levels.shape[-1], device=levels.device).to(levels.dtype) + 0.5
     distances = (places[:, None] - centres).abs() / stretch
-    if filter == "bilinear":
-        weights = (1 - distances).clamp(min=0)
-    else:
-        near = (1.5 * distances - 2.5) * distances * distances + 1
-        far = ((-0.5 * distances + 2.5) * distances - 4) * distances + 2
-        weights = torch.where(distances < 1, near, torch.where(distances < 2, far, torch.zeros_like(far)))
+    weights = (1 - distances).clamp(min=0) if filter == "bilinear" else bicubic(distances)
     return weights / weights.sum(dim=0)
+
+
+def bicubic(distances: Tensor) -> Tensor:
+    """Evaluate the bicubic kernel with a = -0.5 (Keys, 1981) at distances of at least 0."""
+    near = (1.5 * distances - 2.5) * distances * distances + 1
+    far = ((-0.5 * distances + 2.5) * distances - 4) * distances + 2
+    return torch.where(distances < 1, near, torch.where(distances < 2, far, torch.zeros_like(far)))
