@@ -39,7 +39,7 @@ def download(record: WeightRecord) -> Path:
     if record.by_hand:
         raise WeightsError(
             f"{record.file} is not on this machine and cannot be downloaded by this package; get it from "
-            f"{record.by_hand} and put it into {into}"
+            f"{record.by_hand}; then put it into {into}"
         )
     failures = []
     offline = constants.HF_HUB_OFFLINE
