@@ -250,7 +250,7 @@ def test_memory_is_bounded_and_the_rest_is_left_unread(photos: list[Path]) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_heavy_pictures_are_read_one_by_one(workers: int, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qualiclip_pyiqa.scoring.scorer.DECODED_BYTES", np.asarray(Image.open(photos[0])).nbytes)
+    monkeypatch.setattr("qualiclip_pyiqa.scoring.run.DECODED_BYTES", np.asarray(Image.open(photos[0])).nbytes)
     read = 0
 
     def endless() -> Iterator[bytes]:
@@ -316,7 +316,7 @@ def test_what_is_no_lack_of_memory_is_raised(photos: list[Path]) -> None:
         list(scorer.score(photos[:2]))
 
 
-def test_a_foreign_metrics_lack_of_memory_halves_the_batch_too() -> None:
+def test_a_foreign_metrics_lack_of_memory_takes_its_score_alone(photos: list[Path], expected: list[float]) -> None:
     class Greedy(torch.nn.Module):
         calls = 0
 
@@ -326,8 +326,13 @@ def test_a_foreign_metrics_lack_of_memory_halves_the_batch_too() -> None:
                 raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
             return x.mean()[None]
 
-    scorer = Scorer({"greedy": Greedy()}, device="cpu", batch_size=2, workers=0)
-    assert [record.error for record in scorer.score([np.zeros((40, 40, 3), np.uint8)] * 2)] == [None, None]
+    scorer = Scorer({"qualiclip-mini": "qualiclip-mini", "greedy": Greedy()}, device="cpu", batch_size=2, workers=0)
+    records = list(scorer.score([photos[0], photos[4]]))
+    assert [record.error for record in records] == [
+        "greedy: 64x40 pixels do not fit into the memory of cpu",
+        None,
+    ]
+    assert close(records, [expected[0], expected[4]])
 
 
 def test_large_pictures_go_through_the_network_in_small_batches(photos: list[Path]) -> None:
@@ -412,7 +417,6 @@ def test_a_metric_of_another_package_that_cannot_be_built(
         ("qualiclip-min", {}, "did you mean 'qualiclip-mini'"),
         ("zzz", {}, "unknown metric 'zzz' "),
         ([], {}, "no metric was given"),
-        ("psnr", {}, "needs a reference"),
         ("nope.safetensors", {}, "nope.safetensors does not exist; expected a metric's name or"),
         (["qualiclip-mini", "qualiclip-mini"], {}, "two metrics have the same name"),
         ([5], {}, "metric is of type int"),
@@ -421,7 +425,8 @@ def test_a_metric_of_another_package_that_cannot_be_built(
         ("qualiclip-mini", {"max_pixels": 1.5}, "max_pixels is 1.5"),
         ("qualiclip-mini", {"decode_timeout": 0}, "decode_timeout is 0; expected seconds above 0"),
         ("qualiclip-mini", {"decode_timeout": float("nan")}, "decode_timeout is nan"),
-        ("qualiclip-mini", {"precision": "int8"}, "expected one of fp32, tf32, bf16, fp16"),
+        ("qualiclip-mini", {"precision": "int8"}, "precision int8 is that of files"),
+        ("qualiclip-mini", {"precision": "fp8"}, "expected one of fp32, tf32, bf16, fp16"),
         ("qualiclip-mini", {"device": "tpu"}, "device 'tpu' cannot be used"),
         ("qualiclip-mini", {"device": "cpu,meta"}, "several of the same type"),
         ("qualiclip-mini", {"device": []}, "expected one"),

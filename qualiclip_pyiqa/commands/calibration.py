@@ -57,10 +57,11 @@ def int8_metrics(metrics: Mapping[str, MetricLike], photographs: Path) -> dict[s
 
     from ..export.int8_cache import int8_file
     from ..metrics.exported import ExportedIQA
-    from ..scoring.building import blind_metric, build_metrics, named_metrics
+    from ..scoring.building import blind_metric, blind_only, build_metrics
 
+    named = blind_only(metrics, "in int8")
     made: dict[str, MetricLike] = {}
-    for name, metric in build_metrics(named_metrics(metrics), torch.device("cpu")).items():
+    for name, metric in build_metrics(named, torch.device("cpu")).items():
         with measuring() as tick:
             made[name] = ExportedIQA(int8_file(blind_metric(metric), name, photographs, tick))
     return made

@@ -159,9 +159,11 @@ def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
 
 
 def _scorer(arguments: argparse.Namespace, metrics: Sequence[str] | None = None) -> Scorer:
+    from ..scoring.building import blind_only
     from ..scoring.scorer import Scorer
 
-    return Scorer(chosen_metrics(arguments, metrics), device=arguments.device, **read_options(arguments))
+    chosen = blind_only(chosen_metrics(arguments, metrics), "without --scores TABLE")
+    return Scorer(chosen, device=arguments.device, **read_options(arguments))
 
 
 def _bar(records: Iterable[Record], total: int) -> Iterator[Record]:

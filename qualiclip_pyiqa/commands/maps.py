@@ -13,6 +13,7 @@ from . import READ_RULES, read_options, say
 if TYPE_CHECKING:
     from ..explain.folder import MapFolder
     from ..scoring.building import MetricLike
+    from ..scoring.tables import Record
 
 Sources: TypeAlias = Callable[[Sequence[str]], Iterator[str | bytes | ImageError]]
 
@@ -30,7 +31,10 @@ class Maps:
     """
 
     def __init__(self, folder: MapFolder, sources: Sources, force: bool) -> None:
+        from ..scoring.building import columns_of
+
         self.folder, self.sources, self.force = folder, sources, force
+        self._columns = [name for each in folder.mappers for name in columns_of(each.metric, each.network)]
         self.written = self.failed = 0
 
     def check(self, names: Iterable[str]) -> None:
@@ -40,6 +44,10 @@ class Maps:
             raise SettingsError(
                 f"{self.folder.path(there)} exists already; pass --force to replace maps, or choose another folder"
             )
+
+    def wants(self, record: Record) -> bool:
+        """Whether every metric that has maps scored an image."""
+        return all(column in record.scores for column in self._columns)
 
     def complete(self, name: str) -> None:
         """Draw what an earlier run left out: the maps of an image, or its row of the index."""
@@ -63,16 +71,23 @@ class Maps:
 
 
 def maps_of(arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], sources: Sources) -> Maps:
-    """Return the folder of `--maps`, with mappers of all metrics."""
+    """Return the folder of `--maps`, with mappers of all metrics but full-reference ones, which have no maps."""
     from ..explain.folder import INDEX, MapFolder
     from ..explain.mapper import Mapper
     from ..explain.quality_map import check_scale
+    from ..scoring.building import needs_reference
 
+    without = ", ".join(name for name, each in metrics.items() if needs_reference(each))
+    mapped = {name: each for name, each in metrics.items() if not needs_reference(each)}
+    if not mapped:
+        raise SettingsError(f"--maps has no effect on {without}: full-reference metrics have no maps; leave it out")
     scale = None if arguments.map_range is None else check_scale(*arguments.map_range)
     if arguments.output is not None and arguments.output.resolve() == (arguments.maps / INDEX).resolve():
         raise SettingsError(f"{arguments.output} is the index of --maps {arguments.maps}; choose another name")
     device = arguments.device.split(",")[0] if arguments.device else None
     reading = read_options(arguments, READ_RULES)
-    mappers = [Mapper({name: each}, device=device) for name, each in metrics.items()]
+    mappers = [Mapper({name: each}, device=device) for name, each in mapped.items()]
     folder = MapFolder(arguments.maps, mappers, reading, scale)
+    if without:
+        say(f"no maps of {without}: full-reference metrics have none")
     return Maps(folder, sources, bool(arguments.force))

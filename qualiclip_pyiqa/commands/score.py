@@ -36,11 +36,13 @@ from . import (
 )
 from .calibration import add_calibrate_option, check_calibrate, int8_metrics
 from .maps import Maps, maps_of
+from .references import add_reference_option, references_of
 from .summary import Summary
 
 if TYPE_CHECKING:
     from ..scoring.building import MetricLike
     from ..scoring.scorer import Scorer
+    from ..scoring.sources import References
 
 # Options of `Scorer`, besides `READ_OPTIONS`.
 OPTIONS = ("device", "batch_size", "precision", "compile")
@@ -82,6 +84,7 @@ def add_parser(commands: Commands) -> None:
         help="file, folder, pattern such as 'a/**/*.jpg', .parquet file of images, or - for a list on stdin",
     )
     add_metric_option(parser)
+    add_reference_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".csv, .jsonl or .parquet (default: stdout)")
     parser.add_argument(
         "--maps",
@@ -150,7 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
     with loading(", ".join(metrics)):
-        engine = _engine(arguments, _in_precision(arguments, metrics), files)
+        references = references_of(arguments, metrics, found.folders, files)
+        engine = _engine(arguments, _in_precision(arguments, metrics), files, references)
         maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
     if maps is not None and not arguments.resume:
         maps.check(chain.from_iterable(files[path].names if path in files else [path] for path in found.paths))
@@ -211,7 +215,7 @@ def _fill(
     for record in table.rows():
         done.add(table.key(record.path))
         summary.add(record)
-        if maps is not None and record.error is None:
+        if maps is not None and maps.wants(record):
             unmapped.append(record.path or "")
 
     errors = {
@@ -236,7 +240,7 @@ def _fill(
         for record in chain(failed, score(todo) if todo else ()):
             table.write([record])
             summary.add(record)
-            if maps is not None and record.error is None:
+            if maps is not None and maps.wants(record):
                 maps.write(record.path or "")
             bar.update()
     for name in unmapped:
@@ -244,13 +248,15 @@ def _fill(
         maps.complete(name)
 
 
-def _scored(scorer: Scorer, files: Mapping[str, ParquetImages], names: Iterable[str]) -> Iterator[Record]:
+def _scored(
+    scorer: Scorer, files: Mapping[str, ParquetImages], references: References | None, names: Iterable[str]
+) -> Iterator[Record]:
     """Score images by name, including those inside Parquet files."""
     if not files:
-        yield from scorer.score(names)
+        yield from scorer.score(names, references)
         return
     names = list(names)
-    for name, record in zip(names, scorer.score(_sources(names, files)), strict=True):
+    for name, record in zip(names, scorer.score(_sources(names, files), references), strict=True):
         if record.path == name:
             yield record
         else:
@@ -335,7 +341,10 @@ def _in_precision(arguments: argparse.Namespace, metrics: Mapping[str, MetricLik
 
 
 def _engine(
-    arguments: argparse.Namespace, metrics: Mapping[str, MetricLike], files: Mapping[str, ParquetImages]
+    arguments: argparse.Namespace,
+    metrics: Mapping[str, MetricLike],
+    files: Mapping[str, ParquetImages],
+    references: References | None,
 ) -> Engine:
     options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     options |= read_options(arguments)
@@ -348,5 +357,9 @@ def _engine(
 
     scorer = Scorer(metrics, **options)
     return Engine(
-        partial(_scored, scorer, files), scorer.columns, scorer.lower_better, scorer.comparatives, scorer.describe
+        partial(_scored, scorer, files, references),
+        scorer.columns,
+        scorer.lower_better,
+        scorer.comparatives,
+        partial(scorer.describe, references),
     )

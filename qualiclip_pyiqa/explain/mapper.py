@@ -14,7 +14,7 @@ from ..metrics.base import BlindMetric, check_batch
 from ..metrics.exported import ExportedIQA
 from ..metrics.prompts import Pair
 from ..metrics.words import comparatives
-from ..scoring.building import Metrics, blind_metric, build_metrics, named_metrics
+from ..scoring.building import Metrics, blind_metric, blind_only, build_metrics
 from ..scoring.description import lower_is_better
 from ..scoring.scorer import usable_devices
 from .contributions import contributions
@@ -144,7 +144,7 @@ class Mapper:
 
 def _build(metric: Metrics, device: str | torch.device | None) -> tuple[str, nn.Module]:
     """Return a metric's name and the metric, which is a network's own object unless it must move."""
-    named = named_metrics(metric)
+    named = blind_only(metric, "for maps")
     if len(named) > 1:
         raise SettingsError(f"{len(named)} metrics were given ({', '.join(named)}); expected one for each Mapper")
     ((name, own),) = named.items()

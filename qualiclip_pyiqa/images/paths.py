@@ -34,6 +34,7 @@ class FoundPaths:
         others: number of files skipped in folders because their suffix is not an image's.
         hidden: number of hidden files and folders skipped in folders; a folder counts once.
         repeated: number of names left out since they were found or given before.
+        folders: the arguments that are folders, in their order.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -41,6 +42,7 @@ class FoundPaths:
     others: int = 0
     hidden: int = 0
     repeated: int = 0
+    folders: list[str] = field(default_factory=list)
 
 
 def find_images(arguments: Iterable[str]) -> FoundPaths:
@@ -55,17 +57,17 @@ def find_images(arguments: Iterable[str]) -> FoundPaths:
     found = FoundPaths()
     seen: _Seen = set()
     paths: dict[str, None] = {}
-    folders: set[str] = set()
+    folders: dict[str, None] = {}
     for argument in arguments:
         if os.path.isdir(argument):
             found.repeated += argument in folders
-            folders.add(argument)
+            folders[argument] = None
             names = list(_walk(argument, found, seen))
         else:
             names = [argument]
         found.repeated += sum(name in paths for name in names)
         paths.update(dict.fromkeys(names))
-    found.paths = list(paths)
+    found.paths, found.folders = list(paths), list(folders)
     return found
 
 
@@ -81,6 +83,26 @@ def list_images(folder: Path) -> list[Path]:
     for path, why in found.unreadable.items():
         raise SettingsError(f"{path} cannot be listed ({why}); expected a folder that can be read")
     return [Path(path) for path in found.paths]
+
+
+def images_by_stem(folder: str) -> dict[str, list[str]]:
+    """List the images in a folder, without those below it, by their names without suffix.
+
+    Returns:
+        Names by stem, sorted; empty if there is no such folder.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        entries = _list(folder, set())
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    for entry in entries:
+        if has_image_suffix(entry.name) and not is_hidden(entry.name) and not _is_folder(entry):
+            found.setdefault(Path(entry.name).stem, []).append(entry.name)
+    return found
 
 
 def matches(pattern: str) -> list[str]:

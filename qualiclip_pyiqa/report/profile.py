@@ -13,7 +13,7 @@ from ..images.tensors import Source
 from ..metrics.prompts import Pair
 from ..metrics.registry import LOOK_METRIC
 from ..metrics.words import comparatives
-from ..scoring.building import Metrics, blind_metric
+from ..scoring.building import Metrics, blind_metric, blind_only
 from ..scoring.description import attributes_of
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record
@@ -182,7 +182,7 @@ class Profiler:
 
     def __init__(self, metrics: Metrics = LOOK_METRIC, against: str | Path | None = None, **options: Any) -> None:
         reference: Reference = shipped_reference() if against is None else TableReference(Path(against))
-        self.scorer = Scorer(metrics, **options)
+        self.scorer = Scorer(blind_only(metrics, "for a profile"), **options)
         described = self.scorer.describe()["columns"]
         reference.check(described)
         self.attributes = tuple(_attributes(self.scorer, described, reference))

@@ -16,7 +16,7 @@ from ..metrics.prompts import resolve_prompts
 from ..metrics.registry import guess_lower_better
 from ..metrics.specs import PromptedMetric, column_belongs, split_spec
 from ..metrics.words import BETTER, comparatives
-from ..scoring.building import MetricLike
+from ..scoring.building import MetricLike, blind_only
 from ..scoring.scorer import Scorer
 from ..scoring.tables import Record, Table, read_table
 from ..scoring.tables.meta import lower_better_of
@@ -152,7 +152,7 @@ def _score(
     found = find_images([str(folder)])
     if not found.paths and not found.unreadable:
         raise SettingsError(f"no images in {folder}; expected a folder of images, or a table of scores")
-    scorer = Scorer(metrics if isinstance(metrics, Mapping) else list(metrics), **options)
+    scorer = Scorer(blind_only(metrics, "for a folder; make the report of a table"), **options)
     records = [
         Record(path, error=f"{source_name(path)} cannot be listed ({why}); expected a folder that can be read")
         for path, why in found.unreadable.items()

@@ -29,7 +29,7 @@ def shown_settings(run: Run) -> Mapping[str, Any] | None:
         name = metric if blocks.get(metric, described) == described else column
         blocks[name] = described
     shown = {name: _without_folders(_with_short_prompts(described)) for name, described in blocks.items()}
-    rest = {key: value for key, value in run.meta.items() if key != "columns"}
+    rest = _without_folders({key: value for key, value in run.meta.items() if key != "columns"})
     return {"metrics": shown, **rest}
 
 

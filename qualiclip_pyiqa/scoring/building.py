@@ -54,10 +54,51 @@ def named_metrics(metrics: Metrics) -> dict[str, str | PromptedMetric | nn.Modul
     return found
 
 
+def needs_reference(metric: MetricLike) -> bool:
+    """Whether a metric is full-reference, from its name or its `metric_mode`, without building it.
+
+    Example:
+        >>> needs_reference("psnr"), needs_reference("qualiclip-mini:look")
+        (True, False)
+    """
+    if isinstance(metric, nn.Module):
+        return getattr(metric, "metric_mode", "NR") == "FR"
+    if not isinstance(metric, str):  # prompts and files belong to this package's metrics
+        return False
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    return DEFAULT_CONFIGS.get(metric, {}).get("metric_mode") == "FR"
+
+
+def blind_only(metrics: Metrics, where: str = "") -> dict[str, str | PromptedMetric | nn.Module]:
+    """Return metrics by column, before they are built, for what takes no references.
+
+    Args:
+        metrics: as for `Scorer`.
+        where: what takes none, such as "with Ray".
+
+    Raises:
+        SettingsError: a full-reference metric, no metric, or two with the same name.
+    """
+    named = named_metrics(metrics)
+    for column, metric in named.items():
+        if needs_reference(metric):
+            raise SettingsError(
+                f"{column} needs a reference image; expected no-reference metrics{where and ' '}{where} "
+                "(`qualiclip score --reference PATH` takes full-reference ones)"
+            )
+    return named
+
+
 def build_metrics(
-    metrics: Mapping[str, str | PromptedMetric | nn.Module], device: torch.device
+    metrics: Mapping[str, str | PromptedMetric | nn.Module], device: torch.device, full_reference: bool = False
 ) -> dict[str, nn.Module]:
     """Create metrics for `device` from specs, and copy modules, so that the caller's stay unchanged.
+
+    Args:
+        metrics: by column.
+        device: for the metrics.
+        full_reference: take metrics that need a reference too.
 
     Raises:
         SettingsError: an unknown metric, one that needs a reference or another package, prompts for a metric that takes
@@ -65,6 +106,8 @@ def build_metrics(
         PromptError: invalid prompts, or prompts that the model cannot encode.
         WeightsError: weights are missing or cannot be downloaded.
     """
+    if not full_reference:
+        metrics = blind_only(metrics)
     built: dict[str, nn.Module] = {}
     for column, metric in metrics.items():
         if isinstance(metric, nn.Module):
@@ -75,8 +118,6 @@ def build_metrics(
             raise SettingsError(
                 f"metric is of type {type(metric).__name__}; expected a name, a pyiqa metric or a network"
             )
-        if getattr(own, "metric_mode", "NR") != "NR":
-            raise SettingsError(f"{column} needs a reference image; expected no-reference metrics")
         built[column] = own
     return built
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..metrics.prompts import Pair
-from .building import blind_metric
+from .building import blind_metric, needs_reference
 
 
 def lower_is_better(metric: nn.Module) -> bool:
@@ -52,6 +52,7 @@ def describe_metric(metric: nn.Module, device: torch.device) -> dict[str, Any]:
         "metric": getattr(metric, "metric_name", None),
         "architecture": f"{type(net).__module__}.{type(net).__qualname__}",
         "lower_better": lower_is_better(metric),
+        **({"reference": "needed: the score compares an image with its reference"} if needs_reference(metric) else {}),
         "pyiqa_version": version("pyiqa"),
         "precision": "fp32, convolutions in TF32" if device.type == "cuda" else "fp32",
     }

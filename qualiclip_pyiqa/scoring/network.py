@@ -13,19 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImageError, SettingsError, one_line
+from ..errors import ImageError, SettingsError, kind_of, one_line
 from ..images.convert import check_size
 from ..images.tensors import from_pixels
 from ..metrics.base import BlindMetric
 from ..metrics.exported import ExportedIQA
 from ..towers.onednn import use_onednn
 from ..towers.streaming import LARGE_PIXELS
-from .building import blind_metric, columns_of
+from .building import blind_metric, columns_of, needs_reference
 from .precision import PRECISIONS, tf32
 
 logger = logging.getLogger(__name__)
 
 Features: TypeAlias = Callable[[Tensor], Tensor]
+#: An image's reference: its pixels, or why there are none; None if no metric needs one.
+Reference: TypeAlias = np.ndarray | ImageError | None
 
 # Pixels per batch. On a GPU: 85 images of 512x384, 8 of 1080p, 2 of 4K; a larger image is a batch of its own. On a CPU,
 # larger batches are slower than single images, since their features exceed the caches.
@@ -62,7 +64,8 @@ class Network:
     """Scores images of one shape and dtype by several metrics on one device.
 
     This package's metrics run on batches, and share features if these are equal. Other packages' metrics run on one
-    image at a time, because their scores may depend on the rest of a batch.
+    image at a time, because their scores may depend on the rest of a batch; full-reference metrics take its reference
+    too.
 
     Args:
         metrics: column -> metric; they are moved and changed.
@@ -79,7 +82,8 @@ class Network:
         self.batch_pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cuda"])
         self.heads: list[tuple[list[str], BlindMetric, int]] = []  # columns, metric, index of its features
         self.towers: list[tuple[Features, Features]] = []  # compiled if `compile`, and never compiled
-        self.others: list[tuple[str, nn.Module]] = []
+        self.others: list[tuple[str, nn.Module]] = []  # no-reference metrics of other packages
+        self.full_reference: list[tuple[str, nn.Module]] = []
         self.columns = tuple(column for name, metric in metrics.items() for column in columns_of(name, metric))
         self.metrics = {column: metric for name, metric in metrics.items() for column in columns_of(name, metric)}
         if len(set(self.columns)) < len(self.columns):
@@ -89,7 +93,8 @@ class Network:
         for name, metric in metrics.items():
             net = blind_metric(metric)
             if net is None:
-                self.others.append((name, metric.to(device).eval()))
+                foreign = self.full_reference if needs_reference(metric) else self.others
+                foreign.append((name, metric.to(device).eval()))
                 continue
             net.eval()
             if isinstance(net, ExportedIQA):
@@ -114,8 +119,22 @@ class Network:
                 use_onednn(net.tower)
 
     @torch.no_grad()
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
-        """Score images of one shape and dtype, in batches that fit into memory."""
+    def __call__(self, pixels: Sequence[np.ndarray], references: Sequence[Reference] | None = None) -> list[Scored]:
+        """Score images of one shape and dtype.
+
+        Args:
+            pixels: of the images, as from `read_pixels`.
+            references: of each, of its height and width; None if no metric needs one.
+        """
+        images = self._score_batches(pixels) if self.heads else [Scored() for _ in pixels]
+        if self.others or self.full_reference:
+            with tf32(self.device, self.precision == "tf32", foreign=True):
+                for image, own, reference in zip(images, pixels, references or [None] * len(pixels), strict=True):
+                    self._score_foreign(own, reference, image)
+        return images
+
+    def _score_batches(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
+        """Score images by this package's metrics, in batches that fit into memory."""
         each = pixels[0].shape[0] * pixels[0].shape[1]
         out: list[Scored] = []
         while len(out) < len(pixels):
@@ -128,28 +147,24 @@ class Network:
                 self.batch_pixels = each * (len(part) // 2)
                 logger.warning("%s is out of memory; continuing with %d images per batch", self.device, len(part) // 2)
             else:
-                height, width = part[0].shape[:2]
-                out.append(Scored(errors=[f"{width}x{height} pixels do not fit into the memory of {self.device}"]))
-            if scored is None and self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                out.append(Scored(errors=[self._too_large(part[0])]))
+            if scored is None:
+                self._free_memory()
         return out
 
     def _unless_out_of_memory(self, pixels: Sequence[np.ndarray]) -> list[Scored] | None:
         try:
-            return self._score(pixels)
+            return self._score_batch(pixels)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             return None
 
-    def _score(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
+    def _score_batch(self, pixels: Sequence[np.ndarray]) -> list[Scored]:
         rgb = from_pixels(pixels, self.device)
         images = [Scored() for _ in pixels]
         with tf32(self.device, self.precision == "tf32"):
             self._score_own(rgb, images)
-        for name, metric in self.others:
-            with tf32(self.device, self.precision == "tf32", foreign=True):
-                _score_each(name, metric, rgb, images)
         return images
 
     def _score_own(self, rgb: Tensor, images: Sequence[Scored]) -> None:
@@ -171,18 +186,38 @@ class Network:
                 for column, score in zip(columns, scores, strict=True):
                     image.add(column, score)
 
+    def _score_foreign(self, pixels: np.ndarray, reference: Reference, image: Scored) -> None:
+        """Score one image by other packages' metrics; what one raises becomes the image's error."""
+        for name, metric in self.others:
+            self._score_one(name, metric, [pixels], image)
+        if isinstance(reference, np.ndarray):
+            for name, metric in self.full_reference:
+                self._score_one(name, metric, [pixels, reference], image)
+        elif self.full_reference:
+            image.errors.append(f"reference: {reference or 'none was given'}")
 
-def _score_each(name: str, metric: nn.Module, rgb: Tensor, images: Sequence[Scored]) -> None:
-    """Score one image at a time; an exception of the metric becomes the image's error."""
-    for image, pixels in zip(images, rgb, strict=True):
+    def _score_one(self, name: str, metric: nn.Module, inputs: Sequence[np.ndarray], image: Scored) -> None:
         try:
-            score = metric(pixels.unsqueeze(0).contiguous()).item()
-        except Exception as error:
+            scored = metric(*(from_pixels([each], self.device).contiguous() for each in inputs))
+            if isinstance(scored, tuple | list | dict):
+                raise TypeError(f"the metric returned {kind_of(scored)}; expected one number")
+            score = scored.item()
+        except Exception as error:  # noqa: BLE001 - other metrics and images still count
             if _is_out_of_memory(error):
-                raise
-            image.errors.append(f"{name}: {type(error).__name__}: {one_line(error)}")
+                image.errors.append(f"{name}: {self._too_large(inputs[0])}")
+                self._free_memory()
+            else:
+                image.errors.append(f"{name}: {type(error).__name__}: {one_line(error)}")
         else:
             image.add(name, score)
+
+    def _too_large(self, pixels: np.ndarray) -> str:
+        height, width = pixels.shape[:2]
+        return f"{width}x{height} pixels do not fit into the memory of {self.device}"
+
+    def _free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

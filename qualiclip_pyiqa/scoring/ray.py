@@ -199,9 +199,10 @@ def expand_urls(arguments: Iterable[str]) -> Iterator[str]:
 
 def _checked(metrics: Metrics, **options: Any) -> Scorer:
     """Build a scorer in this process, to find wrong settings and missing weights before workers start."""
+    from .building import blind_only
     from .scorer import Scorer
 
-    return Scorer(metrics, **{**options, "device": "cpu", "compile": False})
+    return Scorer(blind_only(metrics, "with Ray"), **{**options, "device": "cpu", "compile": False})
 
 
 def _scored(

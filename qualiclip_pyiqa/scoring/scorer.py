@@ -1,54 +1,38 @@
-"""Score many images: decode in worker processes, batch by size, yield one record each in input order.
-
-Path of an image: source -> `Decoder` -> queue of its size -> `Network` on a device -> record. Nothing is padded or
-resized, so a score does not depend on the batch. The number of images in flight and the memory of their pixels are
-bounded, whatever the number of inputs.
-"""
+"""Score many images: decode in worker processes, batch by size, yield one record each in input order."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import queue
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from ..errors import ImageError, SettingsError
-from ..images.convert import ReadRules, read_or_error, source_name
-from ..images.paths import list_images
-from ..images.tensors import Source, load_image
-from ..images.workers import DecodedImage, Decoder
+from ..errors import SettingsError
+from ..images.convert import ReadRules
+from ..images.workers import Decoder
 from ..metrics.prompts import Pair
 from ..metrics.words import comparatives
-from .building import Metrics, build_metrics, named_metrics
+from .building import Metrics, build_metrics, named_metrics, needs_reference
 from .description import attributes_of, describe_metric, lower_is_better
-from .network import Network, Scored
+from .network import Network
 from .precision import PRECISIONS, warn_of_slow_bf16
+from .run import Run
+from .sources import Images, References, describe_references, pair
 from .tables import Record, to_table
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow
 
-# Bytes of decoded images waiting to be scored, at most.
-DECODED_BYTES = 2**30
-
-ShapeAndDtype: TypeAlias = tuple[tuple[int, ...], np.dtype]
-
 
 class Scorer:
-    """Scores any number of images by one or more no-reference metrics.
+    """Scores any number of images by one or more metrics.
 
     On a CPU in fp32, scores equal `metric(x)` of one image at a time to 2e-6, for any batch size, workers, order and
     devices. On an NVIDIA GPU, a scorer uses TF32 only on request, while pyiqa's `metric(x)` always allows it for
@@ -61,7 +45,8 @@ class Scorer:
             (`"clipiqa:Clear photo./Foggy photo."`) or a TOML file (`"clipiqa:sets.toml:weather"`), as `prompts=` of
             `create_metric` does. Modules are copied, not changed.
             Metrics on equal towers share one pass. Other packages' metrics run as pyiqa runs them, in float32 and
-            image by image, since their scores may depend on the rest of a batch.
+            image by image, since their scores may depend on the rest of a batch. Full-reference metrics, such as
+            "psnr", need the `references` of `score`; they change no other metric's scores.
         device: for example "cpu", "cuda" or "cuda:0"; several, in a list or separated by commas, share the work.
             Default: CUDA if available.
         batch_size: maximum number of images of equal size per batch; large images make smaller batches. Default: 32,
@@ -81,12 +66,13 @@ class Scorer:
 
     Attributes:
         columns: names of the scores: the metric's name, followed by a dot and the attribute if it has several.
+        full_reference: those of the columns whose metrics compare an image with a reference.
         lower_better: whether a lower score means a better image, by column.
         comparatives: what an image with a higher score is, and one with a lower score, by column: "better" and
             "worse", or for example "brighter" and "darker".
 
     Raises:
-        SettingsError: an unknown metric, one that needs a reference, two with the same column, or an invalid setting.
+        SettingsError: an unknown metric, two with the same column, or an invalid setting.
         WeightsError: a weight file is missing.
 
     Example:
@@ -96,6 +82,8 @@ class Scorer:
         >>> grey = np.full((40, 60, 3), 128, np.uint8)
         >>> [(record.width, record.height, list(record.scores)) for record in scorer.score([grey])]
         [(60, 40, ['qualiclip-mini'])]
+        >>> [record.scores["psnr"] for record in Scorer("psnr", device="cpu").score([grey], references=[grey // 2])]
+        [11.9...]
     """
 
     def __init__(
@@ -131,8 +119,13 @@ class Scorer:
         if precision == "bf16" and on_cpu:
             warn_of_slow_bf16()
         named = named_metrics(metrics)
-        self.networks = [Network(build_metrics(named, each), each, precision, compile) for each in devices]
+        self.networks = [
+            Network(build_metrics(named, each, full_reference=True), each, precision, compile) for each in devices
+        ]
         self.columns: tuple[str, ...] = self.networks[0].columns
+        self.full_reference = tuple(
+            column for column, metric in self.networks[0].metrics.items() if needs_reference(metric)
+        )
         self.lower_better: dict[str, bool] = {
             column: lower_is_better(metric) for column, metric in self.networks[0].metrics.items()
         }
@@ -141,7 +134,7 @@ class Scorer:
             for column, (_, pairs) in attributes_of(self.networks[0].metrics).items()
         }
 
-    def score(self, images: Iterable[Source | ImageError] | Source) -> Iterator[Record]:
+    def score(self, images: Images, references: References | None = None) -> Iterator[Record]:
         """Yield one record per image, in input order, as soon as it is ready.
 
         An image that cannot be scored has a record with an error. A decoding process that dies or hangs is replaced; a
@@ -153,18 +146,25 @@ class Scorer:
                 the images below it, as in `qualiclip score FOLDER`; within an iterable a folder is an image that cannot
                 be read. An `ImageError` in place of an image becomes its record's error. Paths and bytes are decoded in
                 worker processes.
+            references: for full-reference metrics. An iterable of as many sources as images, in the same order; or a
+                single source, the reference of every image; or a folder: the path of one, in which a reference has the
+                name of its image, with the path below the folder `images` if that is a folder, or a `ReferenceFolder`.
+                References are read like images and must have their sizes. What is wrong with one (or an `ImageError` in
+                its place) becomes the record's error, and no score of a no-reference metric is lost.
 
         Raises:
-            SettingsError: `images` is neither an image nor an iterable; or a folder without images, or one that cannot
-                be listed.
+            SettingsError: `images` or `references` is neither an image nor an iterable; or a folder without images, or
+                one that cannot be listed; there are not as many references as images; a metric needs references and
+                none are given, or they are given and no metric needs them.
         """
-        sources = _each(images)
+        self._check_references(references)
+        sources = pair(images, references)
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         ahead = 2 * self.workers or self.batch_size
         decoder = Decoder(self.workers, ahead, events, self.rules, self.decode_timeout)
         threads = [ThreadPoolExecutor(1) for _ in self.networks]
         try:
-            yield from _Run(self, sources, events, decoder, threads)
+            yield from Run(self, sources, events, decoder, threads)
         finally:
             decoder.close()
             for thread in threads:
@@ -172,18 +172,19 @@ class Scorer:
 
     @overload
     def table(
-        self, images: Iterable[Source | ImageError] | Source, kind: Literal["pandas"] = "pandas"
+        self, images: Images, kind: Literal["pandas"] = "pandas", references: References | None = None
     ) -> pd.DataFrame: ...
     @overload
-    def table(self, images: Iterable[Source | ImageError] | Source, kind: Literal["arrow"]) -> pyarrow.Table: ...
+    def table(self, images: Images, kind: Literal["arrow"], references: References | None = None) -> pyarrow.Table: ...
     def table(
-        self, images: Iterable[Source | ImageError] | Source, kind: Literal["pandas", "arrow"] = "pandas"
+        self, images: Images, kind: Literal["pandas", "arrow"] = "pandas", references: References | None = None
     ) -> pd.DataFrame | pyarrow.Table:
         """Score images into one table in memory; `score` needs no memory for all of them.
 
         Args:
             images: as for `score`.
             kind: "pandas" or "arrow", see `scoring.tables.to_table`.
+            references: as for `score`.
 
         Returns:
             One row per image, in input order, with the columns path, width, height, the scores and error. A DataFrame
@@ -198,18 +199,23 @@ class Scorer:
             >>> table["qualiclip-mini+"].round(2).tolist(), table["error"][1]
             ([0.79, nan], 'none.jpg does not exist; expected an image file')
         """
-        return to_table(self.score(images), self.describe(), kind)
+        return to_table(self.score(images, references), self.describe(references), kind)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, references: References | None = None) -> dict[str, Any]:
         """Return everything that affects the scores, JSON-ready, as stored beside a table.
 
         Hashes the weight files, which takes about a second for a large one.
 
+        Args:
+            references: as for `score`.
+
         Returns:
             `version` (of this package), `torch`, `columns` (by score: `lower_better` and the metric's own description),
-            `precision`, `device` (its type) and `images` (the reading rules).
+            `precision`, `device` (its type), `images` (the reading rules) and, with references, `references` (their
+            `path`, if they have one, and how they are paired with images).
         """
         network = self.networks[0]
+        described = {} if references is None else {"references": describe_references(references)}
         return {
             "version": version("qualiclip-pyiqa"),
             "torch": str(torch.__version__),
@@ -217,160 +223,21 @@ class Scorer:
             "precision": network.precision,
             "device": network.device.type,
             "images": asdict(self.rules),
+            **described,
         }
 
-
-@dataclass(frozen=True)
-class _ScoredBatch:
-    """A finished batch, as a device's thread puts it on the queue.
-
-    Attributes:
-        device: index of the device.
-        numbers: of the images.
-        height, width: of every image.
-        weight: bytes of all pixels.
-        scored: the scores, or the exception.
-    """
-
-    device: int
-    numbers: list[int]
-    height: int
-    width: int
-    weight: int
-    scored: Future[list[Scored]]
-
-
-class _Run:
-    """One pass over the inputs. Everything except decoding and networks runs in the caller's thread."""
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        images: Iterator[Source | ImageError],
-        events: queue.SimpleQueue[Any],
-        decoder: Decoder,
-        threads: Sequence[ThreadPoolExecutor],
-    ) -> None:
-        self.scorer, self.images, self.events, self.decoder, self.threads = scorer, images, events, decoder, threads
-        self.window = 8 * scorer.batch_size + 2 * scorer.workers
-        self.busy = [0] * len(threads)  # batches running or queued, by device
-        self.paths: dict[int, str | None] = {}
-        self.waiting: OrderedDict[ShapeAndDtype, deque[tuple[int, np.ndarray]]] = OrderedDict()
-        self.decoded_bytes = 0  # of images not scored yet
-        self.last_bytes = 0  # of the last decoded image, as an estimate for the pending ones
-        self.done: dict[int, Record] = {}
-        self.read = 0  # number of images read from the input
-        self.exhausted = False
-
-    def __iter__(self) -> Iterator[Record]:
-        number = 0
-        while True:
-            while number in self.done:
-                yield self.done.pop(number)
-                number += 1
-            while self._may_read(number):
-                self._read_one()
-            self._dispatch()
-            if self.exhausted and number == self.read:
-                return
-            if number not in self.done:
-                event: DecodedImage | _ScoredBatch = self.events.get()
-                if isinstance(event, DecodedImage):
-                    self._take_decoded(event)
-                else:
-                    self._take_scored(event)
-
-    def _may_read(self, number: int) -> bool:
-        weight = self.decoded_bytes + self.decoder.pending * self.last_bytes
-        full = weight >= DECODED_BYTES or self.read - number >= self.window
-        return not self.exhausted and not full and self.decoder.ready
-
-    def _read_one(self) -> None:
-        try:
-            source = next(self.images)
-        except StopIteration:
-            self.exhausted = True
-            return
-        number, self.read = self.read, self.read + 1
-        if isinstance(source, os.PathLike):  # a worker may lack its class
-            source = os.fsdecode(source)
-        self.paths[number] = source if isinstance(source, str) else None
-        if isinstance(source, str | bytes):
-            self.decoder.submit(number, source)
-        elif isinstance(source, ImageError):  # the caller could not get the image
-            self._add(number, source)
-        elif isinstance(source, Tensor):
-            try:
-                self._add(number, np.asarray(load_image(source).detach().cpu().movedim(0, -1)))
-            except ImageError as error:
-                self._add(number, error)
-        else:
-            self._add(number, read_or_error(source, self.scorer.rules))
-
-    def _add(self, number: int, result: np.ndarray | ImageError) -> None:
-        """Queue decoded pixels by size, or complete the record of an image that failed."""
-        if isinstance(result, ImageError):
-            self.done[number] = Record(self.paths.pop(number), error=str(result))
-            return
-        self.waiting.setdefault((result.shape, result.dtype), deque()).append((number, result))
-        self.last_bytes = result.nbytes
-        self.decoded_bytes += result.nbytes
-
-    def _dispatch(self) -> None:
-        """Give work to every device: a full batch in advance, a smaller one only if the device is idle."""
-        for device, thread in enumerate(self.threads):
-            while self.waiting and self.busy[device] < 2:
-                size = self.scorer.batch_size
-                key = next((key for key, images in self.waiting.items() if len(images) >= size), None)
-                if key is None:
-                    if self.busy[device]:
-                        break
-                    key = min(self.waiting, key=lambda key: self.waiting[key][0][0])  # with the oldest image
-                images = self.waiting[key]
-                batch = [images.popleft() for _ in range(min(size, len(images)))]
-                if not images:
-                    del self.waiting[key]
-                numbers, pixels = [n for n, _ in batch], [p for _, p in batch]
-                self.busy[device] += 1
-                height, width = pixels[0].shape[:2]
-                weight = len(pixels) * pixels[0].nbytes
-                finished = partial(_ScoredBatch, device, numbers, height, width, weight)
-                future = thread.submit(self.scorer.networks[device], pixels)
-                future.add_done_callback(partial(self._put, finished))
-
-    def _put(self, finished: partial[_ScoredBatch], scored: Future[list[Scored]]) -> None:
-        self.events.put(finished(scored))
-
-    def _take_decoded(self, event: DecodedImage) -> None:
-        self.decoder.pending -= 1
-        if not isinstance(event.result, np.ndarray | ImageError):
-            raise event.result
-        self._add(event.number, event.result)
-
-    def _take_scored(self, batch: _ScoredBatch) -> None:
-        self.busy[batch.device] -= 1
-        self.decoded_bytes -= batch.weight
-        for number, image in zip(batch.numbers, batch.scored.result(), strict=True):
-            self.done[number] = Record(self.paths.pop(number), batch.width, batch.height, image.scores, image.error)
-
-
-def _each(images: Iterable[Source | ImageError] | Source) -> Iterator[Source | ImageError]:
-    """Iterate over images; a single image is one item, though paths, arrays and tensors are iterable."""
-    if isinstance(images, str | os.PathLike) and os.path.isdir(images):  # noqa: PTH112 - '' is no Path
-        found = list_images(Path(os.fsdecode(images)))
-        if not found:
-            raise SettingsError(f"no images in {source_name(images)}; expected a folder of images, or an image")
-        return map(str, found)
-    if isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image):
-        return iter([images])
-    if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
-        return iter([images])
-    try:
-        return iter(images)
-    except TypeError:
-        raise SettingsError(
-            f"images is of type {type(images).__name__}; expected an iterable of images, or one image"
-        ) from None
+    def _check_references(self, references: References | None) -> None:
+        """Raise SettingsError if a metric needs references and none are given, or the other way round."""
+        if references is None and self.full_reference:
+            raise SettingsError(
+                f"{', '.join(self.full_reference)} needs a reference image for each image; pass references "
+                "(`qualiclip score --reference PATH`)"
+            )
+        if references is not None and not self.full_reference:
+            raise SettingsError(
+                f"references have no effect on {', '.join(self.columns)}; leave them out, or add a full-reference "
+                "metric such as psnr"
+            )
 
 
 def usable_devices(device: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:

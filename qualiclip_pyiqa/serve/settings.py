@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..errors import SettingsError
 from ..images.convert import ReadRules
+from ..scoring.building import blind_only
 from ..scoring.scorer import Scorer
 
 # CPU cores of a replica without a GPU; small batches gain little from more.
@@ -95,7 +96,7 @@ class ServeSettings(BaseModel):
             SettingsError, PromptError, WeightsError: as `Scorer`.
         """
         return Scorer(
-            self.metrics,
+            blind_only(self.metrics, "on a server"),
             device=device,
             batch_size=self.batch_size,
             workers=self.workers,

@@ -151,7 +151,12 @@ def _differences(old: object, new: object, keys: tuple[str, ...]) -> Iterator[tu
 
 
 def _fields(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of fields among keys, without names that the user chose: of columns and prompted attributes."""
+    """Return the names of fields among keys, without names that the user chose: of columns and prompted attributes.
+
+    Unlike the path of a weight file, that of the references decides scores, so it is not named as a field.
+    """
+    if keys[0] == "references":
+        return keys[:1]
     if keys[0] == "columns":
         keys = keys[2:]
     return keys[:1] if keys[:1] == ("prompts",) else keys
