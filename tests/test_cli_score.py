@@ -266,7 +266,7 @@ def test_files_that_vanish_or_may_not_be_read_are_rows(
 ) -> None:
     original, opened = Scorer.score, Path.open
 
-    def vanishing(self: Scorer, images: list[str]) -> Iterator[Record]:
+    def vanishing(self: Scorer, images: list[str], references: object) -> Iterator[Record]:
         (folder / "1.png").unlink()  # after it was listed
         return original(self, images)
 
@@ -355,7 +355,7 @@ def test_a_stopped_run_is_resumed_and_nothing_is_scored_twice(
     scored = []
     original = Scorer.score
 
-    def watched(self: Scorer, images: list[str]) -> Iterator[Record]:
+    def watched(self: Scorer, images: list[str], references: object) -> Iterator[Record]:
         scored.extend(images)
         return original(self, images)
 
@@ -409,7 +409,7 @@ def test_what_is_no_fault_of_the_table_is_not_said_to_be(
 ) -> None:
     original = Scorer.score
 
-    def failing(self: Scorer, images: list[str]) -> Iterator[Record]:
+    def failing(self: Scorer, images: list[str], references: object) -> Iterator[Record]:
         yield next(original(self, images))
         raise OSError(24, "Too many open files")
 

@@ -104,7 +104,9 @@ def littered(folder: Path) -> Path:
 def test_hidden_entries_of_folders_are_left_out_and_counted(littered: Path) -> None:
     expected = [str(littered / f"{n}.png") for n in range(4)] + [str(littered / "sub" / "deep.jpg")]
     found = find_images([str(littered)])
-    assert found == FoundPaths(expected, others=1, hidden=9)  # folders count once; @eaDir is there twice
+    assert found == FoundPaths(
+        expected, others=1, hidden=9, folders=[str(littered)]
+    )  # folders count once; @eaDir is there twice
     assert [str(path) for path in list_images(littered)] == expected
 
 

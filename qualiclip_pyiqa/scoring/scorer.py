@@ -76,6 +76,7 @@ class Scorer:
         WeightsError: a weight file is missing.
 
     Example:
+        >>> import numpy as np
         >>> scorer = Scorer("qualiclip-mini", device="cpu", workers=0)
         >>> scorer.lower_better
         {'qualiclip-mini': False}
@@ -83,7 +84,7 @@ class Scorer:
         >>> [(record.width, record.height, list(record.scores)) for record in scorer.score([grey])]
         [(60, 40, ['qualiclip-mini'])]
         >>> [record.scores["psnr"] for record in Scorer("psnr", device="cpu").score([grey], references=[grey // 2])]
-        [11.9...]
+        [12.0...]
     """
 
     def __init__(
