@@ -32,7 +32,8 @@ from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.evaluation.ratings import Ratings, read_ratings
 from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.metrics.prompt_iqa import OpenCLIPIQA, OpenQualiCLIP, PromptIQA
-from qualiclip_pyiqa.training import tuning
+from qualiclip_pyiqa.training.examples import plan
+from qualiclip_pyiqa.training.held_out import hold_out
 from qualiclip_pyiqa.training.recipes import LOSSES, RECIPES, Recipe, default_recipe, fresh_network
 from qualiclip_pyiqa.training.tuning import tune
 
@@ -69,6 +70,11 @@ def ratings(rated_folder: Path) -> Ratings:
 
 def tiny(folder: Path, recipe: Recipe, metric: str = "clipiqa+") -> PromptIQA:
     return fresh_network(metric, recipe, backbone="tiny-resnet", weights=folder / "tiny-resnet.pt")
+
+
+def split(ratings: Ratings, share: float, seed: int) -> tuple[Ratings, Ratings]:
+    parts = hold_out(ratings, None, share, seed)
+    return parts.training, parts.watched
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:
@@ -120,7 +126,7 @@ def test_a_step_is_that_of_the_whole_network(
     )
     net, reference = tiny(tiny_folder, recipe).double(), tiny(tiny_folder, recipe).double().train()
     tune(net, ratings, tmp_path, recipe, validation=0)
-    (draw,) = tuning._plan(COUNT, recipe)
+    (draw,) = plan(COUNT, recipe)
     assert sorted(draw.indices.tolist()) == list(range(COUNT)) and 0 < draw.mirrored.sum() < COUNT
     scores = []
     for index, mirrored, place in zip(*draw, strict=True):
@@ -157,7 +163,7 @@ def test_the_log_says_what_decides_a_result(tiny_folder: Path, ratings: Ratings,
     for number, each in enumerate(epochs):
         assert each["learning_rate"] == pytest.approx(recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * number / 3)))
         assert each["loss"] == pytest.approx(each["mse"] + each["plcc"])
-    training, watched = tuning._split(ratings, 0.4, recipe.seed)
+    training, watched = split(ratings, 0.4, recipe.seed)
     assert not set(training.paths) & set(watched.paths) and len(training.paths + watched.paths) == COUNT
     assert first["mos_range"] == [min(training.opinions), max(training.opinions)]
     scores = scores_of(net, watched.paths).numpy()
@@ -167,10 +173,10 @@ def test_the_log_says_what_decides_a_result(tiny_folder: Path, ratings: Ratings,
 
 def test_a_picture_rated_twice_is_on_one_side(ratings: Ratings) -> None:
     twice = dataclasses.replace(ratings, paths=ratings.paths * 2, opinions=ratings.opinions * 2)
-    training, watched = tuning._split(twice, 0.2, 0)
-    assert (len(training.paths), len(watched.paths)) == (24, 6)
+    training, watched = split(twice, 0.2, 0)
+    assert (len(training.paths), len(watched.paths)) == (12, 3)
     assert not set(training.paths) & set(watched.paths)
-    assert tuning._split(ratings, 0.2, 0)[1].paths != tuning._split(ratings, 0.2, 1)[1].paths
+    assert split(ratings, 0.2, 0)[1].paths != split(ratings, 0.2, 1)[1].paths
 
 
 def test_an_image_that_is_rated_twice_counts_once_however_it_is_spelled(
@@ -210,7 +216,7 @@ def test_any_range_and_direction(tiny_folder: Path, ratings: Ratings, tmp_path: 
     assert log_of(tmp_path / "dmos")[0]["mos_range"] == [0, 100]
     # Agreement is positive in either direction.
     tune(net := tiny(tiny_folder, recipe), dmos, tmp_path / "watched", recipe, 0.4)
-    _, watched = tuning._split(dmos, 0.4, recipe.seed)
+    _, watched = split(dmos, 0.4, recipe.seed)
     expected = stats.spearmanr(scores_of(net, watched.paths), [-o for o in watched.opinions])[0]
     assert log_of(tmp_path / "watched")[-1]["validation_srcc"] == pytest.approx(expected)
 
@@ -329,8 +335,8 @@ def test_a_stopped_write_leaves_nothing(
         tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe)
     error = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
-        tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+        tune(tiny(tiny_folder, recipe), ratings, tmp_path, recipe, resume=True)
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["checkpoint", "log.jsonl"]
     with pytest.raises(SettingsError, match=r"log\.jsonl/run cannot be created"):
         tune(tiny(tiny_folder, recipe), ratings, tmp_path / "log.jsonl" / "run", recipe)
 
@@ -454,7 +460,7 @@ def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path,
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=100)
     assert run.returncode == 130 and said.endswith("qualiclip: stopped\n")
-    assert [path.name for path in log.parent.iterdir()] == ["log.jsonl"]
+    assert sorted(path.name.partition("-")[0] for path in log.parent.iterdir()) == ["checkpoint", "log.jsonl"]
     assert all("epoch" in each for each in log_of(tmp_path / "run")[1:])
 
 

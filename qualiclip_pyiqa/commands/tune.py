@@ -1,30 +1,51 @@
-"""`qualiclip tune`: learn a prompt context from opinion scores."""
+"""`qualiclip tune`: learn prompts from opinion scores."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
-from ..metrics.registry import with_context
+from ..metrics.registry import with_context, with_deep_prompts
 from ..metrics.specs import refuse_prompts
 from ..optional import require
-from . import Commands, a_number, a_seed, add_rating_options, put, rated, say
+from . import Commands, a_number, a_seed, add_rating_options, put, rated, refuse, say
+
+if TYPE_CHECKING:
+    from ..training.examples import Tunable
+    from ..training.recipes import Recipe
+
+# Options that decide the network of only one of the two kinds of metric.
+CONTEXT_OPTIONS = ("recipe", "shared", "crop")
+PROMPT_OPTIONS = ("start", "alignment_column")
 
 
 def add_parser(commands: Commands) -> None:
-    metrics = ", ".join(with_context())
+    metrics = ", ".join([*with_context(), *with_deep_prompts()])
     parser = commands.add_parser(
         "tune",
-        help="learn a prompt context from opinion scores",
-        description="Learn a metric's prompt context from rated images, with CLIP frozen. Writes params.pth, which "
-        "pyiqa.create_metric(METRIC, pretrained='RUN/params.pth') loads, and log.jsonl to RUN.",
+        help="learn prompts from opinion scores",
+        description="Learn a metric's prompts from rated images, with CLIP frozen. Writes log.jsonl to RUN, and "
+        "params.pth, which pyiqa.create_metric(METRIC, pretrained='RUN/params.pth') loads, or for "
+        f"{' and '.join(with_deep_prompts())} prompts.safetensors, which "
+        "pyiqa.create_metric(METRIC, weights='RUN/prompts.safetensors') loads.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("-m", "--metric", required=True, metavar="METRIC", help=f"one of {metrics}")
     parser.add_argument("--ratings", required=True, type=Path, metavar="CSV", help="opinion scores of the images")
     add_rating_options(parser)
+    parser.add_argument(
+        "--alignment-column",
+        metavar="NAME",
+        help="clip-agiqa: column of how well an image fits the text it was made from",
+    )
+    parser.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="images with one value of this column, such as a scene or a text, are all held out or all learned from",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--mos-range",
@@ -38,10 +59,21 @@ def add_parser(commands: Commands) -> None:
         type=a_number,
         default=0.2,
         metavar="SHARE",
-        help="share of the images that is held out and watched; 0 holds out none (default: 0.2)",
+        help="share of the images, or of their groups, that is held out; 0 holds out none (default: 0.2)",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped, from its last epoch")
+    parser.add_argument(
+        "--recipe",
+        choices=("official", "pyiqa"),
+        help="default: official for clipiqa+, pyiqa for other metrics with a context; "
+        f"{' and '.join(with_deep_prompts())} have their own",
     )
     parser.add_argument(
-        "--recipe", choices=("official", "pyiqa"), help="default: official for clipiqa+, pyiqa for the other metrics"
+        "--start",
+        type=Path,
+        metavar="FILE",
+        help="prompts to start from in place of fresh ones: of an earlier run, or of the authors' code "
+        f"({', '.join(with_deep_prompts())})",
     )
     parser.add_argument(
         "--tracker",
@@ -64,7 +96,7 @@ def add_parser(commands: Commands) -> None:
     own.add_argument("--learning-rate", type=a_number, metavar="X")
     own.add_argument("--loss", choices=("mse", "mse+plcc"))
     own.add_argument("--crop", type=int, metavar="N", help="side of random crops in pixels; 0: whole images")
-    own.add_argument("--context-length", type=int, dest="n_ctx", metavar="N", help="tokens of a context")
+    own.add_argument("--context-length", type=int, dest="n_ctx", metavar="N", help="tokens of a context or a prompt")
     contexts = own.add_mutually_exclusive_group()
     contexts.add_argument("--shared", action="store_const", const=True, help="one context for all prompts")
     contexts.add_argument(
@@ -78,8 +110,14 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     require("scipy", "train", "qualiclip tune")
     refuse_prompts(arguments.metric, "here: `qualiclip tune` learns a context for the metric's own prompts")
-    ratings = rated(arguments)  # before anything that takes time
+    deep = arguments.metric in with_deep_prompts()
+    refuse(arguments, CONTEXT_OPTIONS if deep else PROMPT_OPTIONS, f"on {arguments.metric}")
+    ratings = rated(arguments, arguments.group)  # before anything that takes time
     say(f"qualiclip: {ratings}")
+    alignment = None
+    if arguments.alignment_column is not None:
+        alignment = rated(argparse.Namespace(**{**vars(arguments), "mos_column": arguments.alignment_column}))
+        say(f"qualiclip: alignment: {alignment}")
 
     import torch
 
@@ -87,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     trackers = check_trackers(arguments.tracker or ())
 
-    from ..training.recipes import RECIPES, default_recipe, fresh_network
+    from ..training.recipes import RECIPES, default_recipe
     from ..training.tuning import tune
 
     recipe = default_recipe(arguments.metric)
@@ -96,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = ("learning_rate", "loss", "crop", "n_ctx", "shared", "epochs", "batch", "seed")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     recipe = dataclasses.replace(recipe, **given)
-    net = fresh_network(arguments.metric, recipe, backbone=arguments.backbone, weights=arguments.backbone_weights)
+    net = _network(arguments, recipe, deep)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         net = net.to(device)
@@ -110,6 +148,21 @@ def run(arguments: argparse.Namespace) -> int:
         validation=arguments.validation,
         mos_range=None if arguments.mos_range is None else tuple(arguments.mos_range),
         trackers=trackers,
+        alignment=alignment,
+        resume=arguments.resume,
     )
     put(path)
     return 0
+
+
+def _network(arguments: argparse.Namespace, recipe: Recipe, deep: bool) -> Tunable:
+    """Create the metric whose prompts are to be learned."""
+    from ..training.recipes import fresh_deep_network, fresh_network
+
+    backbone, weights = arguments.backbone, arguments.backbone_weights
+    if deep:
+        options = {"backbone": backbone, "backbone_weights": weights}
+        if arguments.start is not None:
+            options["n_ctx"] = arguments.n_ctx
+        return fresh_deep_network(arguments.metric, recipe, arguments.start, **options)
+    return fresh_network(arguments.metric, recipe, backbone=backbone, weights=weights)

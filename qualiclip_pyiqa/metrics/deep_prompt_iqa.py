@@ -63,6 +63,7 @@ class DeepPromptIQA(BlindMetric):
         backbone: name of a vision transformer of open_clip; None: the one that the file names, or ViT-B/32.
         backbone_weights: file or record with the CLIP model; None: OpenAI's.
         pretrained: False for fresh prompts, which are to be trained.
+        n_ctx: tokens of a fresh prompt (default 8).
         tile: see `BlindMetric`; windows lie in each tile.
 
     Shape:
@@ -87,11 +88,13 @@ class DeepPromptIQA(BlindMetric):
         backbone: str | None = None,
         backbone_weights: str | Path | None = None,
         pretrained: bool = True,
+        n_ctx: int | None = None,
         tile: int | None = None,
     ) -> None:
         spec = self.spec = _spec(model_type)
         super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
         loaded = _loaded(spec, weights, pretrained)
+        length = _length(loaded, n_ctx)
         backbone = backbone or (loaded.backbone if loaded else "") or spec.backbone
         model = load_model(_weights_of(spec, backbone, backbone_weights), backbone)
         self.origin = model.origin
@@ -100,10 +103,10 @@ class DeepPromptIQA(BlindMetric):
         self.minimum_side = self.window = _side(self.tower, backbone)
         if tile is not None and tile < self.window:
             raise SettingsError(f"tile is {tile}; {model_type} on {backbone} needs at least {self.window}")
-        self.learners = tuple(each for each in spec.learners if loaded is None or each.attribute in loaded.attributes)
+        self.learners = spec.learners
         self.context_files: tuple[WeightFile, ...] = () if loaded is None else loaded.files
         text = model.text_tower()
-        self.prompt_learner = self._prompts(loaded, (len(text.blocks), text.token_embedding.weight.shape[1]))
+        self.prompt_learner = self._prompts(loaded, (len(text.blocks), text.token_embedding.weight.shape[1]), length)
         self.frames = nn.ModuleList(PromptFrame(text, learner.words, self.length) for learner in self.learners)
         del text.token_embedding  # 25 of its 63 million values; the frames have copied the rows they need
         self.text_tower = freeze(text)
@@ -220,17 +223,12 @@ class DeepPromptIQA(BlindMetric):
             | {"context": None, **files}
         )
 
-    def _prompts(self, loaded: LoadedPrompts | None, text: tuple[int, int]) -> nn.ModuleDict:
+    def _prompts(self, loaded: LoadedPrompts | None, text: tuple[int, int], length: int) -> nn.ModuleDict:
         """Build the prompts of each learner: fresh ones, or those of the file."""
         visual = len(self.tower.blocks), len(self.tower.class_embedding)
-        length = LENGTH if loaded is None else _length(loaded)
         prompts = nn.ModuleDict(
             {each.attribute: DeepPrompts(each, text, visual, length, STD) for each in self.learners}
         )
-        # Prompts that are only mixed in belong to no score.
-        for each in self.spec.learners:
-            if each.attribute not in prompts and each.attribute in {one.mixed_with for one in self.learners}:
-                prompts[each.attribute] = DeepPrompts(each, text, visual, length, STD)
         if loaded is not None:
             try:
                 prompts.load_state_dict({key: value.float() for key, value in loaded.tensors.items()})
@@ -280,11 +278,19 @@ def _loaded(spec: DeepPromptSpec, weights: str | Path | None, pretrained: bool) 
     return load_prompts(weights, spec.name, [learner.attribute for learner in spec.learners])
 
 
-def _length(loaded: LoadedPrompts) -> int:
-    """Return the tokens of a prompt in a file."""
+def _length(loaded: LoadedPrompts | None, n_ctx: int | None) -> int:
+    """Return the tokens of a prompt: those in a file, or of a fresh one."""
+    if loaded is None:
+        if n_ctx is not None and n_ctx < 1:
+            raise SettingsError(f"n_ctx is {n_ctx}; expected at least one token")
+        return LENGTH if n_ctx is None else n_ctx
     first = loaded.tensors.get("quality.visual.0")
     if first is None or first.dim() != 2:
         raise WeightsError(f"{loaded.path} holds no visual prompts of shape (length, width)")
+    if n_ctx not in (None, first.shape[0]):
+        raise SettingsError(
+            f"{loaded.path.name} has prompts of {first.shape[0]} tokens, not n_ctx={n_ctx}; leave it out"
+        )
     return first.shape[0]
 
 

@@ -6,7 +6,6 @@ Tensors are named `ATTRIBUTE.text.BLOCK`, `ATTRIBUTE.visual.BLOCK`, and, if ther
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,13 +43,11 @@ class LoadedPrompts:
         files: the files.
         tensors: by name, see above.
         backbone: the CLIP model that they were learned on; "" if the files do not say so.
-        attributes: what they were learned for.
     """
 
     files: tuple[WeightFile, ...]
     tensors: Mapping[str, Tensor] = field(repr=False)
     backbone: str
-    attributes: tuple[str, ...]
 
     @property
     def path(self) -> Path:
@@ -77,7 +74,6 @@ def load_prompts(weights: str | Path, metric: str, attributes: Sequence[str]) ->
             files=(found.file,),
             tensors=found.tensors,
             backbone=found.metadata["backbone"],
-            attributes=_attributes(found, attributes),
         )
     tensors = _named(found, "quality")
     files = [found.file]
@@ -85,7 +81,7 @@ def load_prompts(weights: str | Path, metric: str, attributes: Sequence[str]) ->
         beside = _beside(found, tensors)
         tensors |= _named(beside, attributes[1])
         files.append(beside.file)
-    return LoadedPrompts(tuple(files), tensors, "", tuple(attributes))
+    return LoadedPrompts(tuple(files), tensors, "")
 
 
 def metric_of_prompts(path: str | Path) -> str:
@@ -97,35 +93,13 @@ def metric_of_prompts(path: str | Path) -> str:
     return read(path, layout="qualiclip-pyiqa-prompts").metadata["metric"]
 
 
-def write_prompts(
-    path: Path, tensors: Mapping[str, Tensor], metric: str, backbone: str, attributes: Sequence[str]
-) -> None:
+def write_prompts(path: Path, tensors: Mapping[str, Tensor], metric: str, backbone: str) -> None:
     """Write deep prompts in this package's format, whole or not at all; equal prompts give equal bytes.
 
     Raises:
         OSError: the file cannot be written.
     """
-    metadata = {
-        "format": PROMPTS_FORMAT,
-        "metric": metric,
-        "backbone": backbone,
-        "attributes": json.dumps([*attributes]),
-    }
-    write_safetensors(path, tensors, metadata)
-
-
-def _attributes(found: ReadWeights, expected: Sequence[str]) -> tuple[str, ...]:
-    """Return the attributes in a file's metadata: the metric's first ones."""
-    text = found.metadata["attributes"]
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not names or names != list(expected[: len(names)]):
-        raise WeightsError(
-            f"{found.file.path}: metadata 'attributes' is {text[:80]!r}; expected a list of {', '.join(expected)}"
-        )
-    return tuple(names)
+    write_safetensors(path, tensors, {"format": PROMPTS_FORMAT, "metric": metric, "backbone": backbone})
 
 
 def _named(found: ReadWeights, attribute: str) -> dict[str, Tensor]:

@@ -78,9 +78,9 @@ class State:
     """State of a run that a checkpoint stores.
 
     Attributes:
-        tower: the trained tower, not wrapped for several processes.
-        ema: its moving average.
-        optimiser: AdamW over the trainable parameters of `tower`.
+        tower: what is trained, not wrapped for several processes: a tower, or for `qualiclip tune` prompts.
+        ema: its moving average; for `qualiclip tune` the prompts of the best epoch so far.
+        optimiser: over the trainable parameters of `tower`.
         scaler: gradient scaler of fp16; None for other precisions.
         progress: replaced when a checkpoint is read.
     """
@@ -163,7 +163,7 @@ def read_checkpoint(path: Path, state: State, steps: int) -> None:
         progress = Progress.from_json(metadata["progress"])
         if progress.run != state.progress.run:
             raise SettingsError(
-                f"{path} belongs to another run: configuration, seed, photographs, --start or number of processes "
+                f"{path} belongs to another run: settings, seed, images, --start or number of processes "
                 "differ; repeat its command, or choose another folder"
             )
         if progress.step > steps:

@@ -114,7 +114,12 @@ def quality_drawing(metric: BlindMetric, picture: Source, title: str) -> NDArray
 
 @contextmanager
 def tracking(
-    trackers: Sequence[Tracker], out: Path, net: PromptIQA, features: Tensor, paths: Sequence[Path]
+    trackers: Sequence[Tracker],
+    out: Path,
+    net: BlindMetric,
+    scores_of: Callable[[], Tensor],
+    paths: Sequence[Path],
+    done: int = 0,
 ) -> Iterator[Track]:
     """Start trackers of a run without Accelerate, yield what tells them of an epoch, and end them.
 
@@ -125,20 +130,21 @@ def tracking(
         trackers: as from `check_trackers`.
         out: folder of the run.
         net: in training.
-        features: (N, D) of these images, as from `net.features`.
+        scores_of: returns the newest scores (N, A) of these images.
         paths: the images; may be empty.
+        done: steps that an earlier attempt at this run has taken.
     """
     if not trackers:
         yield lambda step, values: None
         return
     accelerator = Accelerator(log_with=list(trackers), project_dir=out / "tensorboard")
-    start_trackers(accelerator, out, 0)
+    start_trackers(accelerator, out, done)
 
     @torch.no_grad()
     def track(step: int, values: Mapping[str, float | None]) -> None:
         accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if paths:
-            scores = net.score(features)
+            scores = scores_of()[:, :1]
             accelerator.log({"score/quality": float(scores.double().mean())}, step=step)
             if torch.isfinite(scores).all():  # else the next step reports it
                 log_image(accelerator, "map/quality", quality_drawing(net, paths[0], source_name(paths[0])), step)

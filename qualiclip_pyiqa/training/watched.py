@@ -1,0 +1,96 @@
+"""What the held-out images say while prompts are learned, and which epoch's prompts are kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.ratings import Ratings
+from ..metrics.deep_prompt_iqa import DeepPromptIQA
+from .examples import Tunable, whole_features, whole_scores
+from .recipes import Recipe
+from .validation import correlations
+
+#: Figures by name; None where one does not exist.
+Figures: TypeAlias = dict[str, float | None]
+
+
+class Watched:
+    """The held-out images: their features, if only texts are learned, and their newest scores."""
+
+    def __init__(self, net: Tunable, ratings: Ratings) -> None:
+        self.net, self.ratings = net, ratings
+        self.features = (
+            None if isinstance(net, DeepPromptIQA) else whole_features(net, ratings.paths, "validation images")
+        )
+        self._scores = torch.empty(0)
+
+    def scores(self) -> Tensor:
+        """Return the scores (V, A) of the last evaluation."""
+        return self._scores
+
+    @torch.no_grad()
+    def evaluate(self) -> Figures:
+        """Score the images, and correlate with their opinion scores; None where that is undefined."""
+        if not self.ratings.paths:
+            return {}
+        if self.features is None:
+            self._scores = whole_scores(self.net, self.ratings.paths)
+        else:
+            self._scores = self.net.score(self.features)
+        # Scores that are not finite come from prompts that diverge, which the next step reports.
+        srcc, plcc = correlations(self._scores[:, 0].double().tolist(), self.ratings)
+        return {"validation_srcc": srcc, "validation_plcc": plcc}
+
+
+class Best:
+    """The prompts to keep: the last, or those of the epoch with the highest SRCC on the held-out images.
+
+    Args:
+        learner: what is learned.
+        recipe: whose `keep` and `patience` decide.
+    """
+
+    def __init__(self, learner: nn.Module, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.learner, self.kept = learner, copy.deepcopy(learner)
+        self.epoch, self.srcc, self.last = 0, -math.inf, 0
+
+    def restore(self, lines: Sequence[bytes]) -> None:
+        """Read the epochs so far from the log; their prompts are those of the checkpoint."""
+        for line in lines:
+            figures = json.loads(line)
+            if "epoch" in figures:
+                self._count(figures["epoch"], figures)
+
+    def add(self, epoch: int, figures: Figures) -> dict[str, int]:
+        """Take note of an epoch; return what the log says of it."""
+        if self.recipe.keep != "best" or "validation_srcc" not in figures:
+            return {}
+        if self._count(epoch, figures):
+            self.kept.load_state_dict(self.learner.state_dict())
+        return {"best_epoch": self.epoch}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no later epoch is worth trying."""
+        return bool(self.epoch and self.recipe.patience and self.last - self.epoch >= self.recipe.patience)
+
+    def load(self) -> None:
+        """Give the learner the prompts to keep."""
+        if self.epoch:
+            self.learner.load_state_dict(self.kept.state_dict())
+
+    def _count(self, epoch: int, figures: Mapping[str, float | None]) -> bool:
+        """Whether this epoch is the best so far."""
+        self.last, srcc = epoch, figures.get("validation_srcc")
+        if self.recipe.keep != "best" or srcc is None or srcc <= self.srcc:
+            return False
+        self.epoch, self.srcc = epoch, srcc
+        return True
