@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..errors import ImageError, SettingsError, kind_of, one_line, visible
 from ..files import is_utf8
-from . import decode, jxl, png
+from . import advice, decode, jxl, png
 from .formats import RefusedError, check_opened, open_image, plugin_format
 
 MIN_SIDE = 32  # pixels; CLIP's ResNets halve an image five times
@@ -156,10 +156,10 @@ def check_range(low: float, high: float, name: str, of_file: bool = False) -> No
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError(f"{name} has NaN or infinite values; expected floating point in 0..1")
     if low < 0 or high > 1:
-        advice = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
+        remedy = "divide by 255, or pass uint8" if 2 < high <= 255 and low >= 0 else "clamp or rescale it"
         if of_file:
-            advice = "store the file with values in 0..1, or with 8 or 16 bits"
-        raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {advice}")
+            remedy = "store the file with values in 0..1, or with 8 or 16 bits"
+        raise ImageError(f"{name} has values from {low:g} to {high:g}; expected 0..1: {remedy}")
 
 
 @contextmanager
@@ -224,16 +224,13 @@ def _one_line(name: str) -> Iterator[None]:
     except RefusedError as error:
         raise ImageError(f"{name} {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{name} is too large for Pillow itself ({error}); to read it anyway, raise PIL.Image.MAX_IMAGE_PIXELS too"
-        ) from error
+        raise ImageError(f"{name} is too large for Pillow itself ({error}){advice.PILLOW}") from error
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, ValueError, ... on damaged files
         if isinstance(error, OSError) and error.strerror:  # from the file system, not Pillow
             raise ImageError(f"{name} cannot be read ({error.strerror}); expected an image file") from error
         if "truncated" in str(error).lower():  # Pillow's word for every format
             raise ImageError(
-                f"{name} is damaged (truncated: its image data end too early); expected a whole image, or "
-                "allow_truncated (on the command line --allow-truncated) to score what is there"
+                f"{name} is damaged (truncated: its image data end too early); expected a whole image{advice.TRUNCATED}"
             ) from error
         reason = one_line(f"{type(error).__name__}: {error}")
         raise ImageError(f"{name} is damaged ({reason}); expected a whole image") from error
@@ -250,8 +247,8 @@ def _check_limit(size: tuple[int, int], name: str, rules: ReadRules) -> None:
     limit = rules.limit()
     if limit is not None and width * height > limit:
         raise ImageError(
-            f"{name} is too large and may be a decompression bomb ({width}x{height}, limit {limit} pixels); to read "
-            "it anyway, raise max_pixels (on the command line --max-pixels) or PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name} is too large and may be a decompression bomb ({width}x{height}, limit {limit} pixels)"
+            f"{advice.MAX_PIXELS}"
         )
 
 

@@ -65,6 +65,8 @@ PLUGINS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
+UNKNOWN_FORMAT = "is not an image of a supported format"  # continues a file's name
+
 # Brands of an ISO media file (ISO/IEC 23008-12, AVIF 1.1) that identify the codec, unlike `mif1` and `msf1`.
 _HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _AVIF_BRANDS = {b"avif", b"avis"}
@@ -108,7 +110,7 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
         raise RefusedError("is empty (0 bytes); expected an image")
     if prefix.startswith(_LFS_SIGNATURE):
         raise RefusedError("is a Git LFS pointer; fetch the image itself with: git lfs pull")
-    raise RefusedError("is not an image of a supported format")
+    raise RefusedError(UNKNOWN_FORMAT)
 
 
 def check_opened(image: Image.Image) -> None:
@@ -178,6 +180,11 @@ def opened_formats() -> tuple[str, ...]:
     """Return the names of all formats that are opened: `FORMATS`, and those of Pillow plug-ins."""
     Image.init()
     return (*FORMATS, *(name for name in Image.OPEN if name not in FORMATS and not is_pillows(Image.OPEN[name][0])))
+
+
+def usable_formats() -> tuple[str, ...]:
+    """Return `FORMATS` without those whose plug-in is not installed."""
+    return tuple(name for name in FORMATS if name not in PLUGINS or _plugin_opener(name) is not None)
 
 
 def has_image_suffix(path: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ImageError, SettingsError
+from .advice import DECODE_TIMEOUT
 from .convert import PixelsOrError, ReadRules, read_or_error, source_name
 from .pillow_setup import read_setup
 from .wire import BadReplyError, pack_request
@@ -150,10 +151,7 @@ class Decoder:
                 return worker.decode(number, request, self.rules.max_pixels, self.timeout)
             except TimedOutError:
                 self._reap(thread)
-                return ImageError(
-                    f"{name} was not decoded within {self.timeout:g} seconds; if it needs longer, raise decode_timeout "
-                    "(--decode-timeout)"
-                )
+                return ImageError(f"{name} was not decoded within {self.timeout:g} seconds{DECODE_TIMEOUT}")
             except MemoryError:
                 self._reap(thread)
                 return ImageError(f"{name} cannot be decoded: out of memory")
