@@ -28,8 +28,9 @@ from .settings import ServeSettings, make_settings
 logger = logging.getLogger(__name__)
 
 NAME = "qualiclip"
-# Ray Serve's log is for what goes wrong; `/metrics` counts requests.
-LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+# Ray Serve's warnings (a slow start, a replica that is slow to tell its queue's length) are nothing that a user can act
+# on, and it writes them to the terminal too; `/metrics` counts requests.
+LOGGING: dict[str, Any] = {"log_level": "ERROR", "enable_access_log": False}
 
 
 class ClientsLeave:

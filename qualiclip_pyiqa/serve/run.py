@@ -7,19 +7,23 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from ..errors import SettingsError, WeightsError, one_line, reason
+from ..errors import SettingsError, WeightsError, counted, one_line, reason
 from .settings import ServeSettings
+
+logger = logging.getLogger(__name__)
 
 # For a Ray of the server's own, unless the environment says otherwise. Nothing is sent to anybody. The rest is for few
 # cores: without threads and loops that this application does not need, since its networks have a thread of their own,
-# and with half of a second, not a tenth, between two rounds of the controller.
+# and with half of a second, not a tenth, between two rounds of the controller. A network's threads that spin while they
+# wait for each other would take the cores from decoding and from the proxy: a tenth of all images a second.
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "OMP_WAIT_POLICY": "passive",
 }
 
 
@@ -33,7 +37,8 @@ def run_server(settings: ServeSettings, host: str, port: int, address: str | Non
         ready: called when the server answers.
 
     Raises:
-        SettingsError, PromptError, WeightsError: as `Scorer`; or the port is in use, or no such cluster.
+        SettingsError, PromptError, WeightsError: as `Scorer`; or the port is in use, or Ray or the replicas do not
+            start.
     """
     settings.scorer("cpu")  # finds mistakes before anything is started
     _check_port(host, port)
@@ -47,32 +52,67 @@ def run_server(settings: ServeSettings, host: str, port: int, address: str | Non
     address = address or os.environ.get("RAY_ADDRESS")
     stop = threading.Event()
     try:
-        try:
-            ray.init(
-                address=address or "local", logging_level=logging.ERROR, include_dashboard=None if address else False
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SettingsError(f"Ray does not start, or is not at {address or 'local'} ({reason(error)})") from error
+        _start_ray(address)
+        if not address:
+            check_resources(settings, ray.cluster_resources())
         # After Ray's own handlers, which exit at once.
         kept = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
         try:
-            serve.start(
-                http_options={"host": host, "port": port, "request_timeout_s": settings.timeout + 30},
-                logging_config=LOGGING,
-            )
+            # Without a limit of the proxy, so that the replica's answer comes first: its requests all end in time.
+            serve.start(http_options={"host": host, "port": port, "request_timeout_s": None}, logging_config=LOGGING)
             serve.run(build(settings), name=NAME)
             if not stop.is_set():
                 ready()
             stop.wait()
-        except RuntimeError as error:
+        except Exception as error:  # of Ray, which raises all kinds
             raise WeightsError(f"the server does not start ({one_line(error)[-300:]})") from error
         finally:
-            serve.delete(NAME)  # waits for what has been accepted
+            _delete(NAME)
             for number, handler in kept.items():
                 signal.signal(number, handler)
     finally:
         ray.shutdown()
+
+
+def _start_ray(address: str | None) -> None:
+    import ray
+
+    try:
+        ray.init(address=address or "local", logging_level=logging.ERROR, include_dashboard=None if address else False)
+    except Exception as error:  # also bare ones
+        problem = f"Ray is not at {address}" if address else "Ray does not start on this machine"
+        advice = (
+            "start the cluster, or pass another --address" if address else "if the machine is busy, try again later"
+        )
+        raise SettingsError(f"{problem} ({reason(error)}); {advice}") from error
+
+
+def check_resources(settings: ServeSettings, resources: Mapping[str, float]) -> None:
+    """Refuse replicas that do not fit into a Ray of the server's own, which would wait for them forever.
+
+    Raises:
+        SettingsError: they need more cores or GPUs.
+    """
+    cpus, gpus = settings.resources()
+    least = settings.replicas.partition(":")[0]
+    count = 1 if least == "auto" else max(1, int(least))
+    for each, name, what, option in ((cpus, "CPU", "CPU cores", "--cpus"), (gpus, "GPU", "GPUs", "--gpus")):
+        if count * each > (have := resources.get(name, 0)):
+            raise SettingsError(
+                f"{counted(count, 'replica')} of {each:g} {what} need {count * each:g}, but Ray has {have:g} on this "
+                f"machine; pass less as {option} or --replicas"
+            )
+
+
+def _delete(name: str) -> None:
+    """Delete the application after it has answered what it has accepted."""
+    from ray import serve
+
+    try:
+        serve.delete(name)
+    except Exception as error:  # noqa: BLE001 - must not hide why the server ends
+        logger.warning("the application did not stop properly (%s)", reason(error))
 
 
 def _check_port(host: str, port: int) -> None:
