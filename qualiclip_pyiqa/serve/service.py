@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from PIL import Image
 
 from ..errors import ImageError
 from ..explain.quality_map import QualityMap
+from ..images.advice import without_advice
+from ..images.formats import UNKNOWN_FORMAT, usable_formats
 from ..scoring.network import Scored
 from .answers import ImageAnswer, MapForm, map_answer
 from .decoding import Decoding
@@ -27,6 +30,7 @@ ScoreOne: TypeAlias = Callable[[np.ndarray], Awaitable[Scored]]
 Count: TypeAlias = Callable[[str], object]
 
 _Value = TypeVar("_Value")
+_USUAL = 512, 384  # width and height of the image whose time is the first measurement
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,15 @@ class Service:
         self._description: dict[str, Any] | None = None
 
     async def warm_up(self) -> None:
-        """Start the decoding processes, run the networks once, and find out which metrics have maps."""
+        """Start the decoding processes, run the networks, measure their pace, and find out which metrics have maps."""
         file = io.BytesIO()
-        Image.new("RGB", (96, 64), (90, 120, 150)).save(file, "PNG")
-        images = [Upload(None, file.getvalue())] * self.decoding.workers
-        await asyncio.gather(*(self._scored(each, None) for each in images))
+        scale = min(1.0, math.sqrt(self.settings.max_pixels / math.prod(_USUAL)))
+        size = (int(_USUAL[0] * scale), int(_USUAL[1] * scale))
+        Image.linear_gradient("L").resize(size).convert("RGB").save(file, "JPEG")
+        image = Upload(None, file.getvalue())
+        await asyncio.gather(*(self._scored(image, None) for _ in range(self.decoding.workers)))
+        with self.uploads.pace.images(1):
+            await self._scored(image, None)
         await self._run(self.maps.probe, np.full((64, 96, 3), 120, np.uint8))
 
     async def score(self, upload: Upload, wish: MapWish | None = None) -> ImageAnswer:
@@ -150,5 +158,9 @@ class Service:
 
 
 def named(upload: Upload, error: ImageError) -> str:
-    """Return an error of an upload, which has no path, with its file's name."""
-    return f"{upload.name or 'the image'} {str(error).removeprefix('bytes ')}"
+    """Return an error of an upload, which has no path, with its file's name, and with what a client can do about it."""
+    predicate = without_advice(str(error).removeprefix("bytes "))
+    if predicate == UNKNOWN_FORMAT:
+        known = ", ".join(usable_formats()[:8])
+        predicate = f"is not in a supported format; expected {known} or another of GET /describe"
+    return f"{upload.name or 'the image'} {predicate}"

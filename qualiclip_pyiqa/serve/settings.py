@@ -32,7 +32,8 @@ class ServeSettings(BaseModel):
         max_bytes: of a request's body.
         max_pixels: of an image; larger ones are refused before they are decoded.
         max_images: of a request.
-        timeout: seconds from the first byte of a request to its answer.
+        timeout: seconds from the arrival of a request at a replica to its answer; what cannot be answered in time is
+            refused as soon as this is known.
         decode_timeout: seconds to decode an image.
         replicas: a number, "MIN:MAX", or "auto" for Ray Serve's own automatic scaling.
         cpus: CPU cores of a replica. Default: 4 or the machine's; 1 beside a GPU.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
+from ..errors import counted, one_line
 from ..images.convert import source_name
+from .pace import Pace
 
 # Bytes of all uploads that a replica holds at once.
 HELD_BYTES = 2**29
@@ -23,11 +27,17 @@ _NAME = 200  # characters of a file's name that are repeated in an answer
 
 
 class RequestError(Exception):
-    """A request that cannot be answered: the status and one line."""
+    """A request that cannot be answered.
 
-    def __init__(self, status: int, line: str) -> None:
+    Args:
+        status: of HTTP.
+        line: why.
+        retry_after: seconds after which the client may try again; for status 503.
+    """
+
+    def __init__(self, status: int, line: str, retry_after: int = 1) -> None:
         super().__init__(line)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
 
 
 @dataclass(frozen=True)
@@ -45,11 +55,16 @@ class Uploads:
         max_bytes: of a body.
         max_images: of a request.
         timeout: seconds from the start of a request to its answer.
+
+    Attributes:
+        held: bytes of all uploads.
+        pace: predicts whether a request can be answered in time.
     """
 
     def __init__(self, max_bytes: int, max_images: int, timeout: float) -> None:
         self.max_bytes, self.max_images, self.timeout = max_bytes, max_images, timeout
         self.held = 0
+        self.pace = Pace()
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[list[Upload]]:
@@ -57,7 +72,7 @@ class Uploads:
 
         Raises:
             RequestError: another kind of body, too large, too many images or none, too many uploads at once,
-                or not in time.
+                not in time, or so much work before it that it cannot be answered in time.
         """
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self.max_bytes:
@@ -77,27 +92,24 @@ class Uploads:
             if count > self.max_bytes:
                 raise self._too_large()
             if self.held > HELD_BYTES:
-                raise RequestError(503, "the server holds as many uploads as it can; try again later")
+                raise self._overloaded("the server holds as many uploads as it can; try again later")
             return message
 
         end = asyncio.get_running_loop().time() + self.timeout
         try:
-            async with _until(end, RequestError(408, f"the upload did not end within {self.timeout:g} seconds")):
+            async with _until(end, self._slow):
                 images = await self._images(Request(request.scope, receive))
-            async with _until(end, RequestError(503, f"no answer within {self.timeout:g} seconds; try again later")):
-                yield images
+            self._check_pace(len(images), end - asyncio.get_running_loop().time())
+            with self.pace.images(len(images)):
+                async with _until(end, self._late):
+                    yield images
         finally:
             self.held -= count
 
     async def _images(self, request: Request) -> list[Upload]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            async with request.form(max_files=self.max_images, max_fields=8) as form:
-                files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-                images = [Upload(_shown(file.filename), await file.read()) for file in files]
-            if not images:
-                raise RequestError(400, "the form has no file; expected images as files of a form")
-            return images
+            return await self._form(request)
         if kind and not kind.startswith(_RAW):
             raise RequestError(
                 415,
@@ -108,18 +120,55 @@ class Uploads:
             raise RequestError(400, "the body is empty; expected an image")
         return [Upload(None, data)]
 
+    async def _form(self, request: Request) -> list[Upload]:
+        expected = f"expected 1 to {self.max_images} files, such as those of: curl -F image=@FILE -F image=@FILE"
+        images = []
+        try:
+            async with request.form(max_files=self.max_images, max_fields=8) as form:
+                for field, value in form.multi_items():
+                    if not isinstance(value, UploadFile):
+                        raise RequestError(
+                            400, f"the form's field {_shown(field)} is not a file; options belong into the URL's query"
+                        )
+                    images.append(Upload(_shown(value.filename), await value.read()))
+        except HTTPException as error:  # of Starlette's parser
+            why = one_line(error.detail).rstrip(".")
+            raise RequestError(400, f"the form cannot be read ({why}); {expected}") from error
+        if not images:
+            raise RequestError(400, f"the form has no file; {expected}")
+        return images
+
+    def _check_pace(self, count: int, left: float) -> None:
+        """Refuse a request that cannot be answered in the seconds left, unless there is nothing before it."""
+        ahead, wait = self.pace.ahead, self.pace.wait(count)
+        if ahead and wait > left:
+            raise self._overloaded(
+                f"{counted(ahead, 'image')} before this request and its own need about {wait:.0f} seconds, but "
+                f"{max(0, left):.0f} are left of {self.timeout:g}; try again later"
+            )
+
+    def _slow(self) -> RequestError:
+        return RequestError(408, f"the upload did not end within {self.timeout:g} seconds")
+
+    def _late(self) -> RequestError:
+        return self._overloaded(f"no answer within {self.timeout:g} seconds; try again later")
+
+    def _overloaded(self, line: str) -> RequestError:
+        """Return the error of a request that could be answered once enough others are."""
+        return RequestError(503, line, max(1, math.ceil(self.pace.wait(1) - self.timeout)))
+
     def _too_large(self) -> RequestError:
         return RequestError(413, f"the body is too large; at most {self.max_bytes} bytes are accepted")
 
 
 @asynccontextmanager
-async def _until(end: float, error: RequestError) -> AsyncIterator[None]:
+async def _until(end: float, error: Callable[[], RequestError]) -> AsyncIterator[None]:
     """Raise an error at a time of the event loop's clock."""
     try:
         async with asyncio.timeout_at(end):
             yield
     except TimeoutError:
-        raise error from None
+        raise error() from None
 
 
 def _shown(name: str | None) -> str | None:
