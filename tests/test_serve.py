@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib.util
 import io
 import socket
 import threading
@@ -17,7 +18,10 @@ from PIL import Image
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
+from qualiclip_pyiqa.images import advice
 from qualiclip_pyiqa.images.convert import ReadRules, read_pixels
+from qualiclip_pyiqa.images.formats import PLUGINS, usable_formats
+from qualiclip_pyiqa.images.worker_process import TimedOutError
 from qualiclip_pyiqa.scoring.scorer import Scorer
 
 testclient = pytest.importorskip("starlette.testclient", reason="the extra serve is not installed")
@@ -31,6 +35,7 @@ from qualiclip_pyiqa.serve.settings import ServeSettings, make_settings  # noqa:
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 LOOK = "qualiclip-mini:look"
+UNKNOWN = f"is not in a supported format; expected {', '.join(usable_formats()[:8])} or another of GET /describe"
 
 
 def png(width: int = 64, height: int = 48, seed: int = 0, high: int = 255) -> bytes:
@@ -88,7 +93,7 @@ def test_a_form_is_several_images_in_order(client: Any, expected: dict[str, floa
     assert answer.status_code == 200
     first, second, third = answer.json()["images"]
     assert first["name"] == "a.png" and first["scores"] == pytest.approx(expected, abs=2e-6)
-    assert second["error"].endswith("is not an image of a supported format") and "\n" not in second["error"]
+    assert second["error"].endswith(UNKNOWN) and "\n" not in second["error"]
     assert second["scores"] == {} and second["width"] is None
     assert (third["name"], third["width"], third["height"]) == ("c.png", 40, 64)
 
@@ -97,7 +102,7 @@ def test_a_form_is_several_images_in_order(client: Any, expected: dict[str, floa
     ("body", "status", "line"),
     [
         ({"content": b""}, 400, "the body is empty; expected an image"),
-        ({"content": b"%!PS-Adobe"}, 422, "the image is not an image of a supported format"),
+        ({"content": b"%!PS-Adobe"}, 422, f"the image {UNKNOWN}"),
         ({"content": png()[:200]}, 422, "the image is damaged"),
         ({"content": png(31, 64)}, 422, "the image is 31x64 pixels; the smallest that can be scored is 32x32"),
         (
@@ -108,16 +113,34 @@ def test_a_form_is_several_images_in_order(client: Any, expected: dict[str, floa
         ({"content": b"0" * 300_001}, 413, "the body is too large; at most 300000 bytes are accepted"),
         ({"content": iter([b"0" * 200_000] * 2)}, 413, "the body is too large; at most 300000 bytes are accepted"),
         ({"json": {}}, 415, "the body is of type application/json; expected an image, or a form (multipart/form-data)"),
-        ({"files": [("image", ("a.png", b"1"))] * 4}, 400, "Too many files. Maximum number of files is 3."),
-        ({"files": [("image", ("a.png", b"1"))] * 2}, 422, "a.png is not an image of a supported format"),
-        ({"data": {"image": "1"}, "files": {}}, 422, "the image is not an image of a supported format"),
+        (
+            {"files": [("image", ("a.png", b"1"))] * 4},
+            400,
+            "the form cannot be read (Too many files. Maximum number of files is 3); expected 1 to 3 files, such as",
+        ),
+        (
+            {"files": [("image", ("a.png", b"1"))], "data": {"map": "png"}},
+            400,
+            "the form's field map is not a file; options belong into the URL's query",
+        ),
+        ({"files": [("image", ("a.png", b"1"))] * 2}, 422, f"a.png {UNKNOWN}"),
+        ({"data": {"image": "1"}, "files": {}}, 422, f"the image {UNKNOWN}"),
         (
             {"content": b"--x--", "headers": {"content-type": "multipart/form-data; boundary=x"}},
             400,
-            "the form has no file; expected images as files of a form",
+            "the form has no file; expected 1 to 3 files, such as those of: curl -F image=@FILE -F image=@FILE",
         ),
-        ({"content": b"?", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary in multipart"),
-        ({"content": png(), "params": {"map": "gif"}}, 400, "map is 'gif': input should be 'values' or 'png'"),
+        (
+            {"content": b"?", "headers": {"content-type": "multipart/form-data"}},
+            400,
+            "the form cannot be read (Missing boundary in multipart); expected 1 to 3 files, such as those of: curl -F",
+        ),
+        (
+            {"content": b"?", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+            400,
+            "the form cannot be read (Invalid multipart data); expected 1 to 3 files, such as those of: curl -F",
+        ),
+        ({"content": png(), "params": {"map": "gif"}}, 400, "map is 'gif'; expected 'values' or 'png'"),
         ({"content": png(), "params": {"map": "png", "metric": "x"}}, 400, "metric is 'x'; expected one of qualiclip"),
         (
             {"content": png(), "params": {"map": "png", "attribute": "sharpnes"}},
@@ -127,7 +150,7 @@ def test_a_form_is_several_images_in_order(client: Any, expected: dict[str, floa
         (
             {"content": png(), "params": {"map": "png", "metric": "entropy"}},
             400,
-            "a map of kind 'local' is not defined",
+            "entropy has no quality map here; metrics that have one: qualiclip-mini:look",
         ),
     ],
 )
@@ -139,11 +162,118 @@ def test_bad_input_is_one_line(client: Any, service: Service, body: dict[str, An
     assert client.post("/score", content=png()).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("/score?attribute=foo", "attribute chooses a quality map, and has no effect without map=values or map=png"),
+        ("/score?attribute=sharpness", "attribute chooses a quality map, and has no effect without map="),
+        ("/score?metric=entropy", "metric chooses a quality map, and has no effect without map="),
+        ("/score?bogus=1", "'bogus' is not an option of /score; expected map, metric, attribute"),
+        (
+            "/score?map=png&atribute=x",
+            "'atribute' is not an option of /score; expected map, metric, attribute; did",
+        ),
+        ("/score?map=png&map=values", "map is given 2 times; expected once"),
+        ("/map?attribute=sharpness&attribute=quality", "attribute is given 2 times; expected once"),
+        ("/map?map=png", "'map' is not an option of /map; expected metric, attribute"),
+        ("/map?attribute=", "qualiclip-mini:look has no attribute ''; expected one of quality,"),
+    ],
+)
+def test_options_without_effect_are_refused(client: Any, path: str, line: str) -> None:
+    answer = client.post(path, content=png())
+    assert (answer.status_code, answer.json()["error"][: len(line)]) == (400, line)
+
+
+def test_options_of_descriptions(client: Any) -> None:
+    answer = client.get("/describe?metric=entropy")
+    assert answer.status_code == 400
+    assert answer.json() == {"error": "'metric' is not an option of /describe; expected none"}
+    assert client.get("/health?probe=1").status_code == 200  # what probes and proxies append is no wish
+
+
 def test_unknown_paths_and_methods(client: Any) -> None:
-    assert client.get("/nothing").json() == {"error": "Not Found"}
+    answer = client.get("/nothing")
+    assert answer.status_code == 404
+    assert answer.json() == {"error": "/nothing does not exist; GET /docs describes what does"}
+    answer = client.post("/score/", content=png(), follow_redirects=False)
+    assert answer.status_code == 404
+    assert answer.json()["error"] == "/score/ does not exist; did you mean '/score'?; GET /docs describes what does"
     answer = client.get("/score")
-    assert answer.status_code == 405 and answer.json() == {"error": "Method Not Allowed"}
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    assert answer.json() == {"error": "/score does not answer GET; expected POST; GET /docs describes requests"}
+    answer = client.delete("/health")
+    assert answer.status_code == 405 and "does not answer DELETE; expected GET" in answer.json()["error"]
     assert client.get("/assets/..%2Fhttp.py").status_code == 404
+    assert client.get("/assets/none.js").json()["error"].startswith("/assets/none.js does not exist")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/describe", "/metrics", "/openapi.json", "/assets/page.js"])
+def test_head_is_get_without_a_body(client: Any, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (200, b"") and get.content
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == get.headers[name]
+
+
+def test_head_of_what_is_only_posted(client: Any) -> None:
+    answer = client.head("/score")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+def photo(form: str) -> bytes:
+    file = io.BytesIO()
+    Image.open(PHOTOS / "hats.jpg").resize((240, 160)).save(file, form)
+    return file.getvalue()
+
+
+OPERATOR = ("allow_truncated", "max_pixels", "MAX_IMAGE_PIXELS", "decode_timeout", "--", "pip install", "pillow")
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (
+            photo("JPEG")[:-500],
+            "the image is damaged (truncated: its image data end too early); expected a whole image",
+        ),
+        (
+            png(100, 1001, high=1),
+            "the image is too large and may be a decompression bomb (100x1001, limit 100000 pixels)",
+        ),
+        (
+            b"\xff\x0a" + bytes(100),
+            "the image is a JPEG XL image, which cannot be opened here; expected another format",
+        ),
+    ],
+)
+def test_advice_for_the_operator_is_not_a_clients(
+    client: Any, data: bytes, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if data.startswith(b"\xff\x0a") and importlib.util.find_spec("pillow_jxl"):
+        pytest.skip("pillow-jxl-plugin is installed")
+    (form,) = client.post("/score", files=[("image", ("image.jpg", data))]).json()["images"]
+    for answer in (client.post("/score", content=data), client.post("/map", content=data)):
+        assert answer.status_code == 422 and answer.json() == {"error": line}
+    assert form["error"] == line.replace("the image", "image.jpg", 1)
+
+
+def test_a_decoder_that_is_too_slow_is_not_the_clients_to_change(
+    client: Any, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any) -> Any:
+        raise TimedOutError
+
+    monkeypatch.setattr("qualiclip_pyiqa.images.worker_process.WorkerProcess.decode", late)
+    answer = client.post("/score", content=png())
+    assert answer.status_code == 422 and answer.json() == {"error": "the image was not decoded within 10 seconds"}
+
+
+def test_all_advice_is_removed() -> None:
+    for line in (advice.TRUNCATED, advice.MAX_PIXELS, advice.PILLOW, advice.DECODE_TIMEOUT):
+        assert any(word in line for word in OPERATOR) and advice.without_advice(f"a.png is bad{line}") == "a.png is bad"
+    for what, package in PLUGINS.values():
+        line = advice.without_advice(f"a.png is {what}, which needs {package}")
+        assert line == f"a.png is {what}, which cannot be opened here; expected another format"
 
 
 def test_maps(client: Any, service: Service) -> None:
@@ -167,7 +297,7 @@ def test_maps(client: Any, service: Service) -> None:
     level = np.clip((whole - again.low) / (again.high - again.low), 0, 1)
     assert np.allclose(opacity, 229.5 * (1 - level), atol=1) and np.ptp(opacity) > 60  # the worse, the more is covered
     assert client.post("/map", files=[("a", ("a.png", png()))] * 2).status_code == 400
-    assert client.post("/map", content=b"no").json() == {"error": "the image is not an image of a supported format"}
+    assert client.post("/map", content=b"no").json() == {"error": f"the image {UNKNOWN}"}
 
 
 def test_descriptions(client: Any) -> None:
@@ -176,6 +306,7 @@ def test_descriptions(client: Any) -> None:
     assert about["metrics"][0]["maps"][:3] == ["quality", "brightness", "sharpness"]
     assert about["metrics"][1] == {"name": "entropy", "maps": []}
     assert "PNG" in about["formats"] and "EPS" not in about["formats"]
+    assert ("JXL" in about["formats"]) == (importlib.util.find_spec("pillow_jxl") is not None)
     assert client.get("/health").json() == {"status": "ok"} and client.get("/metrics").text == "# figures\n"
     schema = client.get("/openapi.json").json()
     assert set(schema["paths"]) == {"/score", "/map", "/describe", "/health", "/metrics"}
@@ -261,6 +392,7 @@ def test_time_runs_out(client: Any, service: Service, monkeypatch: pytest.Monkey
     monkeypatch.setattr(service, "score_one", never)
     answer = client.post("/score", content=png())
     assert answer.status_code == 503 and answer.json() == {"error": "no answer within 0.2 seconds; try again later"}
+    assert int(answer.headers["retry-after"]) >= 1
 
     async def slow() -> bytes:
         sent: list[Any] = []
@@ -284,12 +416,6 @@ def test_time_runs_out(client: Any, service: Service, monkeypatch: pytest.Monkey
     monkeypatch.setattr(uploads, "IDLE", 0.1)
     assert client.portal.call(slow) == b'{"error":"the upload stopped for 0.1 seconds"}'
     assert service.uploads.held == 0 and service.decoding._held == 0
-
-
-def test_uploads_are_bounded(client: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "HELD_BYTES", 1000)
-    answer = client.post("/score", content=b"0" * 1001)
-    assert answer.status_code == 503 and "try again later" in answer.json()["error"] and service.uploads.held == 0
 
 
 def test_a_batch_of_many_sizes(service: Service, client: Any, expected: dict[str, float]) -> None:

@@ -278,7 +278,7 @@ def test_page_by_keyboard_and_with_a_bad_file(browser: Browser, server: Server, 
         page.keyboard.press("Enter")
     chosen.value.set_files(tmp_path / "bad.png")
     page.locator("#error:visible").wait_for()
-    assert page.locator("#error").inner_text() == "the image is not an image of a supported format"
+    assert page.locator("#error").inner_text().startswith("the image is not in a supported format; expected JPEG")
     assert not page.locator("#result").is_visible()
     opened.check_access()
     page.set_input_files("#file", PHOTOS / "hats.jpg")
@@ -298,6 +298,26 @@ def test_figures_for_prometheus(server: Server) -> None:
         time.sleep(2)
     outcomes = re.findall(r'^ray_qualiclip_images_total\{.*outcome="(\w+)".*\} (\d+)', text, flags=re.MULTILINE)
     assert "scored" in dict(outcomes) and "# TYPE ray_qualiclip_images_total counter" in text
+
+
+def test_head_of_pages_and_of_health(server: Server) -> None:
+    for path in ("/", "/health"):
+        answer = httpx.head(server.url + path, timeout=60)
+        assert (answer.status_code, answer.content) == (200, b"") and int(answer.headers["content-length"]) > 0
+
+
+def test_the_terminal_has_errors_and_nothing_else(server: Server, folder: str, hats: bytes) -> None:
+    """After all that load; and a replica that is killed is an error, whose place is taken by another."""
+    assert len(server.said) == 1 and server.said[0].startswith(f"qualiclip: {METRIC} on {server.url}"), server.said
+    (replica,) = (pid for pid in of_ray(folder) if b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(replica, signal.SIGKILL)
+    deadline = time.monotonic() + 240
+    while not any(re.search("died|UNHEALTHY", line) for line in server.said):
+        assert time.monotonic() < deadline, server.said
+        time.sleep(0.5)
+    while (answer := httpx.post(f"{server.url}/score", content=hats, timeout=240)).status_code != 200:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.5)
 
 
 def test_stopping_answers_what_was_accepted(server: Server, folder: str, hats: bytes) -> None:

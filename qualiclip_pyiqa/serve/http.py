@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import ImageError, SettingsError, one_line
-from ..images.formats import FORMATS
+from ..errors import ImageError, SettingsError, did_you_mean, one_line, visible
+from ..images.formats import usable_formats
 from .answers import ErrorAnswer, ImageAnswer, ImagesAnswer, MapForm
 from .docs import docs_page
 from .service import MapWish, Service
@@ -54,12 +57,12 @@ _BODY = {
     }
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "no image, too many images, or an unknown map"},
+    400: {"model": ErrorAnswer, "description": "no image, too many images, an unknown map, or a wrong query"},
     408: {"model": ErrorAnswer, "description": "the upload took too long"},
     413: {"model": ErrorAnswer, "description": "too many bytes"},
     415: {"model": ErrorAnswer, "description": "the body is neither an image nor a form"},
     422: {"model": ErrorAnswer, "description": "no image could be scored: damaged, too large, of another format"},
-    503: {"model": ErrorAnswer, "description": "overloaded, or not answered in time; try again later"},
+    503: {"model": ErrorAnswer, "description": "overloaded, or not answered in time; try again after Retry-After"},
 }
 
 Attribute = Annotated[str | None, Query(description="attribute to map; default: the metric's first")]
@@ -79,7 +82,9 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
         description="Scores of no-reference image quality.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
+    app.add_middleware(HeadAsGet)
     _add_errors(app)
     _add_pages(app)
 
@@ -89,6 +94,7 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
         response_model=ImageAnswer | ImagesAnswer,
         responses=_PROBLEMS,
         openapi_extra=_BODY,
+        dependencies=[_options("map", "metric", "attribute")],
     )
     async def score(
         request: Request,
@@ -99,6 +105,9 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
         attribute: Attribute = None,
     ) -> Response:
         """An image as the body is answered by its scores; the files of a form by a list in their order."""
+        if map is None and (metric is not None or attribute is not None):
+            name = "metric" if attribute is None else "attribute"
+            raise RequestError(400, f"{name} chooses a quality map, and has no effect without map=values or map=png")
         wish = None if map is None else MapWish(map, metric, attribute)
         own = service()
         if wish is not None:
@@ -122,6 +131,7 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
         response_class=Response,
         responses={200: {"content": {"image/png": {}}, "description": "a PNG to lay over the image"}, **_PROBLEMS},
         openapi_extra=_BODY,
+        dependencies=[_options("metric", "attribute")],
     )
     async def draw(request: Request, metric: Metric = None, attribute: Attribute = None) -> Response:
         """A PNG in the image's proportions: bad places are red, good ones transparent."""
@@ -133,7 +143,7 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
             png = await own.overlay(images[0], MapWish("png", metric, attribute))
         return Response(png, media_type="image/png")
 
-    @app.get("/describe", summary="What affects the scores, and the limits of a request")
+    @app.get("/describe", summary="What affects the scores, and the limits of a request", dependencies=[_options()])
     async def describe() -> dict[str, Any]:
         own = service()
         limits = own.settings
@@ -147,7 +157,7 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
                 "seconds": limits.timeout,
                 "decode_seconds": limits.decode_timeout,
             },
-            "formats": list(FORMATS),
+            "formats": list(usable_formats()),
         }
 
     @app.get("/health", summary="Whether a replica answers", responses={503: {"model": ErrorAnswer}})
@@ -164,6 +174,39 @@ def make_app(service: Callable[[], Service], metrics: Callable[[], str]) -> Fast
     return app
 
 
+def _options(*names: str) -> Any:
+    """Return a dependency that refuses options of the query that have no effect: unknown ones, and repeated ones.
+
+    `/health`, `/metrics` and pages do without: what probes and proxies append to their address is no wish.
+    """
+
+    async def check(request: Request) -> None:
+        for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
+            if name not in names:
+                expected = f"{', '.join(names) or 'none'}{did_you_mean(name, names)}"
+                raise RequestError(400, f"{name[:100]!r} is not an option of {request.url.path}; expected {expected}")
+            if times > 1:
+                raise RequestError(400, f"{name} is given {times} times; expected once")
+
+    return Depends(check)
+
+
+class HeadAsGet:
+    """Middleware: HEAD, which probes use, is answered like GET, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, send_head)
+        else:
+            await self.app(scope, receive, send)
+
+
 async def _all(own: Service, images: list[Upload], wish: MapWish | None) -> list[ImageAnswer]:
     """Score images at once; the first failure that is not an image's own ends all."""
     tasks = [asyncio.ensure_future(own.score(image, wish)) for image in images]
@@ -177,12 +220,13 @@ async def _all(own: Service, images: list[Upload], wish: MapWish | None) -> list
 def _add_errors(app: FastAPI) -> None:
     """Answer every error with one line of JSON."""
 
-    def problem(status: int, line: object) -> JSONResponse:
-        return JSONResponse({"error": one_line(line)}, status)
+    def problem(status: int, line: object, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse({"error": one_line(line)}, status, headers)
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return problem(error.status, error)
+        headers = {"Retry-After": str(error.retry_after)} if error.status == 503 else None
+        return problem(error.status, error, headers)
 
     @app.exception_handler(ImageError)
     async def bad_image(_: Request, error: ImageError) -> JSONResponse:
@@ -196,11 +240,19 @@ def _add_errors(app: FastAPI) -> None:
     async def bad_query(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name, message = first["loc"][-1], first["msg"]
-        return problem(400, f"{name} is {str(first.get('input'))[:100]!r}: {message[:1].lower()}{message[1:]}")
+        expected = f"expected {first['ctx']['expected']}" if "expected" in first.get("ctx", {}) else message
+        return problem(400, f"{name} is {str(first.get('input'))[:100]!r}; {expected}")
 
     @app.exception_handler(HTTPException)
-    async def bad_request(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, error.detail)
+    async def bad_request(request: Request, error: HTTPException) -> JSONResponse:
+        path, line = request.url.path, error.detail
+        if error.status_code == 404:
+            known = [route.path for route in app.routes if isinstance(route, Route) and "{" not in route.path]
+            line = f"{visible(path[:200])} does not exist{did_you_mean(path, known)}; GET /docs describes what does"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            line = f"{path} does not answer {request.method}; expected {allowed}; GET /docs describes requests"
+        return problem(error.status_code, line, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> Response:
@@ -219,7 +271,7 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/assets/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in _ASSETS:
-            raise RequestError(404, "Not Found")
+            raise HTTPException(404)
         room, file, kind = _ASSETS[name]
         return Response(_asset(room, file), media_type=kind, headers=_HEADERS)
 

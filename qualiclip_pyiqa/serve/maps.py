@@ -83,6 +83,9 @@ class Maps:
             raise SettingsError(
                 f"metric is {name!r}; expected one of {', '.join(self._metrics)}{did_you_mean(name, self._metrics)}"
             )
+        if self._mapped.get(name) == ():
+            having = [each for each, attributes in self._mapped.items() if attributes]
+            raise SettingsError(f"{name} has no quality map here; metrics that have one: {', '.join(having) or 'none'}")
         network = self._metrics[name]
         own = blind_metric(network)
         if attribute is None and own is not None:

@@ -55,7 +55,7 @@ async function score(file) {
     });
     const text = await response.text();
     if (run !== state.run) return;
-    if (!response.ok) throw new Error(lineOf(text));
+    if (!response.ok) throw new Error(lineOf(text, response.status));
     fill(file, JSON.parse(text));
     byId("status").textContent = `${file.name} is scored`;
     if (isNew) byId("result").focus({ preventScroll: true });
@@ -71,12 +71,12 @@ async function score(file) {
   }
 }
 
-// The server's own words; an overloaded server's queue answers in plain text.
-function lineOf(text) {
+// The server's own words; Ray's proxy, as of an overloaded server, answers in plain text.
+function lineOf(text, status) {
   try {
     return JSON.parse(text).error;
   } catch {
-    return "The server is overloaded. Try again later.";
+    return status === 503 ? "The server is overloaded. Try again later." : `The server fails (status ${status}).`;
   }
 }
 
