@@ -88,7 +88,8 @@ def test_attributes_that_describe_are_a_choice() -> None:
     """More brightness is not better."""
     message = (
         r"qualiclip-mini\+:look has attributes of which more is not better \(brightness, colorfulness, contrast\); "
-        r"expected attributes=\[...\] with all or some of quality, sharpness, noisiness, compression"
+        r"expected attributes=\[...\] with all or some of quality, sharpness, noisiness, compression, "
+        r"or one of them in the metric: qualiclip-mini\+:quality"
     )
     with pytest.raises(SettingsError, match=message):
         QualityLoss("qualiclip-mini+:look")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import SettingsError
 from ..metrics.specs import PromptedMetric
 from ..metrics.words import describes
-from ..scoring.building import MetricLike, blind_metric, build_metrics, named_metrics
-from ..scoring.description import lower_is_better
+from ..scoring.building import MetricLike, build_metrics, columns_of, named_metrics
+from ..scoring.description import attributes_of, lower_is_better
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,12 @@ class FrozenMetric:
             network = getattr(metric, "net", metric)
         if getattr(metric, "metric_mode", "NR") != "NR":
             raise SettingsError(f"{name} needs a reference; expected an NR metric")
-        own = blind_metric(network)
-        attributes = ("quality",) if own is None else own.attributes
-        prompts = getattr(own, "prompts", None)
-        pairs = {} if prompts is None else dict(prompts.groups)
+        found = attributes_of(dict.fromkeys(columns_of(name, network), network)).values()
         return cls(
             name=name,
             network=network.eval().requires_grad_(False),
-            attributes=attributes,
-            describing=tuple(each for each in attributes if describes(each, pairs.get(each, ()))),
+            attributes=tuple(attribute for attribute, _ in found),
+            describing=tuple(attribute for attribute, pairs in found if describes(attribute, pairs)),
             score_range=getattr(metric, "score_range", None),
             lower_better=lower_is_better(metric),
         )

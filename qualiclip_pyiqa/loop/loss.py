@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ImageError, SettingsError
 from ..metrics.base import check_batch
+from ..metrics.prompts import ATTRIBUTES
+from ..metrics.specs import split_spec
 from ..scoring.building import MetricLike
 from ..towers.recompute import recompute_activations
 from .frozen import FrozenMetric
@@ -233,6 +235,9 @@ def chosen_attributes(metric: FrozenMetric, chosen: Sequence[str] | None) -> tup
         if len(known) > 1 and metric.describing:
             judging = [name for name in known if name not in metric.describing]
             advice = f"all or some of {', '.join(judging)}" if judging else "those that the loss is to raise"
+            own, prompts = split_spec(metric.name)
+            if prompts is not None and judging and judging[0] in ATTRIBUTES:
+                advice += f", or one of them in the metric: {own}:{judging[0]}"
             raise SettingsError(
                 f"{metric.name} has attributes of which more is not better ({', '.join(metric.describing)}); "
                 f"expected attributes=[...] with {advice}"
