@@ -98,6 +98,24 @@ def test_example_runs_small(
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--crop", "31"], "--crop is 31; expected an even number of at least 32"),
+        (["--rate", "nan"], "--rate is nan; expected a number of at least 0"),
+        (["--weight", "-1"], "weight is -1.0; expected a number of at least 0"),
+        (["--metric", "qualiclip-mini+:look"], r"of which more is not better \(brightness, colorfulness, contrast\)"),
+    ],
+)
+def test_wrong_options_of_the_example_are_one_line(
+    example: ModuleType, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        run(example, monkeypatch, *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_pixel_loss_restores_and_the_quality_loss_raises_the_score(example: ModuleType) -> None:
     from networks import Denoiser
 

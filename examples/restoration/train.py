@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -120,7 +121,23 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
+def check(options: argparse.Namespace) -> None:
+    """Check the numbers before anything is read.
+
+    Raises:
+        SettingsError: one that training or measuring cannot use.
+    """
+    for name in ("steps", "batch", "limit", "measured"):
+        if getattr(options, name) < 1:
+            raise SettingsError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    if options.crop < 32 or options.crop % 2:
+        raise SettingsError(f"--crop is {options.crop}; expected an even number of at least 32")
+    if not 0 <= options.rate < math.inf:
+        raise SettingsError(f"--rate is {options.rate}; expected a number of at least 0")
+
+
 def run(options: argparse.Namespace, side: int) -> None:
+    check(options)
     training, held_out = split(options.photographs)
     quality = None
     if options.weight:
