@@ -121,14 +121,20 @@ def test_the_python_of_the_loop_page_runs(tmp_path: Path, monkeypatch: pytest.Mo
     class Pipeline:
         """As much of a pipeline of diffusers as the example needs."""
 
+        def __init__(self) -> None:
+            self.vae = SimpleNamespace(
+                config=SimpleNamespace(scaling_factor=0.5), decode=lambda latents: SimpleNamespace(sample=latents)
+            )
+            self.image_processor = SimpleNamespace(postprocess=self.postprocess)
+
+        def postprocess(self, decoded: Tensor) -> list[Image.Image]:
+            return [Image.fromarray((x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()) for x in decoded]
+
         def __call__(self, prompt: str, callback_on_step_end: Callable) -> SimpleNamespace:
             x = torch.rand(1, 3, 64, 64)
             for step in range(2):
                 x = callback_on_step_end(self, step, 1000 - step, {"latents": x})["latents"] / 2
-            return SimpleNamespace(images=self.decode(x))
-
-        def decode(self, latents: Tensor) -> list[Image.Image]:
-            return [Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy()) for x in latents]
+            return SimpleNamespace(images=self.postprocess(x))
 
     arguments = transformers.TrainingArguments(output_dir="run", use_cpu=True, report_to=[], disable_tqdm=True)
     names: dict = {
