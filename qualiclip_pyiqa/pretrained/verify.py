@@ -127,7 +127,7 @@ def check_hash(record: WeightRecord, opened: OpenFile) -> None:
 def refuse_hash(record: WeightRecord, opened: OpenFile, known: KnownHash, called: str, remedy: str) -> None:
     """Raise a WeightsError with the expected and the found hash; with `QUALICLIP_PYIQA_VERIFY=0` only log it."""
     expected = record.hub_size if known.sha256 == record.hub_sha256 else record.size
-    size = f" and {opened.stamp.size} bytes instead of {expected}" if expected else ""
+    size = f" and {opened.stamp.size} bytes instead of {expected}" if expected not in (0, opened.stamp.size) else ""
     message = (
         f"{called} is not {record.file}: expected sha256 {known.sha256} ({known.source}), found {opened.sha256()}{size}"
     )
