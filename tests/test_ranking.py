@@ -25,8 +25,11 @@ from qualiclip_pyiqa import BlindMetric, Scorer
 from qualiclip_pyiqa.archs import RankingAwareIQA
 from qualiclip_pyiqa.commands.cli import main
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
+from qualiclip_pyiqa.evaluation.ratings import Ratings
+from qualiclip_pyiqa.images.tensors import load_image
 from qualiclip_pyiqa.towers import adapter
 from qualiclip_pyiqa.towers.backbones import find_backbone
+from qualiclip_pyiqa.training.ranking import RankingRecipe, train_ranking
 
 CAPTION = "Rank the images by quality."
 GOLDEN = by_rule.golden("ranking-aware")
@@ -158,6 +161,65 @@ def test_at_the_command_line_the_caption_follows_a_colon(
     assert main(["score", str(tmp_path / "image.png"), "-m", "ranking-aware", "-o", str(tmp_path / "more.csv")]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if "needs caption=TEXT (-m 'ranking-aware:TEXT')" in line]) == 1
+
+
+def rated(folder: Path, lower_better: bool = False) -> Ratings:
+    """Images whose brightness decides their score."""
+    paths, opinions = [], []
+    for k in range(12):
+        level = 20 + 18 * k
+        paths.append(folder / f"{k}.png")
+        Image.fromarray((by_rule.image(4) // 8 + level).astype(np.uint8)[:64, : 48 + 4 * k]).save(paths[-1])
+        opinions.append(float(12 - k if lower_better else k))
+    return Ratings(paths, opinions, lower_better)
+
+
+@pytest.mark.parametrize("start", ["checkpoint", "clip"])
+def test_the_adapter_is_trained(start: str, small: Path, tmp_path: Path) -> None:
+    weights = small
+    if start == "clip":  # as LAION's: another head, and no adapter
+        state = torch.load(small, weights_only=True)["state_dict"]
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+        state = {k: v for k, v in state.items() if "adapter" not in k and "head.fc" not in k}
+        torch.save(state | {"visual.head.mlp.fc1.weight": torch.zeros(2, 2)}, tmp_path / "clip.pt")
+        weights = tmp_path / "clip.pt"
+    ratings = rated(tmp_path, lower_better=start == "clip")
+    recipe = RankingRecipe(epochs=12, batch=6, learning_rate=1e-3)
+    run = functools.partial(
+        train_ranking, weights, "Rank by light.", ratings, recipe=recipe, backbone="small-ranking", watched=ratings
+    )
+    path = run(tmp_path / "run")
+    first, *lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert first["caption"] == "Rank by light." and len(lines) == 12
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["rank"] < lines[0]["rank"]
+    # Also where lower opinion scores are better, light ones are ranked higher; a fresh adapter learns more slowly.
+    assert lines[-1]["validation_srcc"] > (0.9 if start == "checkpoint" else 0.5)
+    if start == "clip":
+        return
+    metric = RankingAwareIQA(weights=path, caption="Rank by light.", backbone="small-ranking").eval()
+    images = [load_image(each)[None] for each in ratings.paths]
+    found = torch.cat([scores(metric, image)[:, 0] for image in images])
+    assert (found.diff() > 0).float().mean() > 0.8
+    with torch.no_grad():
+        logits = metric.compare(torch.cat([torch.nn.functional.interpolate(images[k], (64, 64)) for k in (0, 11)]))
+    assert logits[1, 0] > logits[0, 1]
+    again = run(tmp_path / "again")
+    assert again.read_bytes() == path.read_bytes()
+    with pytest.raises(SettingsError, match="exists; choose another folder"):
+        run(tmp_path / "run")
+
+
+def test_what_cannot_be_trained_on_is_one_line(small: Path, tmp_path: Path) -> None:
+    ratings = rated(tmp_path)
+    for wrong in ({"batch": 1}, {"epochs": 0}, {"learning_rate": 0.0}, {"weight_decay": -1.0}):
+        with pytest.raises(SettingsError, match=f"{next(iter(wrong))} is .*; expected"):
+            RankingRecipe(**wrong)  # type: ignore[arg-type]
+    same = Ratings(ratings.paths[:3], [1.0] * 3, False)
+    with pytest.raises(SettingsError, match="3 rated images of one score teach no order"):
+        train_ranking(small, CAPTION, same, tmp_path / "run", backbone="small-ranking")
+    with pytest.raises(SettingsError, match="the caption is empty"):
+        train_ranking(small, " ", ratings, tmp_path / "run", backbone="small-ranking")
+    assert not (tmp_path / "run").exists()
 
 
 # The authors' numbers

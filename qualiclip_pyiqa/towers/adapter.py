@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -213,23 +212,3 @@ def adapter_of(width: int, state: Mapping[str, Tensor], what: str) -> RankingAda
         adapter = RankingAdapter(width)
     load_into(adapter, {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}, what)
     return adapter
-
-
-def ranking_loss(scores: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Compute the parts of the authors' loss on images under one caption, and their sum under `loss`.
-
-    Shape:
-        scores, targets: (N,), of any range; logits: (N, N), see `RankingAdapter.compare` -> scalars:
-        `regression` = 0.2 log(1 + SmoothL1(scores, targets)), `rank` = the binary cross-entropy of the logits to
-        whether the row's target is higher than the column's.
-
-    Example:
-        >>> scores, targets = torch.tensor([0.5, 2.0]), torch.tensor([1.5, 3.0])
-        >>> parts = ranking_loss(scores, torch.tensor([[0.1, -0.4], [0.9, -0.2]]), targets)
-        >>> {name: round(value.item(), 4) for name, value in parts.items()}
-        {'regression': 0.0811, 'rank': 0.5492, 'loss': 0.6303}
-    """
-    regression = 0.2 * torch.log1p(F.smooth_l1_loss(scores, targets))
-    higher = (targets[:, None] > targets[None]).to(logits.dtype)
-    rank = F.binary_cross_entropy_with_logits(logits, higher)
-    return {"regression": regression, "rank": rank, "loss": regression + rank}
