@@ -40,7 +40,7 @@ class Fit:
         agreement: `srcc`, `plcc` and `krcc` over the splits, each with `median`, `sd`, `min` and `max`; None where a
             figure was undefined in every split.
         tower_name, tower_file, tower_sha256: the tower as the user named it, and the file that it came from; of
-            several files, joined by ` + `.
+            several files, joined by " + ".
         ratings: columns of image names and opinion scores, as text.
         reading: rules of reading that differed from the default, as text.
     """
