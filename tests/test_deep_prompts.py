@@ -22,6 +22,7 @@ from torch import Tensor
 from qualiclip_pyiqa import Scorer
 from qualiclip_pyiqa.archs import DeepPromptIQA
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
+from qualiclip_pyiqa.explain.mapper import Mapper
 from qualiclip_pyiqa.metrics import deep_prompt_iqa, deep_prompts
 from qualiclip_pyiqa.pretrained.deep_prompts import write_prompts
 from qualiclip_pyiqa.pretrained.layouts import PROMPTS_FORMAT
@@ -130,6 +131,16 @@ class DeepPromptContract(MetricContract):
             metric(own).sum().backward()
             found.append(own.grad)
         assert torch.allclose(*found, atol=1e-7)
+
+    def test_maps_are_of_the_metric_itself(self) -> None:
+        """Grad-CAM runs a transformer without prompts, so it is not defined here; occlusion takes any metric."""
+        metric, x = self.build(), upstream.pictures(1, 70, 130)
+        with pytest.raises(
+            SettingsError, match=f"'gradcam' is not defined for {self.name} on .*; kinds that work: occlusion"
+        ):
+            Mapper(metric, "gradcam").maps(x)
+        (found,) = Mapper(metric, "occlusion", ["quality"]).maps(x)[0]
+        assert found.score == pytest.approx(scores(metric, x)[0, 0].item(), abs=1e-6)
 
     def test_own_file_and_scorer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         metric = self.build()

@@ -59,9 +59,14 @@ def kinds_of(metric: nn.Module) -> list[str]:
             kinds.append("local")
         if shares is not None:
             kinds.append("contributions")
-        if isinstance(tower, MobileTower | ResNetTower | ViTTower):
+        if isinstance(tower, MobileTower | ResNetTower) or (isinstance(tower, ViTTower) and is_one_pass(metric)):
             kinds.append("gradcam")
     return [*kinds, "occlusion"]
+
+
+def is_one_pass(metric: BlindMetric) -> bool:
+    """Whether a metric's features are those of one plain pass of its tower, without prompts or windows of its own."""
+    return type(metric).encode is BlindMetric.encode
 
 
 def refuse_tile(kind: str, metric: BlindMetric) -> None:

@@ -15,7 +15,7 @@ from ..optional import require
 from ..towers.mobile import MobileTower
 from ..towers.resnet import STRIDE, ResNetTower
 from ..towers.vit import ViTTower
-from .found import Found, no_such_map, refuse_tile
+from .found import Found, is_one_pass, no_such_map, refuse_tile
 
 # Block of a MobileTower whose output is weighted: the last one at a sixteenth of the image's size.
 MOBILE_BLOCK = 12
@@ -32,7 +32,7 @@ def grad_cam(metric: BlindMetric, rgb: Tensor, columns: Sequence[int]) -> Found:
         layer, step = tower.layer4, STRIDE
     elif isinstance(tower, MobileTower):
         layer, step = tower.trunk.blocks[MOBILE_BLOCK], tower.trunk.strides[MOBILE_BLOCK]
-    elif isinstance(tower, ViTTower):
+    elif isinstance(tower, ViTTower) and is_one_pass(metric):
         network = before = BeforeLastBlock(metric, tower)
         layer, step = before.tokens, tower.patch[0]
     else:
