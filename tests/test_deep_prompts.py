@@ -28,6 +28,7 @@ from qualiclip_pyiqa.pretrained.deep_prompts import write_prompts
 from qualiclip_pyiqa.pretrained.layouts import PROMPTS_FORMAT
 from qualiclip_pyiqa.pretrained.read import stored_format
 from qualiclip_pyiqa.towers.resampling import resize_like_pillow
+from qualiclip_pyiqa.training.fitting import choose_tower
 
 NAMES = ("clip-dqa", "clip-agiqa")
 BLOCKS, WIDTH, TEXT_BLOCKS, TEXT_WIDTH, LENGTH = 3, 64, 2, 128, 4  # of tiny-vit-32, and of its prompts
@@ -201,6 +202,8 @@ def test_without_a_file_it_says_how_to_train_one(name: str) -> None:
     with pytest.raises(SettingsError, match=said):
         Scorer(name)
     assert name in pyiqa.list_models()
+    with pytest.raises(SettingsError, match=f"{name} needs learned prompts beside its tower, .*; pass ViT-B/32"):
+        choose_tower(name)
 
 
 def test_files_that_do_not_fit(files: dict[str, Path], tiny_folder: Path, tmp_path: Path) -> None:

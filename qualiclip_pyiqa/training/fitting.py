@@ -18,7 +18,7 @@ from ..files import replacing
 from ..images.convert import source_name
 from ..metrics.fitted import FittedIQA
 from ..metrics.prompts import resolve_prompts
-from ..metrics.registry import METRICS
+from ..metrics.registry import METRICS, DeepPromptSpec
 from ..pretrained.contrastive import load_encoders
 from ..pretrained.fitted import FIGURES, Fit, FittedModel, load_fitted, write_fitted
 from ..pretrained.layouts import CONTRASTIVE_TOWERS, FITTED_FORMAT, OWN_FORMAT
@@ -127,6 +127,10 @@ def choose_tower(name: str, weights: Path | None = None) -> ChosenTower:
     if name in METRICS:
         spec = METRICS[name]
         backbone = getattr(spec, "backbone", None)
+        if isinstance(spec, DeepPromptSpec):
+            raise SettingsError(
+                f"{name} needs learned prompts beside its tower, which a regression does not take; pass {backbone}"
+            )
         if backbone in CONTRASTIVE_TOWERS:
             return ChosenTower(name, load_encoders(backbone, weights), False)
         if backbone is None:
