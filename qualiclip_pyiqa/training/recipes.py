@@ -170,8 +170,7 @@ def default_recipe(metric: str) -> Recipe:
         return RECIPES[metric]
     if metric_spec(metric).name not in with_context():
         raise SettingsError(
-            f"{metric} has fixed prompts, no context to learn; expected one of "
-            f"{', '.join([*with_context(), *with_deep_prompts()])}"
+            f"{metric} has no prompts to learn; expected one of {', '.join([*with_context(), *with_deep_prompts()])}"
         )
     return RECIPES["official" if metric == "clipiqa+" else "pyiqa"]
 
