@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,11 @@ from qualiclip_pyiqa.scoring.tables import Record, read_meta, read_table
 from qualiclip_pyiqa.scoring.tables.meta import meta_path
 
 RNG = np.random.default_rng(5)
+
+
+@pytest.fixture(autouse=True)
+def _same_pixels_in_any_order_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(5))
 
 
 class Difference(torch.nn.Module):
@@ -277,7 +283,7 @@ def test_references_and_metrics_that_do_not_belong_together(
         ),
         (["-m", "qualiclip-mini", "--reference", references], "--reference has no effect on qualiclip-mini; leave it"),
         (["-m", "psnr", "--reference", tmp_path / "none"], f"--reference {tmp_path / 'none'} is missing; expected a"),
-        (["-m", "psnr", "--reference", ""], "--reference  is missing; expected a folder of references, or an image"),
+        (["-m", "psnr", "--reference", ""], "--reference '' is missing; expected a folder of references, or an image"),
         (["-m", "psnr", "--reference", "s3://b/references"], "--reference s3://b/references is a URL; expected"),
         (["-m", "psnr", "--reference", references, "--engine", "ray"], "--reference cannot be used with --engine ray"),
         (["-m", "psnr", "--reference", references, "--precision", "int8", "--calibrate", images], "metrics in int8"),
@@ -434,7 +440,7 @@ def test_names_in_a_folder_of_references(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "r" / "notes.txt").touch()
     (tmp_path / "r" / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
-    folder = ReferenceFolder("r", ["i/n", "i", "."])
+    below = ["i/n", "i", "."]
     for image, reference in {
         "i/plain.png": "r/plain.png",
         "i/n/plain.webp": "r/plain.png",  # below the first folder that contains it
@@ -446,10 +452,33 @@ def test_names_in_a_folder_of_references(tmp_path: Path, monkeypatch: pytest.Mon
         "ii/plain.png": "r/plain.png",
         "i/.hidden.png": "r/.hidden.png",  # by its whole name
     }.items():
-        assert folder.reference_of(image) == reference
+        assert ReferenceFolder("r", below).reference_of(image) == reference
     for image in ("i/.hidden.jpg", "i/notes.png", "i/folder.jpg", "i/two.png", "i/er/x.png", "i/none.png"):
-        error = folder.reference_of(image)
+        error = ReferenceFolder("r", below).reference_of(image)
         assert isinstance(error, ImageError) and "does not exist, nor an image of that name" in str(error)
+
+
+def test_sub_folders_tell_images_of_one_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/1.png", "y/1.png", "1.png"):
+        reference = save(Path("references", name), pixels())
+        if name != "1.png":
+            save(Path("images", name), read_pixels(reference))
+    wanted = ["--reference", "references", "-m", "psnr"]
+    for argument in ("images", "images/**/*.png", "images/?/*.png"):
+        assert score(argument, *wanted, "-o", "scores.csv") == 0
+        assert [row.scores["psnr"] for row in rows(Path("scores.csv"))] == pytest.approx([80, 80])  # the same image
+        Path("scores.csv").unlink()
+    for several in (["images/x", "images/y"], ["images/x/1.png", "images/y/1.png"]):
+        assert score(*several, *wanted, "-o", "scores.csv") == 2
+        assert "would both have the reference references/1.png" in capsys.readouterr().err
+        assert not Path("scores.csv").exists()
+    named = pair(["images/x/1.png", "images/x/1.png", "images/y/1.png"], "references")
+    first, again, other = (reference for _, reference in named)
+    assert first == again == "references/1.png"
+    assert isinstance(other, ImageError) and "that of another image of this name" in str(other)
 
 
 def test_a_folder_of_references_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

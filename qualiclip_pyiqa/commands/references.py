@@ -30,6 +30,7 @@ def references_of(
     arguments: argparse.Namespace,
     metrics: Mapping[str, MetricLike],
     folders: Collection[str],
+    images: Collection[str],
     parquet: Collection[str],
 ) -> References | None:
     """Return the references of a run, before metrics are built; None if the metrics need none.
@@ -38,6 +39,7 @@ def references_of(
         arguments: parsed ones.
         metrics: by name.
         folders: in which images were searched.
+        images: that were found.
         parquet: Parquet files of images.
 
     Raises:
@@ -69,10 +71,14 @@ def references_of(
                 f"{next(iter(parquet))} is a Parquet file, whose images have no names to find references by; pass "
                 "one file as --reference, or folders of images"
             )
-        return ReferenceFolder(path, folders)
-    if not os.path.lexists(path):
+        found = ReferenceFolder(path, folders)
+        found.check(images)
+        return found
+    if not path or not os.path.lexists(path):
         url = "a URL" if "://" in path else "missing"
-        raise SettingsError(f"--reference {source_name(path)} is {url}; expected a folder of references, or an image")
+        raise SettingsError(
+            f"--reference {source_name(path) or repr(path)} is {url}; expected a folder of references, or an image"
+        )
     if is_parquet(path):
         raise SettingsError(f"--reference {source_name(path)} is a Parquet file; expected a folder, or an image")
     return str(path)

@@ -18,7 +18,7 @@ from ..errors import ImageError, SettingsError, counted
 from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
-from ..images.paths import FoundPaths, find_images, matches
+from ..images.paths import FoundPaths, find_images, fixed_part, matches
 from ..metrics.prompts import Pair
 from ..metrics.specs import column_belongs
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_meta
@@ -153,7 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
     with loading(", ".join(metrics)):
-        references = references_of(arguments, metrics, found.folders, files)
+        patterns = [fixed_part(each) for each in arguments.paths if glob.has_magic(each) and not os.path.lexists(each)]
+        references = references_of(arguments, metrics, [*found.folders, *patterns], found.paths, files)
         engine = _engine(arguments, _in_precision(arguments, metrics), files, references)
         maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
     if maps is not None and not arguments.resume:

@@ -116,6 +116,17 @@ def matches(pattern: str) -> list[str]:
     return sorted(set(_expand(pattern.replace(os.sep, "/")))) or [pattern]
 
 
+def fixed_part(pattern: str) -> str:
+    """Return the folder in which a pattern begins to search.
+
+    Example:
+        >>> fixed_part("photos/2024/**/*.png"), fixed_part("*.png")
+        ('photos/2024', '')
+    """
+    parts = pattern.replace(os.sep, "/").split("/")
+    return "/".join(parts[: next(number for number, part in enumerate([*parts, "*"]) if glob.has_magic(part))])
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a search of a folder skips files and folders of this name."""
     return name.startswith(".") or name in SYSTEM_FOLDERS

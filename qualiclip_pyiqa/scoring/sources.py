@@ -27,7 +27,7 @@ class ReferenceFolder:
 
     The reference of `PATH/sub/a.png`, found below the folder PATH, is `FOLDER/sub/a.png`; that of an image which lies
     below none of `below` is `FOLDER/a.png`. Without such a file it is the one image there that differs in the suffix
-    alone.
+    alone. Images of one name from different folders, which would all get that file, are refused.
 
     Args:
         folder: of the references.
@@ -42,14 +42,35 @@ class ReferenceFolder:
         self.folder = os.fsdecode(folder)
         self._prefixes = [os.path.join(each, "") for each in below]  # noqa: PTH118 - as `find_images` joins names
         self._listed: dict[str, dict[str, list[str]] | ImageError] = {}
+        self._paired: dict[str, int] = {}  # the hash of the image's path by the name of its reference
+
+    def check(self, images: Iterable[str]) -> None:
+        """Raise SettingsError if two images go by the same name."""
+        paired: dict[str, str] = {}
+        for path in images:
+            other = paired.setdefault(self._wanted(path), path)
+            if other != path:
+                raise SettingsError(
+                    f"{source_name(other)} and {source_name(path)} would both have the reference "
+                    f"{source_name(self._wanted(path))}; name the folder that holds both, or score one at a time"
+                )
+
+    def _wanted(self, path: str) -> str:
+        below = next((path.removeprefix(each) for each in self._prefixes if path.startswith(each)), "")
+        if os.path.isabs(below) or below.startswith(os.pardir):  # noqa: PTH117 - found by another
+            below = ""
+        return os.path.join(self.folder, below or os.path.basename(path))  # noqa: PTH118, PTH119
 
     def reference_of(self, image: Source | ImageError) -> str | ImageError:
         """Return the path of an image's reference, or the error to report in its place."""
         if not isinstance(image, str | os.PathLike):
             return ImageError(f"{source_name(image)} has no name by which to find one in {source_name(self.folder)}")
         path = os.fsdecode(image)
-        below = next((path.removeprefix(each) for each in self._prefixes if path.startswith(each)), None)
-        wanted = os.path.join(self.folder, below or os.path.basename(path))  # noqa: PTH118, PTH119
+        wanted = self._wanted(path)
+        if self._paired.setdefault(wanted, hash(path)) != hash(path):
+            return ImageError(
+                f"{source_name(wanted)} is that of another image of this name already; pass the folder that holds both"
+            )
         if os.path.lexists(wanted):
             return wanted
         folder, name = os.path.split(wanted)
