@@ -16,6 +16,7 @@ from test_archs import build
 from test_backbones import oracle, tower_of
 from torch import nn
 
+from qualiclip_pyiqa.errors import PromptError
 from qualiclip_pyiqa.towers import text
 from qualiclip_pyiqa.towers.backbones import find_backbone, text_tower
 from qualiclip_pyiqa.towers.base import freeze
@@ -94,6 +95,12 @@ def test_a_frozen_tower_has_buffers_alone_and_no_state(families_folder: Path) ->
     assert {name for name, _ in tower.named_buffers()} >= {name for name in values if "num_batches" not in name}
     tower.load_state_dict({}, strict=True)
     assert all(torch.equal(value, values[name]) for name, value in tower.named_buffers() if name in values)
+
+
+def test_a_text_longer_than_the_tower_reads_is_refused() -> None:
+    assert tokenize(["word " * 75]).shape == (1, 77)
+    with pytest.raises(PromptError, match=r"^'word word .*'\.\.\. has 76 tokens; expected a text of at most 75,"):
+        tokenize(["Good photo.", "word " * 76])
 
 
 def test_the_tokenizer_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

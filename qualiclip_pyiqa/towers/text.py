@@ -9,6 +9,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ..errors import PromptError
 from .prompted import run_with_prompts
 
 
@@ -81,13 +82,24 @@ class TextTower(nn.Module):
 
 
 def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
-    """Encode texts with CLIP's byte-pair encoding -> token ids (P, T) int64; longer texts are truncated.
+    """Encode texts with CLIP's byte-pair encoding -> token ids (P, T) int64.
+
+    Raises:
+        PromptError: a text is longer than T - 2 tokens, between those of start and end.
 
     Example:
         >>> tokenize(["Good photo."], context_length=8)
         tensor([[49406,   886,  1125,   269, 49407,     0,     0,     0]])
     """
-    return _tokenizer(context_length)(list(texts))
+    tokenizer = _tokenizer(context_length)
+    for text in texts:
+        count = len(tokenizer.encode(text))
+        if count > context_length - 2:
+            raise PromptError(
+                f"{text[:40]!r}... has {count} tokens; expected a text of at most {context_length - 2}, which is what "
+                "the text tower reads"
+            )
+    return tokenizer(list(texts))
 
 
 @functools.cache
