@@ -22,6 +22,7 @@ from torch import Tensor
 from qualiclip_pyiqa import BlindMetric, ContriqueIQA, FittedIQA, ReIQA, Scorer
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
+from qualiclip_pyiqa.export.graph import exportable
 from qualiclip_pyiqa.pretrained.contrastive import load_encoders
 from qualiclip_pyiqa.towers import contrastive
 from qualiclip_pyiqa.towers.base import freeze
@@ -273,6 +274,35 @@ def swapped(folder: Path) -> Path:
     for name in ("quality", "content"):
         (path / f"{name}_aware_r50.pth").write_bytes((folder / "CONTRIQUE_checkpoint25.tar").read_bytes())
     return path
+
+
+def test_maps_without_local_scores_are_by_occlusion(
+    shallow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUALICLIP_PYIQA_VERIFY", "0")
+    for module in ("captum", "jinja2", "matplotlib"):
+        pytest.importorskip(module)
+    (shallow / "Koniq.save").write_bytes((shallow / "ridge.save").read_bytes())
+    photo, table, maps = tmp_path / "a.png", tmp_path / "s.csv", tmp_path / "maps"
+    Image.fromarray((upstream.pictures(1, 48, 48)[0].movedim(0, -1) * 255).byte().numpy()).save(photo)
+    common = [str(photo), "-m", "contrique", "--device", "cpu"]
+    try:
+        assert cli.main(["score", *common, "-o", str(table), "--maps", str(maps), "--workers", "0"]) == 0
+        assert "1 image mapped" in capsys.readouterr().err and len(list(maps.glob("*.png"))) == 1
+        assert cli.main(["explain", *common, "-o", str(tmp_path / "map.png")]) == 0
+        capsys.readouterr()
+        # A page is drawn without maps that take long, and says so.
+        page = tmp_path / "page.html"
+        assert cli.main(["report", str(table), "-o", str(page)]) == 0
+        said = capsys.readouterr().err
+        assert "no maps for contrique, whose maps are by occlusion" in said and page.is_file()
+    finally:
+        (shallow / "Koniq.save").unlink()
+
+
+def test_export_is_refused_before_tracing(shallow: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^mine cannot be exported: its tower scores the image and its half"):
+        exportable(build(shallow), "mine")
 
 
 def test_regressions_on_one_encoder_share_its_pass(shallow: Path) -> None:

@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
         "--kind",
         metavar="KIND",
         help="local: scores of each place's surroundings; contributions: shares of the logit (CLIP's towers); gradcam, "
-        "occlusion: what the score depends on (default: local, or occlusion for other packages' metrics)",
+        "occlusion: what the score depends on (default: local, or occlusion for metrics that have no local scores)",
     )
     parser.add_argument(
         "--attribute", action="append", metavar="NAME", help="attribute to map; repeatable (default: all of the metric)"

@@ -18,7 +18,7 @@ from ..scoring.building import Metrics, blind_metric, blind_only, build_metrics
 from ..scoring.description import lower_is_better
 from ..scoring.scorer import usable_devices
 from .contributions import contributions
-from .found import Found, no_such_map
+from .found import Found, kinds_of, no_such_map
 from .gradcam import grad_cam
 from .local import local_scores
 from .occlusion import count_passes, occlusion
@@ -37,7 +37,7 @@ class Mapper:
 
     Args:
         metric: name or file of a metric, a metric of pyiqa, or a `BlindMetric`; or a mapping from its name to it.
-        kind: one of KINDS; default: "local", or "occlusion" for other packages' metrics.
+        kind: one of KINDS; default: "local", or "occlusion" for metrics that have no local scores.
         attributes: names of the attributes to map; default: all.
         device: default: CUDA if available; for a network, where it is. A network is copied for another device.
 
@@ -73,7 +73,7 @@ class Mapper:
         network = blind_metric(built)
         if isinstance(network, ExportedIQA):
             raise SettingsError(f"{self.metric} is an exported file, which has no maps; use the metric itself")
-        self.kind = kind or ("occlusion" if network is None else "local")
+        self.kind = kind or ("local" if "local" in kinds_of(built if network is None else network) else "occlusion")
         if network is None and self.kind != "occlusion":
             raise no_such_map(self.kind, f"{self.metric}, a metric of another package", built)
         known = ("quality",) if network is None else network.attributes

@@ -54,7 +54,7 @@ class PageMaps:
         run: the run.
         columns: columns of the report with their indices; those of other runs and changes are left out.
         index: which run of the report this is.
-        required: raise instead of leaving out what has no map, and map other packages' metrics too, by occlusion.
+        required: raise instead of leaving out what has no map, and map by occlusion too, which takes long.
         device: for the networks; default: CUDA if available.
 
     Attributes:
@@ -83,7 +83,7 @@ class PageMaps:
                 mapper, numbers = _mapper({metric: run.metric_like(sources[metric])}, attributes, device)
                 if mapper.kind == "occlusion" and not required:
                     self.notes.append(
-                        f"no maps for {metric}, since they take long for other packages' metrics (--maps)"
+                        f"no maps for {metric}, whose maps are by occlusion, which takes long (--maps draws them)"
                     )
                 else:
                     self._mappers.append((mapper, numbers))

@@ -105,10 +105,7 @@ def show_scores(metric: AlignedMetric, pristine: Tensor) -> tuple[dict[str, floa
 def quality_drawing(metric: BlindMetric, picture: Source, title: str) -> NDArray[np.uint8]:
     """Draw the quality map of an image (H, W, 3): local scores, or occlusion for a tower without."""
     rgb = load_image(picture)
-    try:
-        found = Mapper(metric, attributes=["quality"]).maps(rgb[None])[0]
-    except SettingsError:  # a tower without local scores
-        found = Mapper(metric, "occlusion", ["quality"]).maps(rgb[None])[0]
+    found = Mapper(metric, attributes=["quality"]).maps(rgb[None])[0]
     return figure_pixels(draw_maps(rgb, found, title=title))
 
 
