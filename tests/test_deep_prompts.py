@@ -23,6 +23,7 @@ from qualiclip_pyiqa import Scorer
 from qualiclip_pyiqa.archs import DeepPromptIQA
 from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.explain.mapper import Mapper
+from qualiclip_pyiqa.export.graph import exportable
 from qualiclip_pyiqa.metrics import deep_prompt_iqa, deep_prompts
 from qualiclip_pyiqa.pretrained.deep_prompts import write_prompts
 from qualiclip_pyiqa.pretrained.layouts import PROMPTS_FORMAT
@@ -142,6 +143,10 @@ class DeepPromptContract(MetricContract):
             Mapper(metric, "gradcam").maps(x)
         (found,) = Mapper(metric, "occlusion", ["quality"]).maps(x)[0]
         assert found.score == pytest.approx(scores(metric, x)[0, 0].item(), abs=1e-6)
+
+    def test_export_is_refused_before_tracing(self) -> None:
+        with pytest.raises(SettingsError, match=r"^mine cannot be exported: it averages over windows"):
+            exportable(self.build(), "mine")
 
     def test_own_file_and_scorer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         metric = self.build()

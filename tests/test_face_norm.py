@@ -15,6 +15,7 @@ from contract import MetricContract
 from qualiclip_pyiqa import BlindMetric
 from qualiclip_pyiqa.archs import FaceNorm
 from qualiclip_pyiqa.errors import SettingsError, WeightsError
+from qualiclip_pyiqa.export.graph import exportable
 from qualiclip_pyiqa.pretrained.layouts import without_training_module
 from qualiclip_pyiqa.towers.face import FaceTower, face_tower
 
@@ -55,6 +56,10 @@ class TestFaceNorm(MetricContract):
 
     def spread(self, metric: BlindMetric) -> float:
         return 100.0  # unbounded; these weights' norms are up to some hundreds
+
+    def test_export_is_refused_before_tracing(self, metric: BlindMetric) -> None:
+        with pytest.raises(SettingsError, match=r"^mine cannot be exported: its scores have no bounds"):
+            exportable(metric, "mine")
 
     @torch.no_grad()
     def test_all_layouts_are_one_network(self, metric: BlindMetric, small: Path) -> None:

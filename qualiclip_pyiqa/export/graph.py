@@ -17,8 +17,10 @@ from torch.fx import GraphModule
 from ..errors import SettingsError, reason
 from ..images.convert import MIN_SIDE
 from ..metrics.base import BlindMetric
-from ..metrics.export_card import ExportCard, licence_of
+from ..metrics.deep_prompt_iqa import DeepPromptIQA
+from ..metrics.export_card import ExportCard, is_range, licence_of
 from ..metrics.exported import ExportedIQA
+from ..towers.contrastive import TwoScaleTower
 from ..towers.resnet import FoldedConv
 from ..towers.streaming import LARGE_PIXELS
 from .attention import replace_attention
@@ -74,6 +76,9 @@ def exportable(metric: BlindMetric | None, name: str) -> BlindMetric:
         raise SettingsError(f"{name} is exported already; expected the metric that it was exported from")
     if metric.tile is not None:
         raise SettingsError(f"{name} scores windows (tile={metric.tile}), which a graph does not hold; leave tile out")
+    why = _no_graph(metric)
+    if why:
+        raise SettingsError(f"{name} cannot be exported: {why}; score with the metric itself")
     own = copy.deepcopy(metric).cpu().float().eval()
     for module in own.modules():
         if isinstance(module, FoldedConv):
@@ -81,6 +86,17 @@ def exportable(metric: BlindMetric | None, name: str) -> BlindMetric:
     replace_attention(own)
     # The order of weights decides that of activations, which restricts a graph to some sizes.
     return own.to(memory_format=torch.contiguous_format)
+
+
+def _no_graph(metric: BlindMetric) -> str:
+    """Return why a metric has no graph for images of any size, which shows without tracing; "" if nothing is known."""
+    if isinstance(metric.tower, TwoScaleTower):
+        return "its tower scores the image and its half, whose sizes a graph for any size does not hold"
+    if isinstance(metric, DeepPromptIQA):
+        return "it averages over windows, of which a graph for any size does not hold the number"
+    if not is_range(metric.score_range):
+        return f"its scores have no bounds (score_range is {metric.score_range!r}), which an exported file must state"
+    return ""
 
 
 def trace(metric: BlindMetric, name: str, kind: str) -> ExportedProgram:

@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import SettingsError, reason
-from ..files import replacing
+from ..files import replacing, writing
 from ..metrics.base import BlindMetric
 from ..metrics.export_card import IMAGE, INPUTS, KEY, SCORES, ExportCard
 from ..metrics.specs import EXPORTED_SUFFIXES
@@ -65,7 +65,7 @@ def export_metric(
     program = trace(own, name, input)
     card = card_of(own, input)
     if path.suffix == ".pt2":
-        with replacing(path) as part, part.open("wb") as file:
+        with writing(path), replacing(path) as part, part.open("wb") as file:
             torch.export.save(program, file, extra_files={KEY: card.to_json()})
         return card
     model = to_onnx(program, name)
@@ -133,7 +133,7 @@ def write_onnx(model: onnx.ModelProto, card: ExportCard, path: Path) -> None:
     if size > _MOST_BYTES:
         raise SettingsError(f"{path} would have {size / 2**30:.1f} GB, but an ONNX file has at most 2; export to .pt2")
     onnx.checker.check_model(model, full_check=True)
-    with replacing(path) as part:
+    with writing(path), replacing(path) as part:
         part.write_bytes(model.SerializeToString())
 
 

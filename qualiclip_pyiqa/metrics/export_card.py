@@ -118,7 +118,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _MAX_TEXT and value.isprintable()
 
 
-def _is_range(value: object) -> bool:
+def is_range(value: object) -> bool:
+    """Whether a score range is two finite numbers, lower and higher, as a file must state it."""
     try:
         low, high = map(float, value.split(",")) if isinstance(value, str) else (math.nan, math.nan)
     except ValueError:
@@ -138,7 +139,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "metric": _is_text,
     "attributes": lambda value: _are_names(value) and len(set(value)) == len(value),
     "lower_better": lambda value: isinstance(value, bool),
-    "score_range": _is_range,
+    "score_range": is_range,
     "paper": _is_text,
     "licence": _is_text,
     "input": lambda value: isinstance(value, str) and value in INPUTS,
