@@ -61,13 +61,20 @@ def one_line(text: object) -> str:
 
 
 def reason(error: BaseException, limit: int = 300) -> str:
-    """Return an exception's message for use in another: one line of at most `limit` characters; its type if empty.
+    """Return an exception's message for use in another: one line, its type if empty.
+
+    A message of more than `limit` characters ends with its last whole word before and "...".
 
     Example:
         >>> reason(OSError("Connection\\nrefused.")), reason(KeyboardInterrupt())
         ('Connection refused', 'KeyboardInterrupt')
+        >>> reason(ValueError("not a word is cut"), 12)
+        'not a word ...'
     """
-    return one_line(error)[:limit].rstrip(". ") or type(error).__name__
+    line = one_line(error)
+    if len(line) > limit:
+        return f"{line[: limit + 1].rpartition(' ')[0] or line[:limit]} ..."
+    return line.rstrip(". ") or type(error).__name__
 
 
 def kind_of(value: object) -> str:

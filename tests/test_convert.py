@@ -14,10 +14,21 @@ from safetensors import safe_open
 from qualiclip_pyiqa import ContriqueIQA, OpenCLIPIQA
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.pretrained import manifest
+from qualiclip_pyiqa.pretrained.convert import convert
 from qualiclip_pyiqa.pretrained.files import file_sha256
 from qualiclip_pyiqa.pretrained.layouts import detect_layout
 from qualiclip_pyiqa.pretrained.read import read
 from qualiclip_pyiqa.towers import contrastive as towers
+
+
+def test_an_output_that_cannot_be_written_is_named(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "none" / "x.safetensors"
+    assert run(files["face"], "-o", out) == 2
+    assert capsys.readouterr().err == f"qualiclip: {out} cannot be written: {out.parent} is not a folder\n"
+    with pytest.raises(OSError, match=r"x\.safetensors cannot be written \(No such file or directory\)"):
+        convert(files["face"], out)
 
 
 def run(*words: object) -> int:

@@ -265,7 +265,8 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     for name in ("whole.pth", "whole.safetensors"):
         content = (tmp_path / name).read_bytes()
         cut = write(tmp_path / f"cut-{name}", content[:-40])
-        refusal(lambda cut=cut: read(cut), str(cut), "damaged")
+        refusal(lambda cut=cut: read(cut), str(cut), "damaged", "fetch it again, or pass another file")
+        assert name != "whole.pth" or "it was cut short" in refusal(lambda cut=cut: read(cut), str(cut))
     for name in ("page.pth", "page.safetensors"):
         page = write(tmp_path / name, b"<!doctype html><title>404</title>")
         refusal(lambda page=page: read(page), str(page), "damaged or not a weight file")

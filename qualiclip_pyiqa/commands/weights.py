@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SettingsError, WeightsError, counted, did_you_mean
 from ..screen import Screen
-from . import Commands, put, say
+from . import Commands, check_output, put, say
 
 if TYPE_CHECKING:
     from ..evaluation.ratings import Ratings
@@ -74,6 +74,7 @@ def add_parser(commands: Commands) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     from ..pretrained.convert import convert
 
+    check_output(arguments.output)
     found = convert(arguments.file, arguments.output, arguments.force)
     size = f"{found.bytes / 2**20:.1f} MiB"
     say(f"qualiclip: {arguments.file}: layout {found.layout}, {counted(found.tensors, 'tensor')}, {size}")

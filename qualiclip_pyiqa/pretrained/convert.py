@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SettingsError, WeightsError
-from ..files import replacing
+from ..files import replacing, writing
 from .layouts import OWN_FORMATS, detect_layout
 from .read import CONVERTED_FROM, ReadWeights, read
 from .verify import provenance
@@ -63,7 +63,7 @@ def convert(source: Path, out: Path, force: bool = False) -> Converted:
         "source": f"converted from {found.file.path.name}: {terms['source']}",
         CONVERTED_FROM: terms["sha256"] or "",
     }
-    with replacing(out) as part:
+    with writing(out), replacing(out) as part:
         write_safetensors(part, found.tensors, metadata)
         read(part, layout=layout)
     sizes = [tensor.numel() * tensor.element_size() for tensor in found.tensors.values()]

@@ -268,6 +268,8 @@ def _read_torch(opened: OpenFile) -> Any:
         opened.file.seek(0)
         zipped = zipfile.is_zipfile(opened.file)
         opened.file.seek(0)
+        if not zipped and start.startswith(b"PK"):
+            raise ValueError("it starts as torch.save writes and has no end: it was cut short")
         if not zipped:  # the legacy format cannot be memory-mapped
             return torch.load(opened.file, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(opened.file) as archive:
@@ -293,4 +295,7 @@ def _refuse_damaged(opened: OpenFile) -> Iterator[None]:
                 f"({one_line(unsafe[0].strip())[:300]})"
             ) from error
         cause = f"{type(error).__name__}: {reason(error)}".replace(opened.name, opened.path.name)
-        raise WeightsError(f"{opened.path} is damaged or not a weight file ({cause}); fetch it again") from error
+        raise WeightsError(
+            f"{opened.path} is damaged or not a weight file ({cause}); expected safetensors or what torch.save writes: "
+            "fetch it again, or pass another file"
+        ) from error

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..errors import SettingsError
 from ..evaluation.ratings import Ratings
-from ..files import replacing
+from ..files import replacing, writing
 from ..images.tensors import load_image
 from ..pretrained.read import read
 from ..screen import Screen
@@ -118,7 +118,7 @@ def train_ranking(
                 log.flush()
     trained = {f"{PREFIX}{key}": value.detach().cpu() for key, value in network.adapter.state_dict().items()}
     # Not to the path, whose random name torch would write into the file.
-    with replacing(target) as part, part.open("wb") as file:
+    with writing(target), replacing(target) as part, part.open("wb") as file:
         torch.save({"epoch": recipe.epochs, "name": "ranking-aware", "state_dict": state | trained}, file)
     return target
 
