@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import pyiqa
 import pytest
 import torch
 import upstream
@@ -9,6 +12,8 @@ from contract import MetricContract, scores
 from torch import Tensor, nn
 
 from qualiclip_pyiqa import BlindMetric, QualityLoss, Scorer
+from qualiclip_pyiqa.errors import SettingsError
+from qualiclip_pyiqa.metrics.registry import METRICS
 from qualiclip_pyiqa.towers.base import freeze
 
 
@@ -118,3 +123,21 @@ def test_lower_better_metrics_are_a_loss() -> None:
     metric = TwoScales().eval()
     x = upstream.pictures(2, 64, 64)
     assert float(QualityLoss(metric)(x)) == pytest.approx((float(scores(metric, x).mean()) + 10) / 20, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_an_unknown_option_is_one_line_with_the_metric_s_name(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{re.escape(name)} has no option 'foo'; expected some of .*\btile\b"):
+        pyiqa.create_metric(name, foo=1, device="cpu")  # before a weight file is looked for
+
+
+def test_an_option_of_another_metric_is_refused() -> None:
+    for name, option in (
+        ("clip-dqa", "prompts"),
+        ("clip-dqa", "caption"),
+        ("face-norm", "backbone"),
+        ("contrique", "backbone"),
+        ("reiqa", "regression"),
+    ):
+        with pytest.raises(SettingsError, match=f"^{name} has no option '{option}'; expected some of "):
+            pyiqa.create_metric(name, device="cpu", **{option: "x"})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImageError, SettingsError, kind_of
+from ..errors import ImageError, SettingsError, did_you_mean, kind_of
 from ..images.convert import MIN_SIDE, check_size
 
 # How `metric(path)` and, by default, `Scorer` read images.
@@ -42,7 +43,7 @@ class BlindMetric(nn.Module):
         -> (N, A), float32 or, for a metric in double precision, float64; one column for each of `attributes`.
 
     Raises:
-        SettingsError: `tile` is not an integer of at least 32.
+        SettingsError: `tile` is not an integer of at least 32, or an option that the metric does not have.
 
     Example:
         >>> import torch
@@ -63,6 +64,22 @@ class BlindMetric(nn.Module):
     tower: nn.Module
     minimum_side: int = MIN_SIDE  # of an image in pixels
     _like: Tensor
+
+    def __new__(cls, *_args: object, **options: object) -> Self:
+        """Refuse options that the metric does not have, by its name; Python would name `__init__`.
+
+        Raises:
+            SettingsError: an unknown option.
+        """
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        known = [each.name for each in parameters if each.name not in ("self", "model_type")]
+        wrong = next((name for name in options if name not in (*known, "model_type")), None)
+        if wrong is not None and all(each.kind is not each.VAR_KEYWORD for each in parameters):
+            raise SettingsError(
+                f"{options.get('model_type', cls.__name__)} has no option {wrong!r}; expected some of "
+                f"{', '.join(known)}{did_you_mean(wrong, known)}"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
