@@ -25,9 +25,11 @@ from qualiclip_pyiqa.errors import ImageError, SettingsError, WeightsError
 from qualiclip_pyiqa.explain.mapper import Mapper
 from qualiclip_pyiqa.export.graph import exportable
 from qualiclip_pyiqa.metrics import deep_prompt_iqa, deep_prompts
+from qualiclip_pyiqa.pretrained.convert import convert
 from qualiclip_pyiqa.pretrained.deep_prompts import write_prompts
 from qualiclip_pyiqa.pretrained.layouts import PROMPTS_FORMAT
 from qualiclip_pyiqa.pretrained.read import stored_format
+from qualiclip_pyiqa.scoring.building import metric_of_file
 from qualiclip_pyiqa.towers.resampling import resize_like_pillow
 from qualiclip_pyiqa.training.fitting import choose_tower
 
@@ -151,7 +153,7 @@ class DeepPromptContract(MetricContract):
     def test_own_file_and_scorer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         metric = self.build()
         path = tmp_path / "prompts.safetensors"
-        write_prompts(path, metric.prompt_learner.state_dict(), self.name, "tiny-vit-32")
+        write_prompts(path, metric.prompt_learner.state_dict(), self.name, "tiny-vit-32", metric.clip_sha256, "")
         assert stored_format(path) == PROMPTS_FORMAT
         own = self.build(weights=path, backbone=None)
         x = upstream.pictures(1, 50, 70)
@@ -161,7 +163,7 @@ class DeepPromptContract(MetricContract):
         assert said["minimum_side"] == 32 and "stride of 64" in said["resize"]
         assert ("Pillow" in said["resize"]) == (self.name == "clip-dqa")
         other = next(name for name in NAMES if name != self.name)
-        with pytest.raises(WeightsError, match=f"holds prompts of '{self.name}', not of {other}"):
+        with pytest.raises(WeightsError, match=f"holds prompts of {self.name}, not of {other}"):
             DeepPromptIQA(other, weights=path)
         # An image that is too small is an error of its own row.
         big = self.build(
@@ -198,9 +200,47 @@ class TestClipAgiqa(DeepPromptContract):
         ]
 
 
+def test_prompts_are_for_the_clip_that_they_were_learned_on(
+    files: dict[str, Path], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tmp_path / "clips" / "mine.pt"
+    clip.parent.mkdir()
+    clip.write_bytes((tiny_folder / "tiny-vit-32.pt").read_bytes())
+    metric = DeepPromptIQA("clip-dqa", files["clip-dqa"], "tiny-vit-32", clip).eval()
+    path, x = tmp_path / "prompts.safetensors", upstream.pictures(1, 40, 40)
+    write_prompts(
+        path, metric.prompt_learner.state_dict(), "clip-dqa", "tiny-vit-32", metric.clip_sha256, metric.clip_file
+    )
+    # The same model in another format and precision is the same model.
+    convert(clip, tmp_path / "same.safetensors")
+    state = torch.load(clip)
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    torch.save(half, tmp_path / "half.pt")
+    for same in (tmp_path / "same.safetensors", tmp_path / "half.pt"):
+        found = scores(DeepPromptIQA("clip-dqa", path, backbone_weights=same).eval(), x)
+        assert (found - scores(metric, x)).abs().max() < 1e-3
+    with pytest.raises(WeightsError, match=r"learned on the CLIP model mine\.pt, which is neither beside it nor in"):
+        DeepPromptIQA("clip-dqa", path)
+    monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(clip.parent))
+    assert DeepPromptIQA("clip-dqa", path).origin.path == clip
+    state["visual.transformer.resblocks.1.mlp.c_fc.weight"][0] += 0.1
+    torch.save(state, tmp_path / "mine.pt")  # beside the prompts, so before the folder's
+    for wrong in (None, tmp_path / "mine.pt"):
+        with pytest.raises(WeightsError, match=r"was learned on another CLIP model than .*: expected mine\.pt as tiny"):
+            DeepPromptIQA("clip-dqa", path, backbone_weights=wrong)
+    with pytest.raises(SettingsError, match="learned on tiny-vit-32, not on tiny-vit; leave backbone out"):
+        DeepPromptIQA("clip-dqa", path, backbone="tiny-vit", backbone_weights=tiny_folder / "tiny-vit.pt")
+    write_prompts(path, metric.prompt_learner.state_dict(), "clip-dqa", "tiny-vit-32", "", "../clips/mine.pt")
+    with pytest.raises(WeightsError, match=r"metadata 'clip_file' is '../clips/mine\.pt'; expected a file's name"):
+        DeepPromptIQA("clip-dqa", path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_file_it_says_how_to_train_one(name: str) -> None:
-    said = f"{name} has no published weights; pass weights=FILE, trained on .* `qualiclip tune -m {name} --ratings"
+    said = (
+        rf"{name} has no published weights; pass weights=FILE \(on the command line `qualiclip score -m "
+        rf"FILE\.safetensors`\), trained on .* `qualiclip tune -m {name} --ratings"
+    )
     with pytest.raises(SettingsError, match=said) as caught:
         pyiqa.create_metric(name, device="cpu")
     assert "\n" not in str(caught.value)
@@ -219,7 +259,9 @@ def test_files_that_do_not_fit(files: dict[str, Path], tiny_folder: Path, tmp_pa
             DeepPromptIQA(name, weights=path, **{**own, **options})
         assert "\n" not in str(caught.value)
 
-    fails("does not fit clip-dqa on tiny-vit-32: .*quality.visual_maps", "clip-dqa", files["auxiliary"])
+    for file in ("clip-agiqa", "auxiliary"):
+        fails("holds prompts of clip-agiqa, not of clip-dqa", "clip-dqa", files[file])
+    fails("holds prompts of clip-dqa, not of clip-agiqa", "clip-agiqa", files["clip-dqa"])
     fails("prompts without maps, such as those of alignment alone", "clip-agiqa", files["auxiliary"])
     alone = tmp_path / "a_tar_best.pth"
     alone.write_bytes(files["clip-agiqa"].read_bytes())
@@ -268,7 +310,7 @@ def test_files_that_do_not_fit(files: dict[str, Path], tiny_folder: Path, tmp_pa
 
 def foreign_file(folder: Path) -> Path:
     path = folder / "foreign.safetensors"
-    write_prompts(path, {"alignment.text.0": torch.ones(1)}, "clip-dqa", "tiny-vit-32")
+    write_prompts(path, {"alignment.text.0": torch.ones(1)}, "clip-dqa", "tiny-vit-32", "", "")
     return path
 
 
@@ -457,7 +499,7 @@ def check_gradients(name: str, metric: DeepPromptIQA, expected: dict[str, float]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pyiqa_creates_it(name: str, golden_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyiqa_creates_it(name: str, golden_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(golden_folder))
     monkeypatch.setenv("QUALICLIP_PYIQA_VERIFY", "0")
     file = {"clip-dqa": "8_best.pth", "clip-agiqa": "8_tar_best.pth"}[name]
@@ -466,3 +508,11 @@ def test_pyiqa_creates_it(name: str, golden_folder: Path, monkeypatch: pytest.Mo
     assert found[0, 0].item() == pytest.approx(by_rule.golden(name)["pictures"]["0"]["score"], abs=1e-5)
     said = metric.net.describe()
     assert said["backbone"] == "ViT-B/32" and said["activation"] == "QuickGELU" and json.dumps(said)
+    assert metric.net.clip_file == ""
+    # The authors' files stand for the metric once they are safetensors.
+    for part in {file, file.replace("_tar_", "_aux_")}:
+        convert(golden_folder / part, (tmp_path / part).with_suffix(".safetensors"))
+    with pytest.raises(SettingsError, match=f"holds prompts of {name}; pass what `qualiclip weights convert` makes of"):
+        Scorer(str(golden_folder / file))
+    converted = metric_of_file(str((tmp_path / file).with_suffix(".safetensors"))).eval()
+    assert (scores(converted, by_rule.pixels(0)) - found).abs().max() < 1e-6

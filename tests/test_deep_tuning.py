@@ -319,11 +319,8 @@ def test_a_file_stands_for_its_metric(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file names metric and backbone; the CLIP is found as a record."""
-    monkeypatch.setattr(
-        "qualiclip_pyiqa.metrics.deep_prompt_iqa._weights_of",
-        lambda spec, backbone, wanted: tiny_folder / f"{backbone}.pt",
-    )
+    """The file names metric and backbone; the CLIP is found in a folder by the name of its file."""
+    monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(tiny_folder))
     options = ["--alignment-column", "align", "--epochs", 1, "--validation", 0, "--batch", 6]
     assert cli.main(command(rated_folder, tmp_path / "run", "clip-agiqa", tiny_folder, *options)) == 0
     path = tmp_path / "run" / "prompts.safetensors"

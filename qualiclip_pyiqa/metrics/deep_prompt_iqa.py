@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingsError, WeightsError, one_line
-from ..pretrained.deep_prompts import LoadedPrompts, load_prompts
+from ..pretrained.deep_prompts import LoadedPrompts, check_clip, clip_sha256, find_clip, load_prompts
 from ..pretrained.files import WeightFile
-from ..pretrained.manifest import WeightRecord, openai_record
-from ..pretrained.model import LoadedModel, load_model
+from ..pretrained.manifest import WeightRecord, find_record, openai_record
+from ..pretrained.model import LoadedModel, check_backbone, load_model
 from ..pretrained.verify import provenance
 from ..towers import backbones
 from ..towers.base import freeze
@@ -33,6 +33,7 @@ from .base import BlindMetric, pixel_statistics
 from .deep_prompts import DeepPrompts, PromptFrame, visual_prompts
 from .prompt_iqa import positive_probabilities
 from .registry import DeepPromptSpec, metric_spec, with_deep_prompts
+from .specs import FILE_SUFFIX
 
 # Both metrics were trained with these statistics of ImageNet, not with CLIP's (torchvision's models).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,7 +62,8 @@ class DeepPromptIQA(BlindMetric):
         weights: file of `qualiclip tune`, or of the authors' code (for `clip-agiqa` that of the quality prompts, beside
             that of the alignment prompts).
         backbone: name of a vision transformer of open_clip; None: the one that the file names, or ViT-B/32.
-        backbone_weights: file or record with the CLIP model; None: OpenAI's.
+        backbone_weights: file or record with the CLIP model; None: OpenAI's, or the user's own that prompts of
+            `qualiclip tune` were learned on, which lies beside them or in a folder of QUALICLIP_PYIQA_WEIGHTS.
         pretrained: False for fresh prompts, which are to be trained.
         n_ctx: tokens of a fresh prompt (default 8).
         tile: see `BlindMetric`; windows lie in each tile.
@@ -73,7 +75,7 @@ class DeepPromptIQA(BlindMetric):
 
     Raises:
         SettingsError: no file, an unknown or contradictory setting.
-        WeightsError: a weight file that is missing, damaged or of another model.
+        WeightsError: a weight file that is missing, damaged or of another model; prompts learned on another CLIP model.
     """
 
     __module__ = "qualiclip_pyiqa.archs"  # the path in pickles, wherever the class is defined
@@ -95,9 +97,16 @@ class DeepPromptIQA(BlindMetric):
         super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
         loaded = _loaded(spec, weights, pretrained)
         length = _length(loaded, n_ctx)
-        backbone = backbone or (loaded.backbone if loaded else "") or spec.backbone
+        backbone = _backbone(spec, loaded, backbone)
+        if backbone_weights is None and loaded is not None:
+            backbone_weights = find_clip(loaded)
         model = load_model(_weights_of(spec, backbone, backbone_weights), backbone)
         self.origin = model.origin
+        self.clip_sha256 = clip_sha256(model)
+        own = backbone_weights is not None and find_record(backbone_weights) is None
+        self.clip_file = Path(str(backbone_weights)).absolute().name if own else ""
+        if loaded is not None:
+            check_clip(loaded, model, self.clip_sha256)
         self.logit_scale = float(torch.tensor(model.logit_scale, dtype=torch.float32).exp())
         self.tower = _image_tower(spec, model)
         self.minimum_side = self.window = _side(self.tower, backbone)
@@ -272,10 +281,24 @@ def _loaded(spec: DeepPromptSpec, weights: str | Path | None, pretrained: bool) 
         return None
     if not weights:
         raise SettingsError(
-            f"{spec.name} has no published weights; pass weights=FILE, trained on {spec.dataset} with "
-            f"`{how_to_train(spec.name)}` or with the authors' code"
+            f"{spec.name} has no published weights; pass weights=FILE (on the command line `qualiclip score -m "
+            f"FILE{FILE_SUFFIX}`), trained on {spec.dataset} with `{how_to_train(spec.name)}` or with the authors' code"
         )
     return load_prompts(weights, spec.name, [learner.attribute for learner in spec.learners])
+
+
+def _backbone(spec: DeepPromptSpec, loaded: LoadedPrompts | None, wanted: str | None) -> str:
+    """Choose the CLIP model; refuse another one than the prompts' before its weights are looked for."""
+    if loaded is None or not loaded.backbone:
+        return wanted or spec.backbone
+    check_backbone(loaded.path, loaded.backbone)
+    if wanted is not None:
+        own, other = map(backbones.find_backbone, (loaded.backbone, wanted))
+        if (own.vision, own.text, own.embed_dim) != (other.vision, other.text, other.embed_dim):
+            raise SettingsError(
+                f"{loaded.path} holds prompts learned on {loaded.backbone}, not on {wanted}; leave backbone out"
+            )
+    return wanted or loaded.backbone
 
 
 def _length(loaded: LoadedPrompts | None, n_ctx: int | None) -> int:

@@ -6,6 +6,7 @@ Tensors are named `ATTRIBUTE.text.BLOCK`, `ATTRIBUTE.visual.BLOCK`, and, if ther
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import WeightsError
+from . import folders
 from .files import WeightFile
-from .layouts import PROMPTS_FORMAT
+from .layouts import PROMPTS_FORMAT, detect_layout
+from .model import LoadedModel
 from .read import ReadWeights, read
+from .uses import metric_of_authors, prompts_of
 from .write import write_safetensors
 
 if TYPE_CHECKING:
@@ -43,11 +47,15 @@ class LoadedPrompts:
         files: the files.
         tensors: by name, see above.
         backbone: the CLIP model that they were learned on; "" if the files do not say so.
+        clip_sha256: of its tensors, see `clip_sha256`; "" if the files do not say so.
+        clip_file: name of its file or folder if it is the user's own; "" for a published one.
     """
 
     files: tuple[WeightFile, ...]
     tensors: Mapping[str, Tensor] = field(repr=False)
-    backbone: str
+    backbone: str = ""
+    clip_sha256: str = ""
+    clip_file: str = ""
 
     @property
     def path(self) -> Path:
@@ -68,38 +76,97 @@ def load_prompts(weights: str | Path, metric: str, attributes: Sequence[str]) ->
     """
     found = read(weights)
     if found.metadata.get("format") == PROMPTS_FORMAT:
-        if found.metadata["metric"] != metric:
-            raise WeightsError(f"{found.file.path} holds prompts of {found.metadata['metric'][:80]!r}, not of {metric}")
+        _check_metric(found, found.metadata["metric"], metric)
         return LoadedPrompts(
             files=(found.file,),
             tensors=found.tensors,
-            backbone=found.metadata["backbone"],
+            **{key: found.metadata[key] for key in ("backbone", "clip_sha256", "clip_file")},
         )
     tensors = _named(found, "quality")
+    _check_metric(found, metric_of_authors(found.tensors), metric)
     files = [found.file]
     if len(attributes) > 1:
         beside = _beside(found, tensors)
         tensors |= _named(beside, attributes[1])
         files.append(beside.file)
-    return LoadedPrompts(tuple(files), tensors, "")
+    return LoadedPrompts(tuple(files), tensors)
 
 
-def metric_of_prompts(path: str | Path) -> str:
-    """Return the metric that a file of `qualiclip tune` was learned for.
+def metric_of_prompts(path: str | Path) -> str | None:
+    """Return the metric that a file of `qualiclip tune`, or one of the authors' code, was learned for; None for others.
 
     Raises:
-        WeightsError: the file is missing, damaged, or of another kind.
+        WeightsError: the file is missing or damaged.
     """
-    return read(path, layout="qualiclip-pyiqa-prompts").metadata["metric"]
+    found = read(Path(path))
+    return prompts_of(detect_layout(found.tensors, found.metadata), found.tensors, found.metadata)
 
 
-def write_prompts(path: Path, tensors: Mapping[str, Tensor], metric: str, backbone: str) -> None:
+def clip_sha256(model: LoadedModel) -> str:
+    """Hash what tells one CLIP model from another: its activation, and the first row of each of its tensors.
+
+    Files of one model in several formats and precisions have one hash, as values are rounded to float16.
+    """
+    import torch
+
+    digest = hashlib.sha256(model.activation.encode())
+    tensors = {key.removeprefix("text."): value for key, value in model.state.items()}
+    for key, value in sorted(tensors.items()):
+        if value.dim() and value.is_floating_point() and not key.endswith("attn_mask"):
+            digest.update(key.encode() + value[:1].to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_clip(prompts: LoadedPrompts) -> Path | None:
+    """Find the user's own CLIP model that prompts were learned on; None for a published one.
+
+    Raises:
+        WeightsError: it is neither beside the prompts nor in a folder of QUALICLIP_PYIQA_WEIGHTS.
+    """
+    name = prompts.clip_file
+    if not name:
+        return None
+    if Path(name).name != name:
+        raise WeightsError(f"{prompts.path}: metadata 'clip_file' is {name[:80]!r}; expected a file's name")
+    for folder in (prompts.path.parent, *folders.named_folders()):
+        if (folder / name).exists():
+            return folder / name
+    raise WeightsError(
+        f"{prompts.path} was learned on the CLIP model {name}, which is neither beside it nor in a folder of "
+        f"{folders.FOLDERS_VARIABLE}; put it there, or pass backbone_weights=FILE"
+    )
+
+
+def check_clip(prompts: LoadedPrompts, model: LoadedModel, sha256: str) -> None:
+    """Raise WeightsError if prompts were learned on another CLIP model; files of the authors' code know none."""
+    if prompts.clip_sha256 not in ("", sha256):
+        raise WeightsError(
+            f"{prompts.path} was learned on another CLIP model than {model.path} as {model.backbone}: expected "
+            f"{prompts.clip_file or 'the published one'} as {prompts.backbone}"
+        )
+
+
+def write_prompts(
+    path: Path, tensors: Mapping[str, Tensor], metric: str, backbone: str, clip_sha256: str, clip_file: str
+) -> None:
     """Write deep prompts in this package's format, whole or not at all; equal prompts give equal bytes.
+
+    Args:
+        path: the file.
+        tensors: by name, see above.
+        metric: name of the metric.
+        backbone, clip_sha256, clip_file: see `LoadedPrompts`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_safetensors(path, tensors, {"format": PROMPTS_FORMAT, "metric": metric, "backbone": backbone})
+    clip = {"backbone": backbone, "clip_sha256": clip_sha256, "clip_file": clip_file}
+    write_safetensors(path, tensors, {"format": PROMPTS_FORMAT, "metric": metric, **clip})
+
+
+def _check_metric(found: ReadWeights, held: str, wanted: str) -> None:
+    if held != wanted:
+        raise WeightsError(f"{found.file.path} holds prompts of {held[:80]}, not of {wanted}")
 
 
 def _named(found: ReadWeights, attribute: str) -> dict[str, Tensor]:

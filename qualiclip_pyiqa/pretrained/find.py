@@ -19,7 +19,6 @@ Caches in the home directory are skipped for a user without one. For hashes see 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -104,8 +103,7 @@ def locate(name_or_record: str | WeightRecord) -> FoundWeights | None:
 
 
 def _places(record: WeightRecord) -> Iterator[FoundWeights]:
-    for folder in filter(None, os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)):
-        own = folders.expanded(folder)
+    for own in folders.named_folders():
         if not own.is_dir():
             logger.warning("%s names %s, which is not a folder", FOLDERS_VARIABLE, own)
         yield FoundWeights(own / record.file, FOLDERS_VARIABLE)

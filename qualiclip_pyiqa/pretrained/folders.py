@@ -25,6 +25,11 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def named_folders() -> list[Path]:
+    """The folders in QUALICLIP_PYIQA_WEIGHTS, in order."""
+    return [expanded(folder) for folder in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if folder]
+
+
 def user_cache() -> Path | None:
     """`$XDG_CACHE_HOME` or `~/.cache`; None if neither is known."""
     if own := os.environ.get("XDG_CACHE_HOME"):

@@ -19,7 +19,7 @@ OWN_METADATA = ("backbone", "tower", "prompts")
 FITTED_FORMAT = "qualiclip-pyiqa-fitted/1"
 FITTED_METADATA = ("backbone", "tower", "fit")
 PROMPTS_FORMAT = "qualiclip-pyiqa-prompts/1"
-PROMPTS_METADATA = ("metric", "backbone")
+PROMPTS_METADATA = ("metric", "backbone", "clip_sha256", "clip_file")
 OWN_FORMATS = (OWN_FORMAT, FITTED_FORMAT, PROMPTS_FORMAT)
 # Tensor keys that a layout requires; a final dot marks a prefix.
 REQUIRED = {

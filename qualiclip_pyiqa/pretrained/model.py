@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError, WeightsError
 from .files import WeightFile
-from .layouts import CONTRASTIVE_TOWERS, FITTED_FORMAT, OWN_FORMAT, OWN_TOWERS, OwnMetadata, own_metadata
+from .layouts import (
+    CONTRASTIVE_TOWERS,
+    FITTED_FORMAT,
+    OWN_FORMAT,
+    OWN_TOWERS,
+    OwnMetadata,
+    detect_layout,
+    own_metadata,
+)
 from .manifest import WeightRecord, find_record
 from .prompt_cache import cached_features
 from .read import read
+from .uses import how_to_use
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -226,6 +235,9 @@ def _load(
             f"{path} is a metric of `qualiclip fit`, without prompts; use it by its path where a metric's name is "
             "expected, or create_metric('fitted', weights=FILE)"
         )
+    layout = detect_layout(found.tensors, found.metadata)
+    if (use := how_to_use(path, layout, found.tensors, found.metadata)) is not None:
+        raise WeightsError(f"{use}; expected a whole CLIP or a trained model")
     rows = state.pop("prompts_features", None)
     own = OwnMetadata(backbone, {}, (), None)
     if found.metadata.get("format") == OWN_FORMAT:

@@ -23,8 +23,9 @@ from ..metrics.ranking import RankingAwareIQA
 from ..metrics.registry import METRICS
 from ..metrics.specs import EXPORTED_SUFFIXES, FILE_SUFFIX, PromptedMetric, parse_spec, spec_for, split_exported
 from ..pretrained.deep_prompts import metric_of_prompts
-from ..pretrained.layouts import FITTED_FORMAT, PROMPTS_FORMAT
-from ..pretrained.read import stored_format
+from ..pretrained.layouts import FITTED_FORMAT, detect_layout
+from ..pretrained.read import read, stored_format
+from ..pretrained.uses import how_to_use
 from ..screen import Screen
 
 #: A spec (the name of a metric of pyiqa, or the file of a model trained with this package, optionally with prompts:
@@ -123,7 +124,7 @@ def build_metrics(
 
 
 def metric_of_file(path: str, prompts: Prompts | None = None) -> BlindMetric:
-    """Load a metric of `qualiclip train`, `qualiclip fit`, or `qualiclip tune` for deep prompts.
+    """Load a metric of `qualiclip train` or `qualiclip fit`, or one by deep prompts, of `qualiclip tune` or others.
 
     Args:
         path: the file.
@@ -136,12 +137,11 @@ def metric_of_file(path: str, prompts: Prompts | None = None) -> BlindMetric:
     """
     if not Path(path).exists():
         raise SettingsError(f"{path} does not exist; expected a metric's name or the file of a trained model")
-    stored = stored_format(path)
-    if stored == PROMPTS_FORMAT:
+    if (learned := metric_of_prompts(path)) is not None:
         if prompts is not None:
             raise SettingsError(f"{path} holds learned prompts, which fit their own texts only; pass the file alone")
-        return DeepPromptIQA(metric_of_prompts(path), weights=path)
-    if stored == FITTED_FORMAT:
+        return DeepPromptIQA(learned, weights=path)
+    if stored_format(path) == FITTED_FORMAT:
         if prompts is not None:
             raise SettingsError(f"{path} is a metric of `qualiclip fit`, which takes no prompts; pass the file alone")
         return FittedIQA(weights=path)
@@ -155,10 +155,7 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
     known = pyiqa.list_models()
     if isinstance(metric, str) and metric not in known:
         if Path(metric).is_file() and not metric.endswith((FILE_SUFFIX, *EXPORTED_SUFFIXES)):
-            raise SettingsError(
-                f"{metric} is a file without the suffix {FILE_SUFFIX}; expected a metric's name or the file of a "
-                "trained model"
-            )
+            raise _another_file(metric)
         metric = parse_spec(metric)
     if isinstance(metric, PromptedMetric):
         return _prompted(metric, known)
@@ -172,6 +169,20 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
         advice = did_you_mean(metric, known) if meant is None else f"; did you mean {meant!r}?"
         raise SettingsError(f"unknown metric {metric!r}{advice} (`pyiqa -ls` lists all)")
     return _created(metric, device)
+
+
+def _another_file(path: str) -> SettingsError:
+    """Say what a file is that cannot stand for a metric, since its suffix is not that of a trained model."""
+    try:
+        found = read(Path(path))
+    except WeightsError:  # not a weight file at all
+        use = None
+    else:
+        use = how_to_use(Path(path), detect_layout(found.tensors, found.metadata), found.tensors, found.metadata)
+    return SettingsError(
+        use
+        or f"{path} is a file without the suffix {FILE_SUFFIX}; expected a metric's name or the file of a trained model"
+    )
 
 
 def _prompted(metric: PromptedMetric, known: Iterable[str]) -> BlindMetric:

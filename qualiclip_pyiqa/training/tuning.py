@@ -303,7 +303,7 @@ def _save(net: Tunable, target: Path) -> None:
     try:
         if isinstance(net, DeepPromptIQA):
             state = {name: value.detach().cpu() for name, value in net.prompt_learner.state_dict().items()}
-            write_prompts(target, state, net.model_type, net.origin.backbone)
+            write_prompts(target, state, net.model_type, net.origin.backbone, net.clip_sha256, net.clip_file)
         else:
             _save_context(net, target)
     except OSError as error:
