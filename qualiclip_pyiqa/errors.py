@@ -98,6 +98,16 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def decimals(number: float) -> str:
+    """Format a score with four decimals; one of a million or more, as of a metric without bounds, in powers of ten.
+
+    Example:
+        >>> decimals(0.25), decimals(-3.5645816950000000e16)
+        ('0.2500', '-3.5646e+16')
+    """
+    return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4e}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'niqe'?"` for the end of an error message, or `""` if no known name is similar.
 

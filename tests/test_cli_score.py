@@ -23,6 +23,7 @@ from faults import as_nobody, workers_of
 from PIL import Image
 
 from qualiclip_pyiqa.commands import DEFAULT_METRIC, cli
+from qualiclip_pyiqa.commands.summary import Summary
 from qualiclip_pyiqa.errors import counted
 from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.scoring.scorer import Scorer
@@ -82,6 +83,14 @@ def test_table_summary_and_status(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert score(folder, "-m", "qualiclip-mini", "-m", "piqe", "-o", out, "--resume") == 0
     assert "5/5" in capsys.readouterr().err
+
+
+def test_the_summary_of_huge_scores_is_short() -> None:
+    summary = Summary(["norm"], {"norm": False}, {"norm": ("better", "worse")})
+    for number in (1, 2):
+        summary.add(Record(f"{number}.png", scores={"norm": number * 1e16}))
+    text = "\n".join(summary.lines(0, 0))
+    assert "mean 1.5000e+16;" in text and "best: 2.0000e+16 2.png" in text and "000000" not in text
 
 
 def test_the_summary_calls_no_brightness_better(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qualiclip_pyiqa.metrics.prompts import ATTRIBUTES, LOOK
-from qualiclip_pyiqa.metrics.registry import METRICS
+from qualiclip_pyiqa.metrics.registry import METRICS, PromptSpec
 from qualiclip_pyiqa.pretrained.manifest import manifest
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,15 @@ def metrics_table() -> str:
 
 def test_metrics_table() -> None:
     assert metrics_table() in README, "README.md's table is out of date: run python tests/test_readme.py"
+
+
+def test_weights_table_names_the_files_of_every_metric() -> None:
+    section = README.partition("\n## Weights\n")[2].partition("\n## ")[0]
+    for spec in METRICS.values():
+        if not isinstance(spec, PromptSpec):
+            for record in spec.records:
+                assert f"`{manifest()[record].file}`" in section, (spec.name, record)
+    assert "`prompts.safetensors`" in section
 
 
 def test_mean_score_of_the_examples() -> None:

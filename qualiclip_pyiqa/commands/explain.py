@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ImageError
+from ..errors import ImageError, decimals
 from ..images.convert import source_name
 from ..screen import Screen, loading
 from . import (
@@ -129,7 +129,7 @@ def _lines(mappers: Sequence[Mapper], maps: Sequence[QualityMap], said: set[str]
     relations: dict[str, list[str]] = {}
     for each in maps:
         name = f"{source_name(each.metric)}  {source_name(each.attribute)}"
-        yield f"{name}  {each.score:.4f}"
+        yield f"{name}  {decimals(each.score)}"
         relations.setdefault(each.relation, []).append(source_name(each.attribute))
     for relation, attributes in relations.items():
         if relation not in said:

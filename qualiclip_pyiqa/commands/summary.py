@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..errors import counted
+from ..errors import counted, decimals
 from ..images.convert import source_name
 from ..metrics.prompts import Pair
 from ..scoring.tables import Record
@@ -67,8 +67,11 @@ class Summary:
     def _column(self, column: str, scores: np.ndarray) -> Iterator[str]:
         lower_better, words = self._lower_better[column], self._comparatives[column]
         meaning = f"lower is {words[1]}" if lower_better else f"higher is {words[0]}"
-        marks = " ".join(f"{q:.0%} {v:.4f}" for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True))
-        yield f"{source_name(column)} ({meaning}): count {len(scores)}, mean {np.mean(scores):.4f}; quantiles {marks}"
+        marks = " ".join(
+            f"{q:.0%} {decimals(v)}" for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)
+        )
+        mean = decimals(float(np.mean(scores)))
+        yield f"{source_name(column)} ({meaning}): count {len(scores)}, mean {mean}; quantiles {marks}"
         ranked = sorted(zip(scores, self._paths[column], strict=True), reverse=lower_better)
         worst = ranked[: min(EXTREMES, len(ranked) // 2)]
         best = ranked[len(worst) :][::-1][:EXTREMES]
@@ -76,4 +79,4 @@ class Summary:
         ends = ("worst", "best") if "better" in words else ("lowest", "highest")
         for what, rows in zip(ends, (worst, best), strict=True):
             if rows:
-                yield f"  {what}: " + ", ".join(f"{score:.4f} {source_name(path)}" for score, path in rows)
+                yield f"  {what}: " + ", ".join(f"{decimals(score)} {source_name(path)}" for score, path in rows)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import counted
+from ..errors import counted, decimals
 from ..images.convert import source_name
 from .agreement import LEAST, Agreement
 from .gmad import Duel
@@ -17,7 +17,7 @@ from .ratings import Ratings
 
 def number(value: float | None) -> str:
     """Format a correlation; `-` for None."""
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else decimals(value)
 
 
 def cell(name: str) -> str:
