@@ -270,6 +270,15 @@ def test_a_report_of_a_table_with_references(
 # ---------------------------------------------------------------- what is refused
 
 
+def test_prompts_of_a_full_reference_metric_are_refused(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, references = folders
+    for reference in ((), ("--reference", references)):
+        assert score(images, *reference, "-m", "psnr:look") == 2
+        assert "'psnr:look': psnr is another package's metric, which takes no prompts" in capsys.readouterr().err
+
+
 def test_references_and_metrics_that_do_not_belong_together(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +320,7 @@ def test_what_takes_no_references_says_so_before_metrics_are_built(
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert said.startswith("qualiclip: ckdn needs a reference image; expected no-reference metrics")
         assert "`qualiclip score --reference PATH` takes full-reference ones" in said
+        assert command is not evaluate or "metrics to score here, or --scores TABLE with full-reference scores" in said
     with pytest.raises(SettingsError, match=r"^psnr needs a reference image; .* for a profile"):
         Profiler(iter(["qualiclip-mini", "psnr"]), device="cpu")
 
@@ -605,6 +615,12 @@ def test_memory_is_bounded_with_references(workers: int, tmp_path: Path, monkeyp
     for number, _ in enumerate(itertools.islice(running, 12)):
         assert read[0] <= max(2 * max(1, workers), number + 1)
     running.close()
+
+
+def test_an_image_too_small_for_a_metric_is_said_to_be() -> None:
+    image = pixels()[:32, :32].copy()
+    (record,) = Scorer("ms_ssim", device="cpu", workers=0).score([image], [image])
+    assert record.error == "ms_ssim: 32x32 pixels are too few for this metric; score larger images"
 
 
 def test_a_metric_that_returns_no_number_is_an_error(caplog: pytest.LogCaptureFixture) -> None:

@@ -162,7 +162,9 @@ def _scorer(arguments: argparse.Namespace, metrics: Sequence[str] | None = None)
     from ..scoring.building import blind_only
     from ..scoring.scorer import Scorer
 
-    chosen = blind_only(chosen_metrics(arguments, metrics), "without --scores TABLE")
+    rated = arguments.ratings is not None or arguments.dataset is not None
+    where = "to score here, or --scores TABLE with full-reference scores" if rated else "to score here"
+    chosen = blind_only(chosen_metrics(arguments, metrics), where)
     return Scorer(chosen, device=arguments.device, **read_options(arguments))
 
 

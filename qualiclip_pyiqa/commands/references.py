@@ -46,10 +46,12 @@ def references_of(
         SettingsError: metrics need `--reference` and it is missing, or the other way round; it is no folder or file, or
             cannot be searched for these images.
     """
-    from ..scoring.building import needs_reference
+    from ..scoring.building import needs_reference, refuse_foreign_prompts
     from ..scoring.sources import ReferenceFolder
 
     path = arguments.reference
+    for metric in metrics.values():
+        refuse_foreign_prompts(metric)  # psnr:look would count as a metric that needs no reference
     needing = [name for name, metric in metrics.items() if needs_reference(metric)]
     if path is None and arguments.engine == "local" and needing:
         raise SettingsError(

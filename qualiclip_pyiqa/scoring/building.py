@@ -158,7 +158,7 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
             raise _another_file(metric)
         metric = parse_spec(metric)
     if isinstance(metric, PromptedMetric):
-        return _prompted(metric, known)
+        return _prompted(metric)
     exported = split_exported(metric)
     if exported is not None:
         return ExportedIQA(*exported)
@@ -185,15 +185,23 @@ def _another_file(path: str) -> SettingsError:
     )
 
 
-def _prompted(metric: PromptedMetric, known: Iterable[str]) -> BlindMetric:
+def refuse_foreign_prompts(metric: MetricLike) -> None:
+    """Raise SettingsError for prompts of another package's metric, which takes none."""
+    import pyiqa
+
+    if isinstance(metric, PromptedMetric) and metric.metric in {*pyiqa.list_models()} - METRICS.keys():
+        name = metric.metric
+        raise SettingsError(
+            f"{metric.spec!r}: {name} is another package's metric, which takes no prompts; pass {name!r} alone"
+        )
+
+
+def _prompted(metric: PromptedMetric) -> BlindMetric:
     name = metric.metric
     if name.endswith(FILE_SUFFIX):
         return metric_of_file(name, metric.prompts)
     if name not in METRICS:
-        if name in known:
-            raise SettingsError(
-                f"{metric.spec!r}: {name} is another package's metric, which takes no prompts; pass {name!r} alone"
-            )
+        refuse_foreign_prompts(metric)
         raise SettingsError(f"unknown metric {name!r} in {metric.spec!r}{did_you_mean(name, METRICS)}")
     # Not by name, as in `metric_of_file`.
     if METRICS[name].captioned:

@@ -40,6 +40,8 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# Parts of PyTorch's messages when an image is too small for a convolution or its padding.
+TOO_SMALL = ("Kernel size can't be greater than actual input size", "Padding size should be less than")
 
 
 @dataclass
@@ -206,6 +208,9 @@ class Network:
             if _is_out_of_memory(error):
                 image.errors.append(f"{name}: {self._too_large(inputs[0])}")
                 self._free_memory()
+            elif isinstance(error, RuntimeError) and any(words in str(error) for words in TOO_SMALL):
+                height, width = inputs[0].shape[:2]
+                image.errors.append(f"{name}: {width}x{height} pixels are too few for this metric; score larger images")
             else:
                 image.errors.append(f"{name}: {type(error).__name__}: {one_line(error)}")
         else:
