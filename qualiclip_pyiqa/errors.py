@@ -77,6 +77,16 @@ def reason(error: BaseException, limit: int = 300) -> str:
     return line.rstrip(". ") or type(error).__name__
 
 
+def quoted(text: str, limit: int = 80) -> str:
+    """Quote a user's text in a message; of a long one only the start.
+
+    Example:
+        >>> quoted("Good photo."), quoted("a" * 100, limit=4)
+        ("'Good photo.'", "'aaaa...'")
+    """
+    return repr(text if len(text) <= limit else f"{text[:limit]}...")
+
+
 def kind_of(value: object) -> str:
     """Return the name of a value's type with its article.
 

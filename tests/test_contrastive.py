@@ -265,6 +265,12 @@ def test_reiqa_without_a_regression_says_so_in_one_line(shallow: Path, capsys: p
         load_encoders("re-iqa", swapped(shallow))
     with pytest.raises(WeightsError, match="not a folder; Re-IQA has two files"):
         load_encoders("re-iqa", shallow / "quality_aware_r50.pth")
+    twins = shallow / "twins"
+    twins.mkdir(exist_ok=True)
+    for name in ("quality", "content"):
+        (twins / f"{name}_aware_r50.pth").write_bytes((shallow / "quality_aware_r50.pth").read_bytes())
+    with pytest.raises(WeightsError, match=r"quality_aware_r50\.pth and .*content_aware_r50\.pth hold the same"):
+        load_encoders("re-iqa", twins)
 
 
 def swapped(folder: Path) -> Path:

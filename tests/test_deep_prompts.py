@@ -271,6 +271,7 @@ def test_files_that_do_not_fit(files: dict[str, Path], tiny_folder: Path, tmp_pa
     renamed = tmp_path / "mine.pth"
     renamed.write_bytes(files["clip-agiqa"].read_bytes())
     fails("as NAME_aux_REST for NAME_tar_REST", "clip-agiqa", renamed)
+    fails("is a folder; expected a file of prompts of clip-dqa", "clip-dqa", tmp_path)
     fails("nothing.pth", "clip-dqa", tmp_path / "nothing.pth")
     content = torch.load(files["clip-dqa"])
     torch.save({**content, "adapter.weight": torch.ones(2)}, tmp_path / "more.pth")

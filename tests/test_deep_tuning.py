@@ -356,7 +356,7 @@ def test_a_file_stands_for_its_metric(
         ("clip-dqa", ["--recipe", "pyiqa"], "--recipe has no effect on clip-dqa"),
         ("clip-dqa", ["--shared"], "--shared has no effect on clip-dqa"),
         ("clip-dqa", ["--crop", "40"], "--crop has no effect on clip-dqa"),
-        ("clip-dqa", ["--alignment-column", "align"], "clip-dqa has no alignment score"),
+        ("clip-dqa", ["--alignment-column", "align"], "--alignment-column has no effect on clip-dqa, which has"),
         (
             "clip-agiqa",
             [],
@@ -383,6 +383,19 @@ def test_wrong_command_lines(
     assert cli.main(command(rated_folder, tmp_path / "run", name, tiny_folder, *options)) in (1, 2)
     captured = capsys.readouterr().err
     assert said in captured and not (tmp_path / "run").exists(), captured
+
+
+def test_what_is_left_of_a_killed_process_is_deleted(
+    tiny_folder: Path, rated_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("checkpoint-000000002.safetensors", "prompts.safetensors"):
+        (out / f"{name}.0123456789ab.part").write_bytes(b"half")
+    options = ["--epochs", 1, "--validation", 0, "--resume"]
+    assert cli.main(command(rated_folder, out, "clip-dqa", tiny_folder, *options)) == 0
+    assert [path.name for path in sorted(out.iterdir())] == ["log.jsonl", "prompts.safetensors"]
+    assert f"{out} holds no checkpoint to resume from; the run starts at its first epoch" in capsys.readouterr().err
 
 
 def test_trackers_are_told(tiny_folder: Path, ratings: Ratings, tmp_path: Path) -> None:

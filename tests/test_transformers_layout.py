@@ -265,6 +265,8 @@ def test_whatever_does_not_fit_is_one_clear_line(tmp_path: Path) -> None:
     refused("layer_norm_eps is 1e-06; expected 1e-05")
     with_vision(num_attention_heads="2")
     refused("num_attention_heads is '2'; expected a positive integer")
+    (folder / "config.json").write_text(json.dumps(json.loads(original) | {"model_type": "bert"}))
+    refused("config.json is that of a model of type 'bert'; expected one of clip, clip_vision_model, clip_text_model")
     (folder / "config.json").write_text(json.dumps({"vision_config": 3}))
     refused("config.json is damaged: expected an object as vision_config")
     for damaged in ("{", "[]"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import pyiqa
 import pytest
 import torch
 from torch import Tensor
 
 from qualiclip_pyiqa import Scorer
-from qualiclip_pyiqa.errors import SettingsError, WeightsError
+from qualiclip_pyiqa.errors import PromptError, SettingsError, WeightsError
+from qualiclip_pyiqa.pretrained.contrastive import load_regression
 from qualiclip_pyiqa.pretrained.convert import convert
 
 ONE = torch.ones(1)
@@ -50,6 +53,30 @@ def test_a_part_says_how_to_use_it(tensors: dict[str, Tensor], said: str, tmp_pa
     convert(tmp_path / "file.pth", converted)
     with pytest.raises(WeightsError, match=rf"file\.safetensors is {said.removesuffix('$')}") as caught:
         Scorer(str(converted))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "options"), [("reiqa", {}), ("fitted", {}), ("face-norm", {}), ("ranking-aware", {"caption": "Good."})]
+)
+def test_a_folder_in_place_of_a_file(metric: str, options: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"is a folder; expected a (weight )?file"):
+        pyiqa.create_metric(metric, weights=str(tmp_path), device="cpu", **options)
+
+
+def test_a_long_prompt_is_not_printed_whole() -> None:
+    with pytest.raises(PromptError, match="no feature for 'aaa") as caught:
+        Scorer(f"qualiclip-mini:{'a' * 1000}/b")
+    assert str(caught.value).count("a" * 60) == 2 and len(str(caught.value)) < 1000
+    with pytest.raises(PromptError, match="unknown prompt set") as caught:
+        Scorer(f"qualiclip-mini:{'a' * 1000}")
+    assert len(str(caught.value)) < 1000
+
+
+def test_another_pickle_than_a_regression(tmp_path: Path) -> None:
+    (tmp_path / "state.pkl").write_bytes(pickle.dumps({"a": [1.0]}))
+    with pytest.raises(WeightsError, match=r"neither torch\.save nor scikit-learn's Ridge wrote") as caught:
+        load_regression(tmp_path / "state.pkl")
     assert "\n" not in str(caught.value)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
-from ..metrics.registry import with_context, with_deep_prompts
+from ..metrics.registry import METRICS, DeepPromptSpec, with_context, with_deep_prompts
 from ..metrics.specs import refuse_prompts
 from ..optional import require
 from . import Commands, a_number, a_seed, add_rating_options, put, rated, refuse, say
@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_prompts(arguments.metric, "here: `qualiclip tune` learns a context for the metric's own prompts")
     deep = arguments.metric in with_deep_prompts()
     refuse(arguments, CONTEXT_OPTIONS if deep else PROMPT_OPTIONS, f"on {arguments.metric}")
+    _check_alignment(arguments)
     ratings = rated(arguments, arguments.group)  # before anything that takes time
     say(f"qualiclip: {ratings}")
     alignment = None
@@ -125,6 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     trackers = check_trackers(arguments.tracker or ())
 
+    from ..training.checkpoint import find_checkpoint
     from ..training.recipes import RECIPES, default_recipe
     from ..training.tuning import tune
 
@@ -140,6 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
         net = net.to(device)
     except (RuntimeError, AssertionError) as error:  # torch says in its first line what is missing
         raise SettingsError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
+    if arguments.resume and find_checkpoint(arguments.out) is None:
+        say(f"qualiclip: {arguments.out} holds no checkpoint to resume from; the run starts at its first epoch")
     path = tune(
         net,
         ratings,
@@ -153,6 +157,20 @@ def run(arguments: argparse.Namespace) -> int:
     )
     put(path)
     return 0
+
+
+def _check_alignment(arguments: argparse.Namespace) -> None:
+    """Raise SettingsError if a metric by deep prompts lacks --alignment-column, or has no use for it."""
+    spec = METRICS.get(arguments.metric)
+    if not isinstance(spec, DeepPromptSpec):
+        return
+    if len(spec.learners) == 1:
+        refuse(arguments, ("alignment_column",), f"on {spec.name}, which has no alignment score")
+    elif arguments.alignment_column is None:
+        raise SettingsError(
+            f"{spec.name} learns the alignment of image and text too; pass its scores (--alignment-column), or train "
+            "clip-dqa, which needs none"
+        )
 
 
 def _network(arguments: argparse.Namespace, recipe: Recipe, deep: bool) -> Tunable:

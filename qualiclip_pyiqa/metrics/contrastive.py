@@ -138,7 +138,8 @@ class ReIQA(FittedIQA):
         if not weights:
             raise SettingsError(
                 f"{model_type} needs a regression, and its authors published none: fit one with `qualiclip fit -m "
-                f"{model_type} --ratings CSV --images DIR -o FILE.safetensors` and pass weights=FILE.safetensors"
+                f"{model_type} --ratings CSV --images DIR -o FILE.safetensors` and pass weights=FILE.safetensors (on "
+                "the command line `qualiclip score -m FILE.safetensors`)"
             )
         super().__init__(model_type, weights, tile, prompts)
         if self.origin.backbone != RE_IQA:

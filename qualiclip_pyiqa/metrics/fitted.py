@@ -98,7 +98,10 @@ class FittedIQA(BlindMetric):
         prompts: object = None,
     ) -> None:
         if not weights:
-            raise SettingsError(f"{model_type} is a metric of your own; pass weights=FILE, made with `{HOW_TO_FIT}`")
+            raise SettingsError(
+                f"{model_type} is a metric of your own; pass weights=FILE (on the command line `qualiclip score -m "
+                f"FILE`), made with `{HOW_TO_FIT}`"
+            )
         if prompts is not None:
             raise SettingsError(f"{weights} is a metric of `qualiclip fit`, which takes no prompts; leave prompts out")
         model = load_fitted(weights)

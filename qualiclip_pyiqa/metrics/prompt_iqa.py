@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import PromptError, SettingsError, WeightsError
+from ..errors import PromptError, SettingsError, WeightsError, quoted
 from ..pretrained.files import WeightFile
 from ..pretrained.layouts import OWN_TOWERS
 from ..pretrained.manifest import WeightRecord, openai_record
@@ -311,7 +311,7 @@ def _fixed_features(prompts: Prompts, model: LoadedModel) -> Tensor:
         raise PromptError(f"{model.path} has no text tower, which encodes prompts; expected a whole CLIP")
     if not model.has_text_tower:
         raise PromptError(
-            f"{model.path.name} has no text tower and no feature for {missing[0]!r}; "
+            f"{model.path.name} has no text tower and no feature for {quoted(missing[0])}; "
             f"expected some of {', '.join(map(repr, stored))}"
         )
     return model.prompt_features(prompts.texts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import PromptError, did_you_mean, reason
+from ..errors import PromptError, did_you_mean, quoted, reason
 
 Pair: TypeAlias = tuple[str, str]
 
@@ -253,7 +253,7 @@ def _find_set(name: str, sets: Mapping[str, Prompts]) -> Prompts:
         return Prompts(((name, (ATTRIBUTES[name],)),))
     known = [*sets, *prompt_set_names()]
     raise PromptError(
-        f"unknown prompt set {name!r}; expected one of {', '.join(known)}, or a pair POSITIVE/NEGATIVE"
+        f"unknown prompt set {quoted(name)}; expected one of {', '.join(known)}, or a pair POSITIVE/NEGATIVE"
         f"{did_you_mean(name, known)}"
     )
 
@@ -289,6 +289,6 @@ def _check_pairs(pairs: object, where: str) -> tuple[Pair, ...]:
                 raise PromptError(f"{here} holds {text!r}; expected a non-empty text")
         # CLIP's tokenizer ignores case and folds white space.
         if " ".join(positive.lower().split()) == " ".join(negative.lower().split()):
-            raise PromptError(f"{here} has the same text twice ({positive!r}); expected two antonyms")
+            raise PromptError(f"{here} has the same text twice ({quoted(positive)}); expected two antonyms")
         checked.append((positive, negative))
     return tuple(checked)

@@ -63,8 +63,9 @@ class RankingAwareIQA(BlindMetric):
             raise SettingsError(f"model_type {model_type!r} belongs to {spec.arch}, not to {type(self).__name__}")
         if not isinstance(caption, str) or not caption.strip():
             raise SettingsError(
-                f"{model_type} needs caption=TEXT (-m '{model_type}:TEXT'), the one its weights were trained with; "
-                "its authors published none for quality, and 'Rank the numbers of {class}.' for counting"
+                f"{model_type} needs caption=TEXT (on the command line `qualiclip score -m '{model_type}:TEXT'`), "
+                "the one its weights were trained with; its authors published none for quality, and "
+                "'Rank the numbers of {class}.' for counting"
             )
         super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
         definition = find_backbone(backbone)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import PromptError, SettingsError
+from ..errors import PromptError, SettingsError, quoted
 from .prompts import Prompts, prompt_set_names, resolve_prompts
 from .registry import METRICS, PromptSpec
 
@@ -91,21 +91,21 @@ def parse_spec(spec: str, sets: Mapping[str, Prompts] | None = None) -> str | Pr
     if prompts is None:
         return spec
     if not metric:
-        raise SettingsError(f"{spec!r} names no metric; expected METRIC:PROMPTS, such as clipiqa:look")
+        raise SettingsError(f"{quoted(spec)} names no metric; expected METRIC:PROMPTS, such as clipiqa:look")
     row = METRICS.get(metric)
     if isinstance(row, PromptSpec) and row.context is not None:
         raise SettingsError(
-            f"{spec!r}: {metric} has a learned prompt context, which fits its own prompts only; "
+            f"{quoted(spec)}: {metric} has a learned prompt context, which fits its own prompts only; "
             "choose a metric with fixed prompts, such as clipiqa or qualiclip"
         )
     if row is not None and row.captioned:
         return PromptedMetric(spec, metric, caption=prompts)
     if row is not None and not isinstance(row, PromptSpec):
-        raise SettingsError(f"{spec!r}: {metric} takes no prompts; leave out {':' + prompts!r}")
+        raise SettingsError(f"{quoted(spec)}: {metric} takes no prompts; leave out {':' + prompts!r}")
     try:
         return PromptedMetric(spec, metric, resolve_prompts(prompts, sets))
     except PromptError as error:
-        raise PromptError(f"{spec!r}: {error}") from error
+        raise PromptError(f"{quoted(spec)}: {error}") from error
 
 
 def spec_for(name: str) -> str | None:
@@ -142,4 +142,4 @@ def refuse_prompts(spec: str, where: str) -> None:
     """Raise SettingsError if a spec has prompts, because they have no effect `where`."""
     metric, prompts = split_spec(spec)
     if prompts is not None:
-        raise SettingsError(f"{spec!r}: prompts have no effect {where}; pass {metric!r} alone")
+        raise SettingsError(f"{quoted(spec)}: prompts have no effect {where}; pass {metric!r} alone")

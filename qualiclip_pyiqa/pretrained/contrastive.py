@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,8 @@ def load_encoders(
         found = read(_chosen(backbone, record, weights), layout=backbone)
         files.append(found.file)
         state |= {f"visual.{name}.{key}": value for key, value in _torchvision(backbone, found.tensors).items()}
+    if backbone == RE_IQA:
+        _check_different(files, state)
     return LoadedTower(
         file=files[0],
         beside=tuple(files[1:]),
@@ -105,6 +107,18 @@ def _chosen(backbone: str, record: str, weights: str | Path | WeightRecord | Non
         raise WeightsError(f"{folder} is not a folder; Re-IQA has two files: pass that of {' and '.join(names)}")
     file = folder / manifest()[record].file
     return file if file.exists() or not file.with_suffix(".safetensors").exists() else file.with_suffix(".safetensors")
+
+
+def _check_different(files: Sequence[WeightFile], state: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError if both files of Re-IQA hold the same encoder."""
+    import torch
+
+    quality = {key: value for key, value in state.items() if key.startswith("visual.quality.")}
+    twins = ((value, state.get(key.replace(".quality.", ".content.", 1))) for key, value in quality.items())
+    if all(twin is not None and torch.equal(value, twin) for value, twin in twins):
+        raise WeightsError(
+            f"{files[0].path} and {files[1].path} hold the same encoder; expected that of quality and that of content"
+        )
 
 
 def _torchvision(backbone: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

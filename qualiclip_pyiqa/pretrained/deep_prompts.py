@@ -74,6 +74,8 @@ def load_prompts(weights: str | Path, metric: str, attributes: Sequence[str]) ->
     Raises:
         WeightsError: the file is missing, damaged, of another kind or another metric's, or lies without the other one.
     """
+    if Path(weights).is_dir():
+        raise WeightsError(f"{weights} is a folder; expected a file of prompts of {metric}")
     found = read(weights)
     if found.metadata.get("format") == PROMPTS_FORMAT:
         _check_metric(found, found.metadata["metric"], metric)

@@ -62,7 +62,7 @@ def download(record: WeightRecord) -> Path:
     by_hand = record.urls[0] if record.layout == "openai-clip" and record.urls else record.origin
     raise WeightsError(
         f"{record.file} is not on this machine and cannot be downloaded ({'; '.join(failures)}); fetch {by_hand} "
-        f"elsewhere and put it into {into}; the metric {EMBEDDED_METRIC} needs no download"
+        f"elsewhere and put it into {into} (of this package's metrics, {EMBEDDED_METRIC} needs no download)"
     )
 
 

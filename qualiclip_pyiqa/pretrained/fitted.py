@@ -89,6 +89,11 @@ def load_fitted(path: str | Path) -> FittedModel:
     Raises:
         WeightsError: no such file, or one that is damaged or of another kind.
     """
+    if Path(path).is_dir():
+        raise WeightsError(
+            f"{path} is a folder; expected a file of `qualiclip fit`, which takes a folder of weights as "
+            "--backbone-weights"
+        )
     found = read(Path(path))
     if found.metadata.get("format") != FITTED_FORMAT:
         raise WeightsError(f"{path} is not a metric of `qualiclip fit`; expected a file that the command wrote")

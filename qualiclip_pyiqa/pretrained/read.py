@@ -82,7 +82,7 @@ def read(name_or_path: str | Path | WeightRecord, *, layout: str | None = None) 
         WeightsError: not found, wrong hash, damaged, unsafe, or of another layout.
     """
     path, record = resolve(name_or_path)
-    if path.is_dir():
+    if path.is_dir() and layout in (None, "openai-clip"):
         found = _read_folder(path)
     else:
         found = _read_file(path, record)
@@ -261,8 +261,8 @@ def _read_torch(opened: OpenFile) -> Any:
         if not start.startswith(b"PK") and _TORCH_MAGIC not in start:  # torch.load would unpickle anything
             if re.match(rb"\x80[\x02-\x05]", start):
                 raise WeightsError(
-                    f"{opened.path} is refused without executing any of it: it is a plain pickle; save the state dict "
-                    "with torch.save or as safetensors"
+                    f"{opened.path} is refused without executing any of it: it is a pickle that neither torch.save "
+                    "nor scikit-learn's Ridge wrote (CONTRIQUE's regressions are such); for tensors use safetensors"
                 )
             raise ValueError("neither safetensors nor written by torch.save")
         opened.file.seek(0)

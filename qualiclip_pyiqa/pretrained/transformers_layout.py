@@ -218,6 +218,10 @@ def _files_in(folder: Path) -> list[Path]:
     return []
 
 
+# What transformers calls a whole CLIP and its encoders in `config.json`.
+MODEL_TYPES = ("clip", "clip_vision_model", "clip_text_model")
+
+
 def read_config(folder: Path, towers: Sequence[Sequence[str]], files: Sequence[Path]) -> TransformersConfig:
     """Read the JSON files beside the tensors.
 
@@ -234,6 +238,11 @@ def read_config(folder: Path, towers: Sequence[Sequence[str]], files: Sequence[P
         path = file.parent / "config.json"
         if path.is_file():
             values = _json(path)
+            if (kind := values.get("model_type", "clip")) not in MODEL_TYPES:
+                raise WeightsError(
+                    f"{path} is that of a model of type {str(kind)[:80]!r}; expected one of {', '.join(MODEL_TYPES)}: "
+                    "fetch the one that belongs to the tensors"
+                )
             sections |= {tower: (path, _section(path, values, tower, whole=len(held) == 2)) for tower in held}
     activations = {tower: _activation(*found) for tower, found in sections.items()}
     if len(set(activations.values())) > 1:

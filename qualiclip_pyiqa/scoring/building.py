@@ -12,7 +12,7 @@ from typing import TextIO, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, reason
+from ..errors import PromptError, SettingsError, WeightsError, did_you_mean, quoted, reason
 from ..metrics.base import BlindMetric
 from ..metrics.deep_prompt_iqa import DeepPromptIQA
 from ..metrics.exported import ExportedIQA
@@ -154,7 +154,8 @@ def _built(metric: str | PromptedMetric, device: torch.device) -> nn.Module:
 
     known = pyiqa.list_models()
     if isinstance(metric, str) and metric not in known:
-        if Path(metric).is_file() and not metric.endswith((FILE_SUFFIX, *EXPORTED_SUFFIXES)):
+        # os.path, since Path.is_file raises an OSError for a prompt that is longer than a file's name can be.
+        if os.path.isfile(metric) and not metric.endswith((FILE_SUFFIX, *EXPORTED_SUFFIXES)):  # noqa: PTH113
             raise _another_file(metric)
         metric = parse_spec(metric)
     if isinstance(metric, PromptedMetric):
@@ -192,7 +193,7 @@ def refuse_foreign_prompts(metric: MetricLike) -> None:
     if isinstance(metric, PromptedMetric) and metric.metric in {*pyiqa.list_models()} - METRICS.keys():
         name = metric.metric
         raise SettingsError(
-            f"{metric.spec!r}: {name} is another package's metric, which takes no prompts; pass {name!r} alone"
+            f"{quoted(metric.spec)}: {name} is another package's metric, which takes no prompts; pass {name!r} alone"
         )
 
 
@@ -202,7 +203,7 @@ def _prompted(metric: PromptedMetric) -> BlindMetric:
         return metric_of_file(name, metric.prompts)
     if name not in METRICS:
         refuse_foreign_prompts(metric)
-        raise SettingsError(f"unknown metric {name!r} in {metric.spec!r}{did_you_mean(name, METRICS)}")
+        raise SettingsError(f"unknown metric {name!r} in {quoted(metric.spec)}{did_you_mean(name, METRICS)}")
     # Not by name, as in `metric_of_file`.
     if METRICS[name].captioned:
         return RankingAwareIQA(name, caption=metric.caption)
@@ -210,7 +211,7 @@ def _prompted(metric: PromptedMetric) -> BlindMetric:
     try:
         return kinds[METRICS[name].arch](name, prompts=metric.prompts)
     except PromptError as error:
-        raise PromptError(f"{metric.spec!r}: {error}") from error
+        raise PromptError(f"{quoted(metric.spec)}: {error}") from error
 
 
 def _created(name: str, device: torch.device) -> nn.Module:

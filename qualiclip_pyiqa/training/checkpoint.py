@@ -117,6 +117,13 @@ def find_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob(PATTERN), default=None)
 
 
+def delete_partial_files(folder: Path, result: str) -> None:
+    """Delete the partly written checkpoints and results of a killed process; `result` is the name of the run's file."""
+    for pattern in (f"{result}.*.part", f"{PATTERN}.*.part"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def write_checkpoint(folder: Path, state: State) -> Path:
     """Write a checkpoint, whole or not at all, then delete earlier ones.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
 import os
 import random
@@ -28,10 +29,10 @@ from ..towers.mini import RelativeSharpness
 from ..towers.statistics import detail_and_top
 from .alignment import Aligned, save
 from .checkpoint import (
-    PATTERN,
     Progress,
     State,
     delete_checkpoints,
+    delete_partial_files,
     find_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -44,6 +45,8 @@ from .stacks import Degraded, Stacks, batch_of
 from .trackers import AlignedMetric, log_image, show_scores, start_trackers
 from .validation import Validation, rated_srcc
 
+log = logging.getLogger(__name__)
+
 MODEL, LOG = "model.safetensors", "log.jsonl"
 # Consecutive fp16 overflows allowed: each halves the gradient scale, from 2^16 at the start to 2^-16.
 OVERFLOWS = 32
@@ -53,13 +56,6 @@ FITTED = 500
 
 class DivergedError(RuntimeError):
     """The loss or its gradient became NaN or infinite."""
-
-
-def delete_partial_files(out: Path) -> None:
-    """Delete partly written files of a killed process."""
-    for pattern in (f"{MODEL}.*.part", f"{PATTERN}.*.part"):
-        for path in out.glob(pattern):
-            path.unlink()
 
 
 @contextmanager
@@ -113,6 +109,8 @@ class Run:
         checkpoint = find_checkpoint(self.out) if resume else None
         if checkpoint is not None:
             read_checkpoint(checkpoint, self.state, self.config.steps)
+        elif resume and self.main:
+            log.info("%s holds no checkpoint to resume from; the run starts at its first step", self.out)
         if self.main:
             self._open_logs()
         if checkpoint is None:
@@ -283,7 +281,7 @@ class Run:
 
     def _open_logs(self) -> None:
         """Prepare the validation images, and truncate both logs to the checkpoint."""
-        delete_partial_files(self.out)
+        delete_partial_files(self.out, MODEL)
         self.validation = Validation([read_photograph(path) for path in self.validation_paths], self.config, self.seed)
         start_trackers(self.accelerator, self.out, self.progress.step)
         self.journal = (self.out / LOG).open("ab")

@@ -28,9 +28,9 @@ from ..evaluation.ratings import Ratings
 from ..images.convert import MIN_SIDE
 from ..pretrained.read import read
 from .alignment import build
-from .checkpoint import PATTERN, find_checkpoint
+from .checkpoint import PATTERN, delete_partial_files, find_checkpoint
 from .config import Config
-from .loop import LOG, MODEL, Run, delete_partial_files
+from .loop import LOG, MODEL, Run
 from .photographs import shorter_side, split_photographs
 from .trackers import Tracker, check_trackers
 
@@ -104,7 +104,7 @@ def train(
         if not (resume and _is_finished(out, digest)):
             Run(config, accelerator, aligned, training, validation, out, seed, licence, ratings, digest).go(resume)
         elif not quiet:
-            delete_partial_files(out)
+            delete_partial_files(out, MODEL)
     accelerator.end_training()
     return out / MODEL
 

@@ -27,7 +27,16 @@ from ..metrics.deep_prompt_iqa import DeepPromptIQA
 from ..metrics.prompt_iqa import PromptIQA
 from ..pretrained.deep_prompts import write_prompts
 from ..screen import Screen
-from .checkpoint import PATTERN, Progress, State, delete_checkpoints, find_checkpoint, read_checkpoint, write_checkpoint
+from .checkpoint import (
+    PATTERN,
+    Progress,
+    State,
+    delete_checkpoints,
+    delete_partial_files,
+    find_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .examples import Draw, Tunable, batches_of, check_sizes, plan
 from .held_out import Parts, check_range, hold_out
 from .recipes import Recipe
@@ -93,6 +102,7 @@ def tune(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{out} cannot be created ({error.strerror}); choose another folder") from error
+    delete_partial_files(out, target.name)
 
     watched = Watched(net, parts.watched)
     first = _settings(net, recipe, parts, ranges, mos_range is not None)
