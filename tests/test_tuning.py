@@ -247,7 +247,7 @@ def test_recipes_are_the_metrics_own() -> None:
     assert default_recipe("clipiqa+") is RECIPES["official"]
     for name in ("clipiqa+_rn50_512", "clipiqa+_vitL14_512", "qualiclip+", "qualiclip+-spaq"):
         assert default_recipe(name) is RECIPES["pyiqa"]
-    with pytest.raises(SettingsError, match=r"qualiclip has fixed prompts.*clipiqa\+_vitL14_512"):
+    with pytest.raises(SettingsError, match=r"qualiclip has no prompts to learn.*clipiqa\+_vitL14_512"):
         default_recipe("qualiclip")
     with pytest.raises(SettingsError, match="did you mean"):
         default_recipe("clipiqa++")
@@ -397,7 +397,7 @@ def test_pyiqas_own_class_takes_the_result(
     ("table", "options", "said"),
     [
         ("image,mos\n0.png,3\n1.png,nan\n", [], "line 3: mos is 'nan'"),
-        ("image,mos\n0.png,3\n1.png,2\n", ["-m", "clipiqa"], "clipiqa has fixed prompts"),
+        ("image,mos\n0.png,3\n1.png,2\n", ["-m", "clipiqa"], "clipiqa has no prompts to learn"),
         ("image,mos\n0.png,3\n1.png,2\n", ["--batch", "0"], "batch is 0"),
         ("image,one,two\n0.png,3,1\n", [], "pass --mos-column"),
         ("image,mos\n0.png,3\n1.png,2\n", ["--tracker", "wand"], "tracker is 'wand'; expected one of tensorboard"),
