@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from ..errors import ImageError, SettingsError, counted
 from ..files import UTF16_MARKS
 from ..images.convert import source_name
 from ..images.parquet import ParquetImages, is_parquet
-from ..images.paths import FoundPaths, find_images, fixed_part, matches
+from ..images.paths import FoundPaths, find_images, fixed_part, is_pattern, matches
 from ..metrics.prompts import Pair
 from ..metrics.specs import column_belongs
 from ..scoring.tables import CsvStream, Record, ScoreTable, check_suffix, read_meta
@@ -153,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
             "or with qualiclip_pyiqa.scoring.ray.score_dataset"
         )
     with loading(", ".join(metrics)):
-        patterns = [fixed_part(each) for each in arguments.paths if glob.has_magic(each) and not os.path.lexists(each)]
+        patterns = [fixed_part(each) for each in arguments.paths if is_pattern(each)]
         references = references_of(arguments, metrics, [*found.folders, *patterns], found.paths, files)
         engine = _engine(arguments, _in_precision(arguments, metrics), files, references)
         maps = None if arguments.maps is None else maps_of(arguments, metrics, partial(_sources, files=files))
@@ -292,7 +291,7 @@ def _names(arguments: Iterable[str], null: bool, unmatched: list[str]) -> Iterat
             yield from _listed(_standard_input(), null)
             continue
         names = matches(argument)
-        is_name = "://" in argument or not glob.has_magic(argument) or os.path.lexists(argument)
+        is_name = "://" in argument or not is_pattern(argument)
         if names == [argument] and not is_name:
             unmatched.append(argument)
         else:

@@ -111,9 +111,14 @@ def matches(pattern: str) -> list[str]:
     An existing name is not expanded, whatever it looks like. A pattern without matches is returned unchanged, for the
     error message. As with `glob`, a wildcard at the beginning of a name does not match hidden names.
     """
-    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+    if not is_pattern(pattern):
         return [pattern]
     return sorted(set(_expand(pattern.replace(os.sep, "/")))) or [pattern]
+
+
+def is_pattern(argument: str) -> bool:
+    """Return whether an argument is a pattern; an existing name is none, whatever it looks like."""
+    return glob.has_magic(argument) and not os.path.lexists(argument)
 
 
 def fixed_part(pattern: str) -> str:
