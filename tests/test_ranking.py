@@ -160,7 +160,16 @@ def test_at_the_command_line_the_caption_follows_a_colon(
     assert float(row[spec]) == pytest.approx(float(expected), abs=1e-5)
     assert main(["score", str(tmp_path / "image.png"), "-m", "ranking-aware", "-o", str(tmp_path / "more.csv")]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if "needs caption=TEXT (-m 'ranking-aware:TEXT')" in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in said
+                if "needs caption=TEXT (on the command line `qualiclip score -m 'ranking-aware:TEXT'`)" in line
+            ]
+        )
+        == 1
+    )
 
 
 def rated(folder: Path, lower_better: bool = False) -> Ratings:
