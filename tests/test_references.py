@@ -284,6 +284,8 @@ def test_references_and_metrics_that_do_not_belong_together(
 ) -> None:
     images, references = folders
     out = tmp_path / "s.csv"
+    no_image = tmp_path / "scores.txt"
+    no_image.write_text("0.5")
     monkeypatch.setattr("pyiqa.create_metric", None)  # all of it is known before a metric is built
     for arguments, message in (
         (
@@ -293,6 +295,7 @@ def test_references_and_metrics_that_do_not_belong_together(
         (["-m", "qualiclip-mini", "--reference", references], "--reference has no effect on qualiclip-mini; leave it"),
         (["-m", "psnr", "--reference", tmp_path / "none"], f"--reference {tmp_path / 'none'} is missing; expected a"),
         (["-m", "psnr", "--reference", ""], "--reference '' is missing; expected a folder of references, or an image"),
+        (["-m", "psnr", "--reference", no_image], f"--reference: {no_image} is not an image of a supported format"),
         (["-m", "psnr", "--reference", "s3://b/references"], "--reference s3://b/references is a URL; expected"),
         (["-m", "psnr", "--reference", references, "--engine", "ray"], "--reference cannot be used with --engine ray"),
         (["-m", "psnr", "--reference", references, "--precision", "int8", "--calibrate", images], "metrics in int8"),

@@ -7,8 +7,8 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import SettingsError
-from ..images.convert import source_name
+from ..errors import ImageError, SettingsError
+from ..images.convert import ReadRules, read_size, source_name
 from ..images.parquet import is_parquet
 
 if TYPE_CHECKING:
@@ -83,4 +83,8 @@ def references_of(
         )
     if is_parquet(path):
         raise SettingsError(f"--reference {source_name(path)} is a Parquet file; expected a folder, or an image")
+    try:
+        read_size(path, ReadRules(max_pixels=arguments.max_pixels))
+    except ImageError as error:
+        raise SettingsError(f"--reference: {error}") from None
     return str(path)
