@@ -107,7 +107,8 @@ def test_compiles_whole_and_for_any_size(families_folder: Path) -> None:
     torch._dynamo.reset()
     net = build("tiny-eva", families_folder)  # rotary tables, and a table that is left out
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="eager")
-    for number, size in enumerate(((2, 64, 96), (3, 101, 79))):
+    # The last has one row in the end, for which a graph of its own is right.
+    for number, size in enumerate(((2, 64, 96), (3, 101, 79), (2, 33, 101))):
         x = upstream.pictures(*size)
         with torch._dynamo.config.patch(error_on_recompile=number == 1):
             assert (compiled(x) - net(x)).abs().max() < 1e-5

@@ -51,6 +51,8 @@ def limited(x: Tensor) -> Tensor:
 
 def _relu6(x: Tensor) -> Tensor:
     """Apply ReLU6; without gradients in place, which saves a tenth of the time of a pass on a CPU."""
+    if torch.compiler.is_exporting():  # `relu6` takes most of an export's time to decompose
+        return F.hardtanh(x, 0, 6)
     return F.relu6(x, inplace=not torch.is_grad_enabled())
 
 
