@@ -14,12 +14,12 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyiqa
@@ -27,6 +27,7 @@ import pytest
 import torch
 import upstream
 from accelerate.tracking import GeneralTracker
+from forks import Fork
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -390,7 +391,15 @@ def test_only_what_is_known_is_ranked(folder: Path) -> None:
 
 
 def short(**change: object) -> Config:
-    return dataclasses.replace(TOY, steps=4, validate_every=4, checkpoint_every=2, **change)  # type: ignore[arg-type]
+    """Of few types, as most of so short a run is the making of what it is validated on."""
+    few = dict.fromkeys(DEGRADATIONS, 0.0) | dict.fromkeys(("motion_blur", "white_noise", "darken"), 1.0)
+    steps = {"steps": 4, "validate_every": 4, "checkpoint_every": 2}
+    return dataclasses.replace(TOY, **{"type_weights": few, **steps, **change})  # type: ignore[arg-type]
+
+
+def train(config: Config, folder: Path, out: Path, **options: Any) -> Path:
+    """Train without a tracker, whose drawings take as long as a short run."""
+    return trainer.train(config, folder, out, trackers=[], **options)
 
 
 def write_config(config: Config, path: Path) -> Path:
@@ -425,7 +434,7 @@ def toy(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_toy_training_learns_to_rank(toy: Path, folder: Path, tmp_path: Path) -> None:
-    fresh = trainer.train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "fresh", seed=3)
+    fresh = train(dataclasses.replace(TOY, steps=1, learning_rate=1e-9), folder, tmp_path / "fresh", seed=3)
     untrained, log = lines_of(fresh.parent)[-1], lines_of(toy.parent)
     # Photographs that were not trained on; every type counts alike. An untrained network ranks about half the pairs.
     # With another seed, which is what another processor's rounding amounts to, it gained 0.14 to 0.53.
@@ -576,23 +585,17 @@ def test_commands_take_the_model_file_as_a_metric(
 
 
 def test_same_seed_same_file_whoever_reads_and_degrades(folder: Path, tmp_path: Path) -> None:
-    runs = [trainer.train(short(), folder, tmp_path / "a"), trainer.train(short(), folder, tmp_path / "b")]
+    runs = [train(short(), folder, tmp_path / "a"), train(short(), folder, tmp_path / "b")]
     assert same_bytes(*runs)  # hence one hash
-    runs.append(trainer.train(short(workers=2), folder, tmp_path / "c"))
-    runs.append(trainer.train(short(degrade_on="device"), folder, tmp_path / "d"))
+    runs.append(train(short(workers=2), folder, tmp_path / "c"))
+    runs.append(train(short(degrade_on="device"), folder, tmp_path / "d"))
     assert all(same_tensors(runs[0], run) for run in runs[1:])
-    assert not same_tensors(runs[0], trainer.train(short(), folder, tmp_path / "e", seed=1))
-
-
-# Few types, as most of so short a run is the making of what it is validated on.
-FEW = short(
-    type_weights=dict.fromkeys(DEGRADATIONS, 0.0) | dict.fromkeys(("motion_blur", "white_noise", "darken"), 1.0)
-)
+    assert not same_tensors(runs[0], train(short(), folder, tmp_path / "e", seed=1))
 
 
 @pytest.fixture(scope="module")
 def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trainer.train(FEW, folder, tmp_path_factory.mktemp("usual"))
+    return train(short(), folder, tmp_path_factory.mktemp("usual"))
 
 
 @pytest.mark.parametrize(
@@ -640,7 +643,7 @@ def usual(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_every_setting_changes_the_model(change: dict, usual: Path, folder: Path, tmp_path: Path) -> None:
-    model = trainer.train(dataclasses.replace(FEW, **change), folder, tmp_path / "changed")
+    model = train(short(**change), folder, tmp_path / "changed")
     values = load_file(model)
     assert not same_tensors(usual, model)
     assert all(torch.isfinite(value).all() for value in values.values())
@@ -659,7 +662,7 @@ def test_run_begins_from_an_earlier_model(toy: Path, folder: Path, tmp_path: Pat
     assert torch.equal(first["prompts_features"], second["prompts_features"])  # another seed's would differ
     assert torch.allclose(first["visual.heads.0.fc1.weight"], second["visual.heads.0.fc1.weight"], atol=1e-6)
     with pytest.raises(SettingsError, match="--start"):
-        trainer.train(dataclasses.replace(TOY, dim=4), folder, tmp_path / "d", start=toy)
+        train(dataclasses.replace(TOY, dim=4), folder, tmp_path / "d", start=toy)
 
 
 def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
@@ -673,27 +676,27 @@ def test_srcc_on_rated_pictures_is_logged(folder: Path, tmp_path: Path) -> None:
     with (rated / "scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     ratings = read_ratings(rated / "scores.csv", rated)
-    trained = trainer.train(short(), folder, tmp_path / "run", ratings=ratings)
+    trained = train(short(), folder, tmp_path / "run", ratings=ratings)
     metric = pyiqa.create_metric("qualiclip", weights=str(trained))
     scores = [float(metric(load_image(path)[None])) for path in ratings.paths]
     # How high it is after so short a run is for the processor's rounding to say.
     assert lines_of(trained.parent)[-1]["srcc"] == pytest.approx(spearmanr(scores, ratings.opinions)[0], abs=1e-4)
     reverse = dataclasses.replace(ratings, lower_better=True)
     signs = [
-        lines_of(trainer.train(short(), folder, tmp_path / name, ratings=each).parent)[1]["srcc"]
+        lines_of(train(short(), folder, tmp_path / name, ratings=each).parent)[1]["srcc"]
         for name, each in (("higher", ratings), ("lower", reverse))
     ]
     assert signs[0] == -signs[1] != 0
     # The last image once more, with another opinion score: it counts once, with the mean of both.
     twice = dataclasses.replace(ratings, paths=[*ratings.paths, ratings.paths[-1]], opinions=[*ratings.opinions, 7.0])
-    averaged = lines_of(trainer.train(short(), folder, tmp_path / "twice", ratings=twice).parent)[-1]["srcc"]
+    averaged = lines_of(train(short(), folder, tmp_path / "twice", ratings=twice).parent)[-1]["srcc"]
     assert averaged == pytest.approx(spearmanr(scores, [*ratings.opinions[:-1], 3.5])[0], abs=1e-4)
     (rated / "3.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"3\.png"):  # before the first step
-        trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)
+        train(short(), folder, tmp_path / "damaged", ratings=ratings)
     Image.new("RGB", (40, 31)).save(rated / "3.png")
     with pytest.raises(ImageError, match=r"3\.png has a side of 31 pixels; expected at least 32 to be scored"):
-        trainer.train(short(), folder, tmp_path / "damaged", ratings=ratings)
+        train(short(), folder, tmp_path / "damaged", ratings=ratings)
     assert not (tmp_path / "damaged").exists()
 
 
@@ -701,7 +704,7 @@ def test_another_default_dtype_is_refused(folder: Path, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(SettingsError, match=r"default dtype is torch\.float64; expected torch\.float32 to train"):
-            trainer.train(short(), folder, tmp_path / "run")
+            train(short(), folder, tmp_path / "run")
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -731,7 +734,7 @@ def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: 
     # With one place left in the last layer, as for smaller crops, attention would have nothing to choose from.
     config = of_backbone("tiny-resnet", tiny_folder)
     before = torch.load(tiny_folder / "tiny-resnet.pt", weights_only=True)
-    path = trainer.train(config, folder, tmp_path / "run")
+    path = train(config, folder, tmp_path / "run")
     after = load_file(path)
     assert set(after) == set(before) | {"prompts_features"}
     for key, value in before.items():
@@ -749,11 +752,11 @@ def test_clip_tower_is_trained_and_its_text_side_is_not(folder: Path, tmp_path: 
     own = pyiqa.create_metric("qualiclip", weights=str(path), prompts=[["Nice photo.", "Ugly photo."]])
     assert not torch.allclose(own(x), metric(x))  # the text tower is in the file
     # BatchNorm counts in whole numbers, also where its statistics are averaged.
-    learned = load_file(trainer.train(dataclasses.replace(config, statistics=True), folder, tmp_path / "learned"))
+    learned = load_file(train(dataclasses.replace(config, statistics=True), folder, tmp_path / "learned"))
     counters = [key for key in before if key.endswith("num_batches_tracked")]
     assert counters and all(learned[key].dtype == before[key].dtype for key in counters)
     # ... and the run may be gone on with from the file.
-    again = trainer.train(config, folder, tmp_path / "again", start=path)
+    again = train(config, folder, tmp_path / "again", start=path)
     assert again.is_file()
 
 
@@ -787,7 +790,7 @@ def test_any_tower_of_open_clip_is_trained_and_is_a_metric(
     backbone: str, folder: Path, tmp_path: Path, families_folder: Path
 ) -> None:
     config = of_backbone(backbone, families_folder)
-    path = trainer.train(config, folder, tmp_path / "run")
+    path = train(config, folder, tmp_path / "run")
     before, after = torch.load(families_folder / f"{backbone}.pt"), load_file(path)
     assert set(after) == set(before) | {"prompts_features"}
     for key, value in before.items():
@@ -821,7 +824,7 @@ def test_activations_may_be_computed_again(backbone: str, folder: Path, tmp_path
     models, kept = [], []
     for recompute in (False, True):
         config = make_config(values | {"recompute": recompute})
-        models.append(trainer.train(config, folder, tmp_path / str(recompute)))
+        models.append(train(config, folder, tmp_path / str(recompute)))
         aligned = build(config, seed=0)
         batch = batch_of(Stacks(paths_of(folder), config, seed=0)[0], config)
         storages: dict[int, int] = {}
@@ -845,7 +848,7 @@ def test_text_side_with_one_tensor_under_two_names_is_written(
     name = next(key for key in state if "word_embeddings" in key)
     torch.save(state | {"text.shared": state[name]}, tmp_path / "tied.pt")
     config = of_backbone("tiny-bert", families_folder, weights=str(tmp_path / "tied.pt"), steps=1)
-    after = load_file(trainer.train(config, folder, tmp_path / "run"))
+    after = load_file(train(config, folder, tmp_path / "run"))
     assert torch.equal(after["text.shared"], after[name])
 
 
@@ -887,8 +890,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def command(config: Path, folder: Path, out: Path, *more: str) -> list[str]:
-    run = ["train", "--config", str(config), "--pristine", str(folder), "--out", str(out), "--device", "cpu", *more]
-    return ["-m", "qualiclip_pyiqa", *run]
+    return ["train", "--config", str(config), "--pristine", str(folder), "--out", str(out), "--device", "cpu", *more]
 
 
 def fail_at(patch: pytest.MonkeyPatch, step: int, kept: int = 0) -> None:
@@ -902,20 +904,20 @@ def steps_kept(run: Path) -> int:
 
 
 def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(TOY, steps=60, validate_every=15, checkpoint_every=5)
+    config = short(steps=40, validate_every=10, checkpoint_every=5)
     expected = trainer.train(config, folder, tmp_path / "whole", seed=5)
     file, run = write_config(config, tmp_path / "config.toml"), tmp_path / "killed"
-    arguments = [sys.executable, *command(file, folder, run, "--seed", "5", "--resume")]
-    # As long as the next look, the next checkpoint and the end of the run may be what is hit.
-    for least, later in ((5, 0.0), (35, 0.11)):
-        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-        while steps_kept(run) < least and process.poll() is None:
+    arguments = command(file, folder, run, "--seed", "5", "--resume")
+    # As long as the next validation, the next checkpoint and the end of the run may be what is hit.
+    for least, later in ((5, 0.0), (20, 0.11)):
+        process = Fork(arguments)
+        while steps_kept(run) < least and process.is_running():
             time.sleep(0.005)
         time.sleep(later)
-        process.kill()
+        process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (run / "model.safetensors").exists()
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert Fork(arguments).wait() == 0
     assert same_bytes(expected, run / "model.safetensors")
     time_free = [
         [{k: v for k, v in line.items() if k not in ("seconds", "waiting")} for line in lines_of(path)]
@@ -948,7 +950,7 @@ def stopped_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, 3)
         with pytest.raises(loop.DivergedError):
-            trainer.train(short(), folder, run)
+            train(short(), folder, run)
     return run
 
 
@@ -967,7 +969,7 @@ def test_nothing_in_a_checkpoint_is_executed(way: str, stopped_run: Path, folder
         else:
             torch.save(Payload(ran), hostile)
         with pytest.raises(WeightsError, match=r"is damaged or not a checkpoint \(.*\); delete it") as caught:
-            trainer.train(short(), folder, run, resume=True)
+            train(short(), folder, run, resume=True)
         assert "\n" not in str(caught.value) and not ran.exists(), path
 
 
@@ -1081,10 +1083,10 @@ def test_checkpoint_that_cannot_be_written_leaves_the_last_one(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "write_safetensors", full)
         with pytest.raises(OSError, match=r"cannot be written \(No space .*\); make room, then pass --resume"):
-            trainer.train(short(), folder, run)
+            train(short(), folder, run)
     assert steps_kept(run) == 2
-    resumed = trainer.train(short(), folder, run, resume=True)
-    assert same_bytes(resumed, trainer.train(short(), folder, tmp_path / "whole"))
+    resumed = train(short(), folder, run, resume=True)
+    assert same_bytes(resumed, train(short(), folder, tmp_path / "whole"))
     assert not list(run.glob("checkpoint*"))
 
 
@@ -1097,19 +1099,18 @@ def test_log_of_a_run_that_stops_twice_has_each_line_once(
         with monkeypatch.context() as patch:
             fail_at(patch, step, steps_kept(run))
             with pytest.raises(loop.DivergedError, match=f"at step {step};"):
-                trainer.train(config, folder, run, resume=True)
+                train(config, folder, run, resume=True)
         assert [line.get("stopped") for line in lines_of(run)] == [None, "centre"]
-    trainer.train(config, folder, run, resume=True)
+    train(config, folder, run, resume=True)
     assert [(line.get("step"), line.get("stopped")) for line in lines_of(run)] == [(None, None), (6, None), (6, None)]
 
 
 # Where a process is killed: in the first step, while a checkpoint or the model is written, and before the last
-# checkpoint is deleted. Each is a fork of one process, which has everything imported and no thread yet.
+# checkpoint is deleted.
 FATES = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
-from qualiclip_pyiqa.commands import cli
-from qualiclip_pyiqa.training import checkpoint, loop, losses
+from qualiclip_pyiqa.training import loop, losses
 
 place, delete = Path.replace, Path.unlink
 def die(*_):
@@ -1118,40 +1119,34 @@ def when_it_is_written(name):
     Path.replace = lambda path, to: die() if path.name.startswith(name) else place(path, to)
 def before_the_last_checkpoint_is_deleted():
     Path.unlink = lambda path: die() if path.name.startswith("checkpoint-000000004") else delete(path)
-run = Path(sys.argv[sys.argv.index("--out") + 1])
-for fate in (
-    lambda: setattr(losses, "centre_loss", die),
-    lambda: when_it_is_written("checkpoint-000000004"),
-    lambda: setattr(loop, "recalibrate", die),
-    lambda: when_it_is_written("model.safetensors"),
-    before_the_last_checkpoint_is_deleted,
-):
-    child = os.fork()
-    if child == 0:
-        fate()
-        os._exit(cli.main(sys.argv[1:]))
-    print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *sorted(path.name for path in run.iterdir()))
 """
 
 
 def test_run_killed_at_every_stage_is_the_same_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    config, run = write_config(short(), tmp_path / "config.toml"), tmp_path / "run"
-    line = command(config, folder, run, "--resume")[2:]
-    done = subprocess.run([sys.executable, "-c", FATES, *line], capture_output=True, text=True)
-    left = [
-        re.sub(r"(?<=00000[24])-\w+|(?<=tensors.)[0-9a-f]{12}| tensorboard", "", x) for x in done.stdout.splitlines()
-    ]
+    config, run, said = write_config(short(), tmp_path / "config.toml"), tmp_path / "run", tmp_path / "said"
+    line = command(config, folder, run, "--resume")
+    left = []
+    for fate in (
+        "losses.centre_loss = die",
+        "when_it_is_written('checkpoint-000000004')",
+        "loop.recalibrate = die",
+        "when_it_is_written('model.safetensors')",
+        "before_the_last_checkpoint_is_deleted()",
+    ):
+        assert Fork(line, before=FATES + fate, stderr=said).wait() == -signal.SIGKILL, said.read_text()[-1000:]
+        names = " ".join(sorted(path.name for path in run.iterdir()))
+        left.append(re.sub(r"(?<=00000[24])-\w+|(?<=tensors.)[0-9a-f]{12}| tensorboard", "", names))
     two, four = "checkpoint-000000002.safetensors", "checkpoint-000000004.safetensors"
     assert left == [
-        "9 log.jsonl",
-        f"9 {two} {four}..part log.jsonl",
-        f"9 {four} log.jsonl",
-        f"9 {four} log.jsonl model.safetensors..part",
-        f"9 {four} log.jsonl model.safetensors",
-    ], done.stderr[-1000:]
+        "log.jsonl",
+        f"{two} {four}..part log.jsonl",
+        f"{four} log.jsonl",
+        f"{four} log.jsonl model.safetensors..part",
+        f"{four} log.jsonl model.safetensors",
+    ]
     finished = trainer.train(short(), folder, run, resume=True)
     assert {path.name for path in run.iterdir()} == {"log.jsonl", "model.safetensors", "tensorboard"}
-    assert same_bytes(finished, trainer.train(short(), folder, tmp_path / "whole"))
+    assert same_bytes(finished, train(short(), folder, tmp_path / "whole"))
 
 
 def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
@@ -1161,17 +1156,17 @@ def test_resume_refuses_another_run_and_a_fresh_one_an_old_folder(
     with monkeypatch.context() as patch:
         patch.setattr(losses_module, "centre_loss", lambda difference: difference.mean() * next(calls))
         with pytest.raises(loop.DivergedError, match="step 3"):
-            trainer.train(short(), folder, run)
+            train(short(), folder, run)
     assert steps_kept(run) == 2
     with pytest.raises(SettingsError, match="pass --resume"):
-        trainer.train(short(), folder, run)
+        train(short(), folder, run)
     for change in ({"margin_rank": 0.2}, {"widths": (8, 8, 8, 8)}, {"accumulate": 2}):
         with pytest.raises(SettingsError, match="belongs to another run"):
-            trainer.train(short(**change), folder, run, resume=True)
+            train(short(**change), folder, run, resume=True)
     (run / "log.jsonl").rename(run / "lost.jsonl")
     with pytest.raises(SettingsError, match="holds checkpoint-000000002-"):
-        trainer.train(short(), folder, run)
-    assert trainer.train(short(), folder, run, resume=True).is_file()
+        train(short(), folder, run)
+    assert train(short(), folder, run, resume=True).is_file()
     assert b"\0" not in (run / "log.jsonl").read_bytes()  # it began anew
 
 
@@ -1181,15 +1176,16 @@ import math, os, sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+import torch
 from torch import distributed
 from qualiclip_pyiqa.training import losses
 from qualiclip_pyiqa.training.config import load_config
 from qualiclip_pyiqa.training.loop import DivergedError
 from qualiclip_pyiqa.training.run import train
 
+torch.set_num_threads(1)
 config, folder, out, numbers = load_config(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), count()
 def run(config, name, **options):
-    # torchrun's own meeting point serves one group of processes only
     meeting, rank = f"file://{out}/meeting{next(numbers)}", int(os.environ["RANK"])
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
@@ -1212,26 +1208,30 @@ run(replace(config, dropout=0.5), "stopped", resume=True)
 
 def test_two_processes_train_what_one_would_accumulate_and_resume(folder: Path, tmp_path: Path) -> None:
     two = write_config(short(recalibrate=0), tmp_path / "two.toml")
-    (tmp_path / "together.py").write_text(TOGETHER)
-    launch = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "together.py"), str(two), str(folder), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    # What `torchrun` sets.
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    said = tmp_path / "said"
+    processes = [
+        Fork(
+            [str(two), str(folder), str(tmp_path)],
+            before=TOGETHER,
+            command=False,
+            environment=common | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=said,
+        )
+        for rank in "01"
+    ]
+    assert [process.wait() for process in processes] == [0, 0], said.read_text()[-2000:]
     two_processes, whole, stopped = (tmp_path / name / "model.safetensors" for name in ("two", "whole", "stopped"))
     assert lines_of(tmp_path / "two")[0]["processes"] == 2
     assert same_bytes(whole, stopped) and not same_tensors(whole, two_processes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two; hinges, AdamW and normalisation make much of another order of sums
     try:
-        one = trainer.train(short(recalibrate=0, accumulate=2), folder, tmp_path / "one")
+        one = train(short(recalibrate=0, accumulate=2), folder, tmp_path / "one")
     finally:
         torch.set_num_threads(threads)
-    half = trainer.train(short(recalibrate=0), folder, tmp_path / "half")
+    half = train(short(recalibrate=0), folder, tmp_path / "half")
     # AdamW makes a whole step of a gradient that is nothing but rounding: hence nearly all values, within a hundredth
     # of what the rate of 5e-3 moves them by in four steps.
     assert share_alike(one, two_processes) > 0.98 > 0.5 > share_alike(one, half)
@@ -1272,7 +1272,7 @@ def test_lists_that_name_other_files_do_not_pass_unseen(
     assert [p.name for p in list_photographs(tmp_path)] == ["a.png"]
     assert "1 held-out images of manifest.csv are not in" in caplog.text and "sub/b.png" in caplog.text
     with pytest.raises(SettingsError, match="repeat names 'portrait', which is not in"):
-        trainer.train(short(repeat={"portrait": 3.0}), folder, tmp_path / "run")
+        train(short(repeat={"portrait": 3.0}), folder, tmp_path / "run")
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -1291,7 +1291,7 @@ def test_photograph_of_too_many_pixels_is_one_line_at_once(side: int, folder: Pa
     shutil.copytree(folder, pristine)
     (pristine / "big.png").write_bytes(png_of(side, side))
     with pytest.raises(ImageError, match=r"big\.png is too large.*pixels.*; leave it out \(--exclude\)$"):
-        trainer.train(short(), pristine, tmp_path / "run")
+        train(short(), pristine, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -1299,12 +1299,12 @@ def test_nan_stops_with_step_and_cause(folder: Path, tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(losses_module, "centre_loss", lambda difference: difference.mean() * math.nan)
         with pytest.raises(loop.DivergedError, match=r"centre .* step 1;"):
-            trainer.train(TOY, folder, tmp_path / "loss")
+            train(TOY, folder, tmp_path / "loss")
     assert lines_of(tmp_path / "loss")[-1] == {"seconds": 0.0, "step": 1, "stopped": "centre"}
     # A finite loss whose gradient is not: the square root of zero.
     monkeypatch.setattr(losses_module, "centre_loss", lambda difference: (difference.mean() * 0).abs().sqrt())
     with pytest.raises(loop.DivergedError, match=r"gradient of the loss is (nan|inf) at step 1;"):
-        trainer.train(TOY, folder, tmp_path / "gradient")
+        train(TOY, folder, tmp_path / "gradient")
     assert lines_of(tmp_path / "gradient")[-1]["stopped"] == "gradient"
     assert not list(tmp_path.rglob("model.safetensors"))
 
@@ -1373,25 +1373,25 @@ def test_missing_key_file_and_photographs_are_errors(tmp_path: Path, folder: Pat
     with pytest.raises(SettingsError, match="missing steps"):
         make_config(values)
     with pytest.raises(SettingsError, match="expected cpu"):
-        trainer.train(TOY, folder, tmp_path / "out", device="tpu")
+        train(TOY, folder, tmp_path / "out", device="tpu")
     with pytest.raises(SettingsError, match="mini, paper, small-gpu, toy"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(SettingsError, match="not TOML"):
         load_config(tmp_path / "broken.toml")
     with pytest.raises(SettingsError, match="not a folder"):
-        trainer.train(TOY, tmp_path / "nowhere", tmp_path / "out")
+        train(TOY, tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(SettingsError, match="fp16, which needs a GPU"):
-        trainer.train(short(precision="fp16"), folder, tmp_path / "out", device="cpu")
+        train(short(precision="fp16"), folder, tmp_path / "out", device="cpu")
     with pytest.raises(SettingsError, match="photographs of at least"):
-        trainer.train(dataclasses.replace(TOY, validation=50), folder, tmp_path / "out")
+        train(dataclasses.replace(TOY, validation=50), folder, tmp_path / "out")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"x\.png"):
-        trainer.train(TOY, tmp_path / "bad", tmp_path / "out")
+        train(TOY, tmp_path / "bad", tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="cannot be created"):
-        trainer.train(TOY, folder, tmp_path / "file")
+        train(TOY, folder, tmp_path / "file")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1405,7 +1405,7 @@ def test_photograph_that_ends_early_is_one_line(workers: int, folder: Path, tmp_
     config = dataclasses.replace(short(workers=workers), validation=1)
     seed = next(s for s in range(100) if first_of_split(tmp_path, s) in whole)
     with pytest.raises(ImageError, match=r"^\S+\.png .*; leave it out \(--exclude\)$"):
-        trainer.train(config, tmp_path, tmp_path / "run", seed=seed)
+        train(config, tmp_path, tmp_path / "run", seed=seed)
 
 
 def first_of_split(folder: Path, seed: int) -> str:
