@@ -904,12 +904,12 @@ def steps_kept(run: Path) -> int:
 
 
 def test_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    config = short(steps=40, validate_every=10, checkpoint_every=5)
+    config = short(steps=24, validate_every=8, checkpoint_every=4)
     expected = trainer.train(config, folder, tmp_path / "whole", seed=5)
     file, run = write_config(config, tmp_path / "config.toml"), tmp_path / "killed"
     arguments = command(file, folder, run, "--seed", "5", "--resume")
     # As long as the next validation, the next checkpoint and the end of the run may be what is hit.
-    for least, later in ((5, 0.0), (20, 0.11)):
+    for least, later in ((4, 0.0), (12, 0.11)):
         process = Fork(arguments)
         while steps_kept(run) < least and process.is_running():
             time.sleep(0.005)
