@@ -23,9 +23,17 @@ from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record, ScoreTable, read_meta
 
 
-@pytest.fixture(scope="module", autouse=True)
+# Each worker of Ray Data takes seconds to import everything: few tests start some, and as few as show something.
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=2**27,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
@@ -57,21 +65,19 @@ def check(table: list[dict[str, object]], expected: dict[str, float | None], tim
             assert row["height"] == 40
 
 
-def test_folders_and_parquet_with_image_bytes(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
-    files = ray.data.read_binary_files(str(photos), include_paths=True)
-    scored = score_dataset(files, "qualiclip-mini", actors=2)
+@pytest.mark.usefixtures("local_ray")
+def test_folders(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
+    large = picture(tmp_path / "large.png", 80, 40)
+    files = ray.data.read_binary_files([str(photos), str(large)], include_paths=True)
+    scored = score_dataset(files, "qualiclip-mini", max_pixels=64 * 40)
     scored.write_parquet(str(tmp_path / "scores"))
     table = pyarrow.parquet.read_table(tmp_path / "scores").to_pylist()
     assert list(table[0]) == ["path", "width", "height", "qualiclip-mini", "error"]
-    check(table, expected)
-
-    # Other columns are kept; the column of the pictures has another name.
-    packed = [{"caption": path.stem, "photo": path.read_bytes(), "path": str(path)} for path in photos.iterdir()]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(packed), tmp_path / "packed.parquet")
-    dataset = ray.data.read_parquet(str(tmp_path / "packed.parquet"))
-    table = score_dataset(dataset, "qualiclip-mini", image="photo", actors=1, batch_size=3).take_all()
-    check(table, expected)
-    assert all(row["caption"] == Path(row["path"]).stem and "photo" not in row for row in table)
+    check([row for row in table if row["path"] != str(large)], expected)
+    (refused,) = (row for row in table if row["path"] == str(large))
+    assert (
+        refused["qualiclip-mini"] is None and "80x40, limit 2560 pixels" in refused["error"]
+    )  # options reach the workers
 
 
 def test_images_in_other_forms(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
@@ -100,19 +106,19 @@ def test_images_in_other_forms(photos: Path, expected: dict[str, float | None], 
     )
 
 
-def test_arrays_and_rules_for_reading(photos: Path, expected: dict[str, float | None]) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_arrays(photos: Path, expected: dict[str, float | None]) -> None:
     whole = {path: score for path, score in expected.items() if score is not None}
     arrays = ray.data.read_images(list(whole), include_paths=True)
-    check(score_dataset(arrays, "qualiclip-mini", image="image", actors=1).take_all(), whole)
-
-    paths = ray.data.from_items([{"path": str(photos / name)} for name in ("0.png", "1.png")])
-    table = score_dataset(paths, "qualiclip-mini", actors=1, workers=0, max_pixels=48 * 40).take_all()
-    assert {Path(row["path"]).name: row["error"] is None for row in table} == {"0.png": True, "1.png": False}
+    table = arrays.take_batch(len(whole), batch_format="pyarrow")
+    stage = ScoreStage("qualiclip-mini", "image", torch.get_num_threads(), workers=0, device="cpu")
+    check(stage(table).to_pylist(), whole)
 
 
-def test_a_killed_worker_costs_nothing(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_parquet_with_image_bytes_and_a_killed_worker(photos: Path, tmp_path: Path) -> None:
     class Deadly(torch.nn.Module):
-        """A metric that kills its process on the wide pictures, once each, in the middle of their blocks."""
+        """A metric that kills its process on the wide image, once, in the middle of its block."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             dead = tmp_path / f"{x.shape[3]}"
@@ -121,20 +127,25 @@ def test_a_killed_worker_costs_nothing(photos: Path, tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return x.mean()
 
-    paths = [str(path) for path in sorted(photos.iterdir())] * 12
-    paths[30], paths[90] = (str(picture(tmp_path / f"{width}.png", width, 40)) for width in (120, 130))
+    paths = [str(path) for path in sorted(photos.iterdir())] * 4
+    paths[20] = str(picture(tmp_path / "120.png", 120, 40))
     scores = {r.path: r.scores.get("qualiclip-mini") for r in Scorer("qualiclip-mini", "cpu", workers=0).score(paths)}
-    dataset = ray.data.from_items([{"path": path, "number": n} for n, path in enumerate(paths)]).repartition(6)
+    # Other columns are kept; the column of the images has another name.
+    packed = [{"number": n, "photo": Path(path).read_bytes(), "path": path} for n, path in enumerate(paths)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(packed), tmp_path / "packed.parquet")
+    dataset = ray.data.read_parquet(str(tmp_path / "packed.parquet")).repartition(4)
     metrics = {"qualiclip-mini": "qualiclip-mini", "deadly": Deadly()}
-    table = score_dataset(dataset, metrics, actors=2, workers=0).take_all()
-    assert (tmp_path / "120").exists() and (tmp_path / "130").exists()
+    scored = score_dataset(dataset, metrics, image="photo", actors=2, batch_size=3, workers=0)
+    table = scored.take_all()
+    assert (tmp_path / "120").exists()
     assert sorted(row["number"] for row in table) == list(range(len(paths)))  # nothing lost, nothing twice
     for row in table:
-        assert row["path"] == paths[row["number"]]
+        assert row["path"] == paths[row["number"]] and "photo" not in row
         check([row], {row["path"]: scores[row["path"]]})
         assert (row["deadly"] is None) == (scores[row["path"]] is None)
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_the_command(
     photos: Path, expected: dict[str, float | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +184,8 @@ def test_the_command(
     assert cli.main([*command, "--precision", "bf16"]) == 2
 
 
-def test_what_cannot_be_scored_is_said(photos: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_what_cannot_be_scored_is_said() -> None:
     with pytest.raises(SettingsError, match="has the columns id; expected 'bytes' or 'path'"):
         score_dataset(ray.data.range(3), "qualiclip-mini")
     with pytest.raises(SettingsError, match="already has a column 'error'"):
