@@ -25,6 +25,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 LARGEST = 1e100  # of a score or opinion score: the squares of larger ones overflow
 LEAST = 3  # images, the minimum for a meaningful correlation
+_BLOCK = 2**20  # numbers of bootstrap samples that are ranked at a time
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -198,15 +199,19 @@ def _bootstrap(columns: Sequence[Floats], y: Floats, seed: int) -> list[Floats]:
     """Return SRCCs of each column with y on the same bootstrap samples, except those where a column is constant."""
     rng = np.random.default_rng(seed)
     rankdata = _stats().rankdata
-    out: list[list[float]] = [[] for _ in columns]
-    for _ in range(RESAMPLES):
-        chosen = rng.integers(0, len(y), len(y))
-        if min(np.ptp(column[chosen]) for column in (*columns, y)) == 0:
-            continue
-        ranks = rankdata(y[chosen])
-        for column, rows in zip(columns, out, strict=True):
-            rows.append(_pearson(rankdata(column[chosen]), ranks))
-    return [np.array(rows) for rows in out]
+    n, out = len(y), [[np.empty(0)] for _ in columns]
+    rows = max(1, _BLOCK // n)
+    for start in range(0, RESAMPLES, rows):
+        chosen = rng.integers(0, n, (min(rows, RESAMPLES - start), n))
+        samples = [values[chosen] for values in (*columns, y)]
+        varied = np.all([np.ptp(sample, axis=1) > 0 for sample in samples], axis=0)
+        # The mean rank is (n + 1) / 2, ties included. Sums of products of ranks are exact, so equal SRCCs are equal.
+        *ranks, opinions = (rankdata(sample[varied], axis=1) - (n + 1) / 2 for sample in samples)
+        squares = (opinions**2).sum(axis=1)
+        for each, found in zip(ranks, out, strict=True):
+            srcc = (each * opinions).sum(axis=1) / np.sqrt((each**2).sum(axis=1) * squares)
+            found.append(np.clip(srcc, -1, 1))
+    return [np.concatenate(found) for found in out]
 
 
 def _interval(samples: Floats) -> tuple[float, float] | None:
