@@ -9,8 +9,6 @@ import json
 import logging
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 import torch
 import upstream
 from contract import MetricContract, scores
+from forks import Fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
@@ -746,18 +745,17 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path: Path, rated: Path) -
     """SIGKILL in the middle of the file's write: what was there stays whole, and no file has its name by half."""
     out = tmp_path / "my.safetensors"
     out.write_bytes(b"old")
-    code = f"""
-import os, signal, sys
+    before = """
+import os, signal
 from qualiclip_pyiqa.pretrained import write
 def killed(tensor):
     os.kill(os.getpid(), signal.SIGKILL)
 write._little_endian = killed
-from qualiclip_pyiqa.commands import cli
-cli.main(["fit", "-m", "qualiclip-mini", "--ratings", {str(rated / "scores.csv")!r}, "--images", {str(rated)!r},
-    "-o", {str(out)!r}, "--force", "--splits", "1", "--workers", "0", "--device", "cpu"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    words = ["fit", "-m", "qualiclip-mini", "--ratings", rated / "scores.csv", "--images", rated]
+    words += ["-o", out, "--force", "--splits", 1, "--workers", 0, "--device", "cpu"]
+    said = tmp_path / "said"
+    assert Fork([*map(str, words)], before=before, stderr=said).wait() == -signal.SIGKILL, said.read_text()
     assert out.read_bytes() == b"old"
 
 
