@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli_score import command, picture, rows, start
+from test_cli_score import command, picture, rows
 
 from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.scoring.tables import Record, ScoreTable, meta_path, read_meta, write_table
@@ -35,19 +35,10 @@ def scored(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "s.csv"
 
 
-def test_output_that_is_not_taken(table: Path, folder: Path) -> None:
-    listing = ("filter", table, "-m", "piqe", "--best", 1)
-    with Path("/dev/full").open("wb") as full:
-        run = command(*listing, stdout=full)
-        other = start(folder, "--workers", 0, stdout=full)
-    for each in (run, other):
-        _, err = each.communicate(timeout=120)
-        last = err.splitlines()[-1]
-        assert last == b"qualiclip: standard output cannot be written (No space left on device)"
-        assert each.returncode == 1 and b"Traceback" not in err
+def test_a_pipe_that_nobody_reads(table: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    run = command(*listing, stdout=write)
+    run = command("filter", table, "-m", "piqe", "--best", 1, stdout=write)
     os.close(write)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 1 and err == b"7 of 7 scored images kept; 1 without a score left out\n"

@@ -138,7 +138,9 @@ def test_one_scale_for_all_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(drawing, "draw_maps", watched)
     monkeypatch.setattr(folder_module, "draw_maps", watched)
-    images = [picture(tmp_path / "a.png"), Path(__file__).parents[1] / "examples" / "photos" / "hats.jpg"]
+    images = [picture(tmp_path / "a.png"), tmp_path / "hats.png"]
+    with Image.open(Path(__file__).parents[1] / "examples" / "photos" / "hats.jpg") as photo:
+        photo.resize((192, 128)).save(images[1])
     common = ("-m", "qualiclip-mini:look")
     assert explain(*images, *common, "-o", tmp_path / "own.png") == 0 and len(set(drawn)) == 14
     drawn.clear()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import forks
 import loop_processes
 import pytest
 import torch
-import torch.multiprocessing
 from small_metric import SmallLook
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(loop_processes.run, args=(str(folder),), nprocs=2)
+    processes = [forks.CONTEXT.Process(target=loop_processes.run, args=(rank, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(2)]
 
 

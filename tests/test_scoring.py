@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pyiqa
 import pytest
 import torch
 from faults import workers_of
+from forks import CONTEXT
 from PIL import Image
 from synthetic import synthetic_photograph
 from test_archs import build
@@ -455,9 +455,8 @@ def _in_daemon(paths: list[Path], send: Any) -> None:
 
 
 def test_in_a_process_that_may_not_start_others(photos: list[Path], expected: list[float]) -> None:
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_in_daemon, args=(photos[:2], send), daemon=True)
+    receive, send = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_in_daemon, args=(photos[:2], send), daemon=True)
     process.start()
     assert receive.poll(120) and np.allclose(receive.recv(), expected[:2], rtol=0, atol=SAME)
     process.join()

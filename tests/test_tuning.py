@@ -6,21 +6,19 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import faults
 import numpy as np
 import pyiqa
 import pytest
 import torch
 import upstream
 from accelerate.tracking import GeneralTracker
+from forks import Fork
 from PIL import Image, ImageFilter
 from pyiqa.archs.arch_util import load_pretrained_network
 from scipy import stats
@@ -445,21 +443,15 @@ def test_the_result_does_not_depend_on_the_screen(
 
 def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path, tmp_path: Path) -> None:
     options = ["-m", "clipiqa+", "--recipe", "pyiqa", "--crop", "0", "--validation", "0", "--device", "cpu"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "qualiclip_pyiqa", *command(rated_folder, tmp_path / "run", *options)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-        preexec_fn=faults.heed_ctrl_c,
-    )
+    said = tmp_path / "said"
+    run = Fork(command(rated_folder, tmp_path / "run", *options), stderr=said)
     log = tmp_path / "run" / "log.jsonl"
     until = time.monotonic() + 200
-    while not (log.exists() and log.read_text().count("\n") > 1) and run.poll() is None:
+    while not (log.exists() and log.read_text().count("\n") > 1) and run.is_running():
         assert time.monotonic() < until
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=100)
-    assert run.returncode == 130 and said.endswith("qualiclip: stopped\n")
+    run.send(signal.SIGINT)
+    assert run.wait(100) == 130 and said.read_text().endswith("qualiclip: stopped\n")
     assert sorted(path.name.partition("-")[0] for path in log.parent.iterdir()) == ["checkpoint", "log.jsonl"]
     assert all("epoch" in each for each in log_of(tmp_path / "run")[1:])
 
