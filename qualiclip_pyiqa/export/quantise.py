@@ -89,7 +89,8 @@ def quantise(
         SettingsError: a folder of too few photographs, a model without convolutions, or one whose scores change too
             much even with half of its convolutions in float32.
     """
-    require("onnxruntime", "onnx", "quantisation")
+    for module in ("onnxruntime", "scipy"):
+        require(module, "onnx", "quantisation")
     images = [pixels(each, card.input) for each in central_parts(photographs)]
     calibrating, judging = images[::2], images[1::2]
     candidates = [node.name for node in model.graph.node if node.op_type == "Conv"][1:-1]
@@ -173,10 +174,10 @@ def difference(before: Floats, after: Floats, width: float) -> Difference:
 
 
 def _srcc(x: Floats, y: Floats) -> float:
-    """Compute the rank correlation of scores without ties; 0 for constant ones."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    return float(np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1])
+    """Compute the rank correlation of scores; 0 for constant ones."""
+    from scipy.stats import spearmanr
+
+    return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(spearmanr(x, y)[0])
 
 
 def _steps(count: int) -> Iterator[int]:
