@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import platform
 import statistics
 import sys
@@ -97,9 +98,12 @@ def spread(paths: Sequence[str], most: int) -> list[str]:
 
 
 def medians(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Measure the median seconds of each call. Calls take turns, so that other load affects all alike."""
+    """Measure the median seconds of each call. Calls take turns, so that other load affects all alike.
+
+    A single repetition measures nothing, so none goes before it to warm up.
+    """
     times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
+    for call in calls if repeat > 1 else ():
         call()
     for _ in range(repeat):
         for call, taken in zip(calls, times, strict=True):
@@ -109,8 +113,14 @@ def medians(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def peak_memory(create: Callable[[], Callable[[Tensor], object]], height: int, width: int) -> float:
-    """Measure by how many MiB one image raises the peak of a fresh process that has created the network."""
+def peak_memory(create: Callable[[], Callable[[Tensor], object]], height: int, width: int, fresh: bool = True) -> float:
+    """Measure by how many MiB one image raises the peak of a fresh process that has created the network.
+
+    With `fresh` False, of this process, from where `create` is still sent as to another: this takes no seconds to
+    start, and is for `--quick`, whose figures do not count.
+    """
+    if not fresh:
+        return _peak_memory(pickle.loads(pickle.dumps(create)), height, width)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (create, height, width))
 

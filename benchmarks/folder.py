@@ -18,7 +18,9 @@ import argparse
 import multiprocessing
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor as Commands
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,9 +112,11 @@ def main() -> None:
 
 
 def compare(paths: list[str], options: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
+    # Each in a process of its own, but for `--quick`: processes take seconds to import everything.
+    one_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
+    start: Callable[[], Executor] = partial(ThreadPoolExecutor, 1) if options.quick else one_process
     ours_s = bare_s = theirs_s = largest = 0.0
-    with common.weights(options.weights) as folder, Commands(1, context) as one, Commands(1, context) as other:
+    with common.weights(options.weights) as folder, start() as one, start() as other:
         one.submit(load_ours, options.metric, options.device, options.compile, options.engine).result()
         other.submit(load_theirs, options.metric, options.device, folder).result()
         for number in range(-1, options.rounds):  # the first one, of two images, is a warm-up

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ def rows(sizes: list[tuple[int, int]], repeat: int, quick: bool) -> Iterator[dic
             seconds = common.medians([partial(step(metric, kind), x) for kind in kinds], repeat) if timed else []
             first = None
             for k, kind in enumerate(kinds):
-                measured = not quick or kind == "loss, checkpointing"  # a fresh process takes seconds
-                memory = common.peak_memory(partial(step, metric, kind), height, width) if measured else None
+                memory = common.peak_memory(partial(step, metric, kind), height, width, fresh=not quick)
                 first = memory if k == 0 else first
                 yield {
                     "metric": f"{metric} ({what})",
@@ -85,7 +85,7 @@ def main() -> None:
         options.image, options.repeat = ["64x64"], 1
     sizes = [(int(height), int(width)) for height, width in (size.split("x") for size in options.image)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with common.weights(options.weights):
+    with nullcontext() if options.quick else common.weights(options.weights):
         common.report(options, list(rows(sizes, options.repeat, options.quick)))
 
 

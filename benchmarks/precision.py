@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,7 @@ def variants(model: str, exported: dict[str, Path]) -> dict[tuple[str, str], Cal
 
 
 @torch.no_grad()
-def rows_of(model: str, options: Any, folder: Path, weights: Path) -> list[dict[str, Any]]:
+def rows_of(model: str, options: Any, folder: Path, weights: Path | None) -> list[dict[str, Any]]:
     exported = files(model, options.calibrate, folder, options.quick)
     repeat, count = (1, 4) if options.quick else (options.repeat, options.count)
     paths = common.spread(find_images([str(options.photographs)]).paths, count)
@@ -108,7 +108,7 @@ def rows_of(model: str, options: Any, folder: Path, weights: Path) -> list[dict[
         }
         for engine, precision in nets
     ]
-    pyiqa = common.oracle("qualiclip", weights) if model == "qualiclip" else None
+    pyiqa = common.oracle(model, weights) if model == "qualiclip" and weights else None
     for size in SIZES[:1] if options.quick else SIZES:
         x = common.images(*size)
         calls: list[Callable[[], object]] = [partial(_call, net, x) for net in nets.values()]
@@ -146,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     models = options.model or (MODELS[:1] if options.quick else MODELS)
     rows: list[dict[str, Any]] = []
-    with common.weights(options.weights) as weights:
+    with common.weights(options.weights) if "qualiclip" in models else nullcontext() as weights:
         for model in models:
             with tempfile.TemporaryDirectory() as folder:
                 rows += rows_of(model, options, Path(folder), weights)

@@ -1,15 +1,17 @@
 """Measure the rounding errors of scores and features: this package's and pyiqa's, in float32, on the same weights.
 
-    python benchmarks/rounding.py [--draws 6] [--images 8]
+    python benchmarks/rounding.py [--draws 6] [--images 8] [--weights DIR ...]
 
 The reference is our network in double precision, prompts included, without folded BatchNorm. Weights and images
 (224x224, every second one smoothed) are random. One set of weights rounds all images in the same direction, so a single
 set says little: reported are means over draws with standard errors, and in how many draws each is nearer on average.
+With --weights, each folder with RN50.pt and QualiCLIP.pth is a set, instead of random ones.
 """
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from statistics import mean, stdev
 from unittest.mock import patch
 
@@ -29,12 +31,16 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--draws", type=int, default=6, help="sets of random weights, at least 2")
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--weights", type=Path, nargs="+", metavar="DIR")
     options = parser.parse_args()
     if options.quick:
         options.draws, options.images = 2, 1
+    given = options.weights or [None] * options.draws
+    if len(given) < 2:
+        parser.error(f"{len(given)} sets of weights; expected at least 2")
     rows = []
     for name in ("qualiclip",) if options.quick else ("qualiclip", "clipiqa"):
-        draws = [distances(name, draw, options.images) for draw in range(options.draws)]
+        draws = [distances(name, draw, options.images, folder) for draw, folder in enumerate(given)]
         for what in (OURS, FOLDED, THEIRS):
             row: dict[str, object] = {"metric": name, "what": what}
             for k, of in enumerate(("score", "feature")):
@@ -44,13 +50,14 @@ def main() -> None:
                 other = THEIRS if what == OURS else OURS
                 row[f"{of}: nearer"] = None if what == FOLDED else sum(d[what][k] < d[other][k] for d in draws)
             rows.append(row)
-    common.report(options, rows)
+    names = ", ".join(folder.name for folder in options.weights or ())
+    common.report(options, rows, weights=names or None)
 
 
 @torch.no_grad()
-def distances(name: str, draw: int, images: int) -> dict[str, tuple[float, float]]:
+def distances(name: str, draw: int, images: int, given: Path | None) -> dict[str, tuple[float, float]]:
     """Measure mean distances of scores and of features for one set of weights."""
-    with common.weights(None, draw) as folder:
+    with common.weights(given, draw) as folder:
         theirs = common.oracle(name, folder)
         ours = pyiqa.create_metric(name, device="cpu").net
         exact = exactly(name)

@@ -1,10 +1,10 @@
 """Measure the cost of the start-up hook, and what the cache of prompt features saves.
 
-    python benchmarks/startup.py [--runs 200] [--created 10]
+    python benchmarks/startup.py [--runs 200] [--created 10] [--weights DIR]
 
 Starts Python alternately with two site-packages folders, one of which has our .pth file, and prints the median wall
-times and, from `-X importtime`, the time to import the hook's module. Then creates `clipiqa` (random weights in
-upstream's layout) alternately with an empty and a filled cache of prompt features.
+times and, from `-X importtime`, the time to import the hook's module. Then creates `clipiqa` alternately with an empty
+and a filled cache of prompt features; without --weights, a folder with RN50.pt, its weights are random.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--created", type=int, default=10, metavar="N", help="create the metric this often")
+    parser.add_argument("--weights", type=Path, metavar="DIR")
     options = parser.parse_args()
-    rows = [measure_hook(2 if options.quick else options.runs), measure_cache(1 if options.quick else options.created)]
-    common.report(options, rows)
+    if options.quick:
+        options.runs, options.created = 2, 1
+    rows = [measure_hook(options.runs), measure_cache(options.created, options.weights)]
+    common.report(options, rows, weights=options.weights and options.weights.name)
 
 
-def measure_cache(repeat: int) -> dict[str, object]:
+def measure_cache(repeat: int, given: Path | None) -> dict[str, object]:
     """Time the creation of `clipiqa` with its prompt features computed, and read from the cache."""
-    with tempfile.TemporaryDirectory() as folder, common.weights(None) as weights:
+    with tempfile.TemporaryDirectory() as folder, common.weights(given) as weights:
         file_sha256(weights / "RN50.pt")  # as for a published file, whose hash is compared when it is read
         os.environ["XDG_CACHE_HOME"] = folder
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+RESTORATION = ROOT / "examples" / "restoration"
 PHOTOS = ROOT / "examples" / "photos"
 EMBEDDED = str(ROOT / "weights" / "qualiclip-mini.safetensors")
 ARGUMENTS = {
@@ -33,7 +40,7 @@ ARGUMENTS = {
         *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
     ],
     "onednn": [],
-    "precision": ["--photographs", str(PHOTOS), "--calibrate", "many"],
+    "precision": ["--photographs", "pristine", "--calibrate", "many"],
     "reference": ["--pristine", "pristine", "--write", "out/reference.toml"],
     "report": [],
     "restoration": ["--pristine", "pristine", "--others", EMBEDDED, "--restorers", "out", "--sheets", "out"],
@@ -45,16 +52,60 @@ ARGUMENTS = {
     "tiles": ["--images", str(PHOTOS)],
 }
 
+APART = ("tiles",)  # run as their docstrings say, in a process of its own
 
-def run(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+
+@dataclass(frozen=True)
+class Done:
+    """What a benchmark has left: its exit status and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+def run_apart(name: str, *arguments: str, folder: Path) -> Done:
+    """Run a benchmark as its docstring says, in a process of its own."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs a benchmark as the main module of this process, which has everything imported; undoes what it sets."""
+    environment, modules = dict(os.environ), set(sys.modules)
+    logger, threads = logging.getLogger("qualiclip_pyiqa"), torch.get_num_threads()
+    level = logger.level
+
+    def run_here(name: str, *arguments: str, folder: Path) -> Done:
+        script = str(BENCHMARKS / f"{name}.py")
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        monkeypatch.setattr("qualiclip_pyiqa.scoring.allocator.keep_freed_memory", lambda: True)  # it cannot be undone
+        capfd.readouterr()
+        status: object = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as caught:
+            status = caught.code
+        printed = capfd.readouterr()
+        # As an interpreter does: anything but a number is printed, and means failure.
+        said = f"{status}\n" if not isinstance(status, int | None) else ""
+        return Done(status or 0 if isinstance(status, int | None) else 1, printed.out, printed.err + said)
+
+    yield run_here
+    os.environ.clear()
+    os.environ.update(environment)
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+    for each in set(sys.modules) - modules:
+        if Path(getattr(sys.modules[each], "__file__", None) or "/").parent in (BENCHMARKS, RESTORATION):
+            del sys.modules[each]  # "report", "train": names that others may have
 
 
 @pytest.fixture
@@ -84,11 +135,14 @@ def test_every_benchmark_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -> None:
+def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path, run: Run) -> None:
     if name == "report" and shutil.which("chromium") is None:
         pytest.skip("no chromium is installed (apt-get install chromium)")
-    given = ["--weights", str(upstream_weights)] if name in ("folder", "onednn", "speed") else []
-    done = run(name, *ARGUMENTS[name], *given, "--quick", "--json", "out/result.json", folder=folder)
+    given = ["--weights", str(upstream_weights)] if name in ("folder", "onednn", "rounding", "speed", "startup") else []
+    if name == "rounding":
+        given.append(str(upstream_weights))  # two draws of images, with the same weights
+    start = run_apart if name in APART else run
+    done = start(name, *ARGUMENTS[name], *given, "--quick", "--json", "out/result.json", folder=folder)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "out" / "result.json").read_text())
     assert {"date", "command", "machine", "versions", "weights", "quick", "rows"} == result.keys()
@@ -139,7 +193,7 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path) -
         assert 0 <= rows["two faults", "mean of 15 pairs"]["named"] <= 1
 
 
-def test_mini_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
+def test_mini_says_in_one_line_what_is_missing(tmp_path: Path, run: Run) -> None:
     done = run("mini", "--pristine", "none", "--rated", "few", "few.csv", ".", folder=tmp_path)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: none has 0 photographs")
     (tmp_path / "few.csv").write_text("image,mos\n0.png,1\n1.png,2\n")
