@@ -65,21 +65,6 @@ def check(table: list[dict[str, object]], expected: dict[str, float | None], tim
             assert row["height"] == 40
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_folders(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
-    large = picture(tmp_path / "large.png", 80, 40)
-    files = ray.data.read_binary_files([str(photos), str(large)], include_paths=True)
-    scored = score_dataset(files, "qualiclip-mini", max_pixels=64 * 40)
-    scored.write_parquet(str(tmp_path / "scores"))
-    table = pyarrow.parquet.read_table(tmp_path / "scores").to_pylist()
-    assert list(table[0]) == ["path", "width", "height", "qualiclip-mini", "error"]
-    check([row for row in table if row["path"] != str(large)], expected)
-    (refused,) = (row for row in table if row["path"] == str(large))
-    assert (
-        refused["qualiclip-mini"] is None and "80x40, limit 2560 pixels" in refused["error"]
-    )  # options reach the workers
-
-
 def test_images_in_other_forms(photos: Path, expected: dict[str, float | None], tmp_path: Path) -> None:
     """Hugging Face's `{bytes, path}`, paths and URLs; what is not an image is an error of its row."""
     paths = [str(path) for path in sorted(photos.iterdir())]
@@ -107,12 +92,15 @@ def test_images_in_other_forms(photos: Path, expected: dict[str, float | None], 
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_arrays(photos: Path, expected: dict[str, float | None]) -> None:
+def test_what_ray_reads_from_folders(photos: Path, expected: dict[str, float | None]) -> None:
+    """As a worker gets it: encoded bytes, or arrays."""
     whole = {path: score for path, score in expected.items() if score is not None}
+    files = ray.data.read_binary_files(str(photos), include_paths=True)
     arrays = ray.data.read_images(list(whole), include_paths=True)
-    table = arrays.take_batch(len(whole), batch_format="pyarrow")
-    stage = ScoreStage("qualiclip-mini", "image", torch.get_num_threads(), workers=0, device="cpu")
-    check(stage(table).to_pylist(), whole)
+    for dataset, image, scores in ((files, "bytes", expected), (arrays, "image", whole)):
+        table = dataset.take_batch(len(scores), batch_format="pyarrow")
+        stage = ScoreStage("qualiclip-mini", image, torch.get_num_threads(), workers=0, device="cpu")
+        check(stage(table).to_pylist(), scores)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -128,21 +116,29 @@ def test_parquet_with_image_bytes_and_a_killed_worker(photos: Path, tmp_path: Pa
             return x.mean()
 
     paths = [str(path) for path in sorted(photos.iterdir())] * 4
-    paths[20] = str(picture(tmp_path / "120.png", 120, 40))
-    scores = {r.path: r.scores.get("qualiclip-mini") for r in Scorer("qualiclip-mini", "cpu", workers=0).score(paths)}
+    paths[20], paths[30] = (str(picture(tmp_path / f"{width}.png", width, 40)) for width in (120, 140))
+    options = {"workers": 0, "max_pixels": 130 * 40}
+    scored = Scorer("qualiclip-mini", "cpu", **options).score(paths)
+    scores = {record.path: record.scores.get("qualiclip-mini") for record in scored}
+    assert scores[paths[30]] is None
     # Other columns are kept; the column of the images has another name.
     packed = [{"number": n, "photo": Path(path).read_bytes(), "path": path} for n, path in enumerate(paths)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(packed), tmp_path / "packed.parquet")
     dataset = ray.data.read_parquet(str(tmp_path / "packed.parquet")).repartition(4)
     metrics = {"qualiclip-mini": "qualiclip-mini", "deadly": Deadly()}
-    scored = score_dataset(dataset, metrics, image="photo", actors=2, batch_size=3, workers=0)
-    table = scored.take_all()
+    dataset = score_dataset(dataset, metrics, image="photo", actors=2, batch_size=3, **options)
+    dataset.write_parquet(str(tmp_path / "scores"))
+    table = pyarrow.parquet.read_table(tmp_path / "scores").to_pylist()
+    assert list(table[0]) == ["number", "path", "width", "height", "qualiclip-mini", "deadly", "error"]
     assert (tmp_path / "120").exists()
     assert sorted(row["number"] for row in table) == list(range(len(paths)))  # nothing lost, nothing twice
     for row in table:
-        assert row["path"] == paths[row["number"]] and "photo" not in row
-        check([row], {row["path"]: scores[row["path"]]})
+        assert row["path"] == paths[row["number"]]
         assert (row["deadly"] is None) == (scores[row["path"]] is None)
+        if row["number"] == 30:  # options reach the workers
+            assert row["qualiclip-mini"] is None and "140x40, limit 5200 pixels" in row["error"]
+        else:
+            check([row], {row["path"]: scores[row["path"]]})
 
 
 @pytest.mark.usefixtures("local_ray")
