@@ -37,26 +37,30 @@ def wheel_of(source: Path, folder: Path) -> Path:
     return wheel
 
 
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the checkout as it is, before a test changes its copy."""
+    return wheel_of(source, tmp_path_factory.mktemp("wheel"))
+
+
 def modules(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in (folder / "qualiclip_pyiqa").rglob("*.py")}
 
 
+@pytest.mark.usefixtures("wheel")  # whose build leaves a folder behind
 def test_moved_module_ships_once(source: Path, tmp_path: Path) -> None:
-    before = source / "qualiclip_pyiqa" / "before.py"
-    after = source / "qualiclip_pyiqa" / "training" / "after.py"
-    before.write_text("")
-    wheel_of(source, tmp_path / "1")
+    before = source / "qualiclip_pyiqa" / "screen.py"
+    after = source / "qualiclip_pyiqa" / "training" / "screen.py"
     before.rename(after)
     try:
-        with zipfile.ZipFile(wheel_of(source, tmp_path / "2")) as archive:
+        with zipfile.ZipFile(wheel_of(source, tmp_path)) as archive:
             held = {name for name in archive.namelist() if name.endswith(".py")}
         assert held == modules(source) | {"qualiclip_pyiqa_start.py"}
     finally:
-        after.unlink()
+        after.rename(before)
 
 
-def test_wheel_holds_the_package_the_weights_and_the_hook_only(source: Path, tmp_path: Path) -> None:
-    wheel = wheel_of(source, tmp_path)
+def test_wheel_holds_the_package_the_weights_and_the_hook_only(wheel: Path) -> None:
     assert wheel.name.endswith("py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = archive.namelist()
