@@ -79,8 +79,8 @@ class Photograph:
 class Client:
     """Sends requests on one connection, which it makes again where it has to."""
 
-    def __init__(self, port: int, tally: Tally) -> None:
-        self.port, self.tally = port, tally
+    def __init__(self, port: int, tally: Tally, hang: float) -> None:
+        self.port, self.tally, self.seconds_hanging = port, tally, hang
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
 
     def one(self, photograph: Photograph) -> None:
@@ -108,7 +108,7 @@ class Client:
 
     def hang(self, photograph: Photograph) -> None:
         """Send half of a request, wait and leave."""
-        self._leave(photograph.data, len(photograph.data) // 2, HANG)
+        self._leave(photograph.data, len(photograph.data) // 2, self.seconds_hanging)
 
     def leave(self, photograph: Photograph) -> None:
         """Send a request, and leave soon."""
@@ -223,7 +223,7 @@ def load(
     end = time.perf_counter() + seconds
 
     def work(number: int, kind: str) -> None:
-        client = Client(port, tally)
+        client = Client(port, tally, min(HANG, seconds))
         order = random.Random(number)
         send: Callable[..., None] = getattr(client, kind)
         while time.perf_counter() < end:
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="of qualiclip serve")
     options = parser.parse_args()
     if options.quick:
-        options.limit, options.seconds, options.clients = 8, 2, 8
+        options.limit, options.seconds, options.clients = 8, 1, 8
         options.sizes = options.sizes or [(64, 48), (48, 64)]
     keep_freed_memory()
     paths = find_images(options.images).paths
