@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -64,17 +65,26 @@ def test_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         csv.writer(file).writerows(rows)
     shutil.copytree(ROOT / "examples" / "photos", tmp_path / "examples" / "photos")
     monkeypatch.chdir(tmp_path)
-    ran = 0
+    ran = apart = 0
     for mark, block in BLOCKS:
         for line in block.splitlines() if mark else ():
             words = shlex.split(line, comments=True)
-            if words[0] == "qualiclip":  # in this process, which has everything imported
+            # In this process, which has everything imported, but for the first interpreter of them all.
+            if words[0] == "qualiclip":
                 assert cli.main(words[1:]) == 0, line
+            elif words[:2] == ["python", "-c"] and apart:
+                exec(words[2], {})
+            elif words[:2] == ["python", "-m"]:
+                monkeypatch.setattr(sys, "argv", words[2:])
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+                assert ended.value.code == 0, line
             else:
                 assert words[0] == "python"
                 subprocess.run([sys.executable, *words[1:]], check=True)
+                apart += 1
             ran += 1
-    assert ran >= 9
+    assert ran >= 9 and apart
     results = (
         "toy.csv",
         "mine.csv",
