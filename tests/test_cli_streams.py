@@ -16,7 +16,10 @@ FULL = b"qualiclip: standard output cannot be written (No space left on device)"
 
 
 def run(redirection: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "qualiclip_pyiqa", *map(str, arguments)]
+    return execute(redirection, [sys.executable, "-m", "qualiclip_pyiqa", *map(str, arguments)], cwd)
+
+
+def execute(redirection: str, command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
     shell = ["bash", "-c", f'exec "$@" {redirection}', "-", *command]
     return subprocess.run(shell, capture_output=True, cwd=cwd, timeout=300)
 
@@ -53,12 +56,43 @@ def helping(_: Path) -> list[object]:
     return ["score", "--help"]
 
 
-@pytest.mark.parametrize("arguments", [filtering, evaluating, scoring, listing, version, helping])
+@pytest.mark.parametrize("arguments", [filtering, listing, version, helping])
 def test_standard_output_that_takes_nothing(arguments, table: Path) -> None:  # type: ignore[no-untyped-def]
     for redirection, last in (("<&- >&-", CLOSED), (">/dev/full", FULL)):
         done = run(redirection, *arguments(table))
         assert done.stderr.splitlines()[-1] == last and b"Traceback" not in done.stderr
         assert done.returncode == 1
+
+
+AGAIN = """
+import os, sys
+from qualiclip_pyiqa.commands.cli import main
+closed = sys.stdout is None
+kept = None if closed else os.dup(1)
+first = main({0!r})
+print("then", file=sys.stderr)
+if closed:
+    sys.stdout.close()
+    sys.stdout = None  # as an interpreter has it that starts so
+else:
+    os.dup2(kept, 1)
+    sys.stdout = open(1, "w", closefd=False)
+raise SystemExit(10 * first + main({1!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "last", "commands"),
+    [("<&- >&-", CLOSED, (evaluating, scoring)), (">/dev/full", FULL, (scoring, evaluating))],
+    ids=["closed", "full"],
+)
+def test_standard_output_that_takes_no_scores(redirection, last, commands, table: Path) -> None:  # type: ignore[no-untyped-def]
+    """Two commands in one process, as each takes seconds to import what it needs."""
+    code = AGAIN.format(*([str(word) for word in arguments(table)] for arguments in commands))
+    done = execute(redirection, [sys.executable, "-c", code])
+    assert b"Traceback" not in done.stderr
+    assert [said.splitlines()[-1] for said in done.stderr.split(b"then\n")] == [last, last]
+    assert done.returncode == 11
 
 
 def test_a_closed_standard_output_that_is_not_needed(table: Path, tmp_path: Path) -> None:
