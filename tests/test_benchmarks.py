@@ -152,7 +152,8 @@ def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path, r
     if name == "fit":
         inside, across = result["rows"]
         assert inside["fitted on"] == "80 %" and inside["SRCC"] > 0.5
-        assert across["SRCC 95 % from"] <= across["SRCC"] and across["SRCC"] > 0.9  # the images it was fitted on
+        assert across["SRCC 95 % from"] <= across["SRCC"] + 1e-12  # which is 1 but for rounding
+        assert across["SRCC"] > 0.9  # the images it was fitted on
     rows = {(row.get("measured"), row.get("metric", row.get("attribute"))): row for row in result["rows"]}
     if name == "mini":
         for metric in ("one", "the model before", "log energy of the Laplacian", "log variance of the Laplacian"):
