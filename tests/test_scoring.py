@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -378,6 +379,22 @@ def test_compiled(tiny_folder: Path, photos: list[Path]) -> None:
         scores.append([record.scores["x"] for record in scorer.score(chosen)])
         assert (graphs["unique_graphs"] > 0) == compile
     assert np.allclose(*scores, rtol=0, atol=SAME)
+
+
+@pytest.mark.parametrize(("metric", "folder"), [("brisque", "pyiqa"), ("ckdn", "checkpoints")])
+def test_a_download_that_failed_is_named_with_its_place(
+    metric: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("unreachable")
+
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    with pytest.raises(WeightsError) as caught:
+        Scorer(metric, device="cpu")
+    found = re.search(r"; check the network, or download (https://\S+) and put it at (\S+)$", str(caught.value))
+    assert found is not None, caught.value
+    place = Path(found[2])
+    assert place.parent == Path(torch.hub.get_dir(), folder) and found[1].endswith(place.name)
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_score_filter_and_evaluate_use_the_sets_of_a_file(
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
-        ((), "has no effect: no metric uses a set of it (weather, mine); name one, such as -m qualiclip-mini+:weather"),
+        ((), "has no effect: no metric uses a set of it (weather, mine); name one, such as -m clipiqa:weather"),
         (("-m", "clipiqa:look"), "has no effect"),
         (("-m", "clipiqa:wether"), "did you mean 'weather'"),
         (("-m", "clipiqa:mine", "-m", "clipiqa:mine"), "given twice"),

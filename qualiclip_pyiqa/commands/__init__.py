@@ -105,7 +105,7 @@ def chosen_metrics(
     if sets and not any(split_spec(name)[1] in sets for name in names):
         raise SettingsError(
             f"--prompts {arguments.prompts} has no effect: no metric uses a set of it ({', '.join(sets)}); "
-            f"name one, such as -m {split_spec(names[0])[0]}:{next(iter(sets))}"
+            f"name one, such as -m clipiqa:{next(iter(sets))}"
         )
     return chosen
 

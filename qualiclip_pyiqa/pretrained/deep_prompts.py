@@ -135,7 +135,7 @@ def find_clip(prompts: LoadedPrompts) -> Path | None:
             return folder / name
     raise WeightsError(
         f"{prompts.path} was learned on the CLIP model {name}, which is neither beside it nor in a folder of "
-        f"{folders.FOLDERS_VARIABLE}; put it there, or pass backbone_weights=FILE"
+        f"{folders.FOLDERS_VARIABLE}; put it there, or in Python pass backbone_weights=FILE"
     )
 
 

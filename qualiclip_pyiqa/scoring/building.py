@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from traceback import walk_tb
 from typing import TextIO, TypeAlias, cast
 
 import torch
@@ -228,8 +229,8 @@ def _created(name: str, device: torch.device) -> nn.Module:
         raise
     except OSError as error:
         raise WeightsError(
-            f"metric {name} cannot be built ({type(error).__name__}: {reason(error)}); check the network, or put the "
-            f"files of its weights into {Path(torch.hub.get_dir()) / 'pyiqa'}"
+            f"metric {name} cannot be built ({type(error).__name__}: {reason(error)}); check the network, or "
+            f"{_by_hand(error)}"
         ) from error
     except Exception as error:
         raise SettingsError(
@@ -237,6 +238,14 @@ def _created(name: str, device: torch.device) -> nn.Module:
             "see pyiqa's documentation for what it needs"
         ) from error
     return metric
+
+
+def _by_hand(error: OSError) -> str:
+    """Say which file to put where, in place of the download that failed."""
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code is torch.hub.download_url_to_file.__code__:  # the error has neither the URL nor the file
+            return f"download {frame.f_locals['url']} and put it at {frame.f_locals['dst']}"
+    return f"put the files of its weights into {Path(torch.hub.get_dir()) / 'pyiqa'}"
 
 
 def blind_metric(metric: nn.Module) -> BlindMetric | None:
