@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -850,3 +851,46 @@ def test_other_classes_and_files_are_refused(fitted: dict[str, Path], tmp_path: 
     with pytest.raises(WeightsError, match="damaged or not a weight file"):
         Scorer(tmp_path / "x.safetensors", device="cpu", workers=0)
     assert cli.main(["weights", "path", "fitted"]) == 2
+
+
+# ---------------------------------------------------------------- evaluated on the images of the fit
+
+
+def test_an_evaluation_on_images_of_the_fit_says_so(
+    fitted: dict[str, Path], rated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under whatever names, from the metric and from a table; other images and other metrics raise no warning."""
+    file, folder, out = fitted["mini"], tmp_path / "images", tmp_path / "e.json"
+    folder.mkdir()
+    rows: list[list[object]] = [["image", "mos"]]
+    for number in range(4):
+        shutil.copy(rated / f"{number}.png", folder / f"copy{number}.png")
+        draw(500 + number, number / 4).save(folder / f"new{number}.png")
+        rows += [[f"copy{number}.png", number], [f"new{number}.png", 4.5 - number]]
+    mixed = write_rows(tmp_path / "mixed.csv", rows)
+    new = write_rows(tmp_path / "new.csv", [rows[0], *(row for row in rows if str(row[0]).startswith("new"))])
+    images = ["--images", folder, "--json", out]
+
+    def evaluate(*words: object) -> tuple[Any, str, str]:
+        assert cli.main(["evaluate", *map(str, words)]) == 0
+        said = capsys.readouterr()
+        return json.loads(out.read_text())["metrics"], said.out, said.err
+
+    live = ["--device", "cpu", "--workers", 0]
+    warning = f"4 of these 8 images were used to fit {file}: its figures are not of new images"
+    copies = [str(folder / f"copy{number}.png") for number in range(4)]
+    found, said, warned = evaluate("-m", file, "-m", "qualiclip-mini", "--ratings", mixed, *images, *live)
+    assert f"qualiclip: WARNING: {warning}" in warned and warning in said
+    assert sorted(found[str(file)]["used_to_fit"]) == copies and "used_to_fit" not in found["qualiclip-mini"]
+    found, said, warned = evaluate("-m", file, "--ratings", new, *images, *live)
+    assert found[str(file)]["used_to_fit"] == [] and "used to fit" not in said + warned
+
+    moved, table = tmp_path / "moved.safetensors", tmp_path / "scores.csv"
+    shutil.copy(file, moved)
+    assert cli.main(["score", str(folder), "-m", str(moved), "-o", str(table), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    found, said, warned = evaluate("--scores", table, "--ratings", mixed, *images)
+    assert sorted(found[str(moved)]["used_to_fit"]) == copies and "WARNING: 4 of these 8 images" in warned
+    shutil.copy(fitted["tiny-vit"], moved)
+    found, said, warned = evaluate("--scores", table, "--ratings", mixed, *images)
+    assert found[str(moved)]["used_to_fit"] is None and "is not known, since the file" in warned and "is not" in said

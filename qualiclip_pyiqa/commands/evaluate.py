@@ -193,6 +193,7 @@ def _opinions(arguments: argparse.Namespace) -> Result:
 
     from ..evaluation import text
     from ..evaluation.agreement import LEAST
+    from ..evaluation.fitted_images import fit_warnings
     from ..evaluation.opinions import report_opinions
     from ..evaluation.scores import read_scores, score_images
     from ..optional import require
@@ -203,9 +204,12 @@ def _opinions(arguments: argparse.Namespace) -> Result:
     images = list(dict.fromkeys(ratings.images))
     if len(images) < LEAST:
         raise SettingsError(f"{ratings}; expected at least {LEAST} images")
-    scores = table
-    if scores is None:
-        scores = score_images(_scorer(arguments), images, _bar)
+    if table is not None:
+        scores, used = table, _used(table.settings, list(table.values), images)
+    else:
+        scorer = _scorer(arguments)
+        used = _used(scorer.describe(), scorer.columns, images)  # warns before hours of scoring
+        scores = score_images(scorer, images, _bar)
     errors = {path: scores.errors[path] for path in map(str, images) if path in scores.errors}
     if not any(np.isfinite(values).any() for values in scores.of(images).values()):
         raise ImageError(f"none of {len(images)} images could be scored; the first: {next(iter(errors.values()))}")
@@ -221,7 +225,12 @@ def _opinions(arguments: argparse.Namespace) -> Result:
         "directions": scores.directions,
         **_settings(scores.settings, errors),
         "metrics": {
-            name: {"lower_better": scores.lower_better[name], **each} for name, each in report.as_dict().items()
+            name: {
+                "lower_better": scores.lower_better[name],
+                **({"used_to_fit": used[name]} if name in used else {}),
+                **each,
+            }
+            for name, each in report.as_dict().items()
         },
     }
     lines = [str(ratings), text.reading(scores.settings)]
@@ -229,11 +238,23 @@ def _opinions(arguments: argparse.Namespace) -> Result:
         lines.append(f"scores: {arguments.scores}; their directions: {scores.directions}")
     return Result(
         numbers,
-        [*lines, "", *text.opinions(report, ratings, arguments.group)],
+        [*lines, "", *text.opinions(report, ratings, arguments.group, fit_warnings(used, len(images)).values())],
         lambda path: _draw_scatter(path, scores, ratings, report),
         len(images),
         errors,
     )
+
+
+def _used(
+    settings: Mapping[str, Any] | None, columns: Sequence[str], images: Sequence[Path]
+) -> dict[str, list[str] | None]:
+    """Find the images that metrics of `qualiclip fit` were fitted on, and warn of them."""
+    from ..evaluation.fitted_images import fit_warnings, used_to_fit
+
+    used = used_to_fit(settings, columns, images)
+    for warning in fit_warnings(used, len(images)).values():
+        say(f"qualiclip: WARNING: {warning}")
+    return used
 
 
 def _ratings(arguments: argparse.Namespace, table: Scores | None) -> Ratings:

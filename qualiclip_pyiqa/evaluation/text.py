@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ def reading(settings: Mapping[str, Any] | None) -> str:
     return "; ".join(f"{what}: {said[read_rule(settings, name)]}" for what, name in rules)
 
 
-def opinions(report: OpinionReport, ratings: Ratings, column: str | None) -> list[str]:
-    """Format agreement with opinion scores; `column` is the group column."""
-    lines = _agreements(report.agreements)
+def opinions(report: OpinionReport, ratings: Ratings, column: str | None, warnings: Iterable[str] = ()) -> list[str]:
+    """Format agreement with opinion scores; `column` is the group column, `warnings` follow the first table."""
+    lines = [*_agreements(report.agreements), *warnings]
     if len({each.n for each in report.agreements.values()}) > 1:
         lines.append("the metrics scored different images; compare them by the differences below")
     for (first, second), difference in report.differences.items():

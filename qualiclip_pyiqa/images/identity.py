@@ -1,9 +1,14 @@
-"""Whether two paths name the same image."""
+"""Whether two paths name the same image, or two files hold the same bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import lru_cache
+from pathlib import Path
+
+from ..errors import ImageError
+from .convert import source_name
 
 
 def image_key(path: str) -> str:
@@ -23,6 +28,19 @@ def image_key(path: str) -> str:
     if name in ("", ".", ".."):
         return _resolved(os.path.join(here, path))
     return os.path.normcase(os.path.join(_resolved(os.path.join(here, folder)), name))
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of an image file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ImageError(f"{source_name(path)} cannot be read ({error.strerror or error})") from error
 
 
 def _working_directory() -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import ImageError, counted
 from ..files import replacing
 from ..images.convert import source_name
+from ..images.identity import hash_file
 from ..metrics.base import BlindMetric
 from ..metrics.fitted import count_statistics
 from ..pretrained import folders
@@ -115,7 +116,7 @@ def compute_statistics(
     hashes: dict[Path, str] = {}
     for path in dict.fromkeys(paths):
         try:
-            hashes[path] = _hash(path)
+            hashes[path] = hash_file(path)
         except ImageError as error:
             errors[path] = str(error)
     found: dict[str, Statistics] = {}
@@ -133,7 +134,7 @@ def compute_statistics(
         if record.error is not None:
             errors[path] = _first(record.error, path)
             continue
-        if _hash(path) != sha256:
+        if hash_file(path) != sha256:
             errors[path] = f"{source_name(path)} changed while it was read; try again"
             continue
         found[sha256] = np.array(list(record.scores.values()), np.float32)
@@ -152,14 +153,6 @@ def _first(error: str, path: Path) -> str:
     if error.startswith(f"{_NAME}."):
         return f"{source_name(path)} has statistics that are not finite"
     return error
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ImageError(f"{source_name(path)} cannot be read ({error.strerror or error})") from error
 
 
 def _key(tower: nn.Module, settings: Mapping[str, Any], scorer: Scorer, device: str) -> str:
