@@ -144,6 +144,8 @@ class MetricContract:
         assert torch.equal(metric(grey), metric(grey.expand(-1, 3, -1, -1)))
         with pytest.raises(ImageError, match="31x64 pixels; the smallest that can be scored is 32x32"):
             metric(torch.rand(1, 3, 64, 31))
+        with pytest.raises(ImageError, match=r"has shape \(0, 3, 64, 64\); expected at least one image"):
+            metric(torch.rand(0, 3, 64, 64))
         for wrong in (torch.rand(3, 64, 64), torch.rand(1, 4, 64, 64), "photo.jpg", torch.ones(1, 3, 64, 64).byte()):
             with pytest.raises(ImageError, match="expected") as caught:
                 metric(wrong)

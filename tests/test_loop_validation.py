@@ -94,6 +94,17 @@ class TestQualityMetric:
             with pytest.raises(ImageError, match=message):
                 quality.update(wrong)
 
+    def test_no_images_have_no_mean(self, small: SmallMetric) -> None:
+        quality = QualityMetric(small)
+        message = r"QualityMetric has no images, so there is no mean; call update\(images\) before compute\(\)"
+        with pytest.warns(UserWarning, match="before the"), pytest.raises(SettingsError, match=message):
+            quality.compute()
+        quality.update(upstream.pictures(1, 48, 64))
+        assert torch.isfinite(quality.compute())
+        quality.reset()
+        with pytest.warns(UserWarning, match="before the"), pytest.raises(SettingsError, match=message):
+            quality.compute()
+
     def test_direction(self) -> None:
         assert QualityMetric(SmallMetric()).higher_is_better is True
         assert QualityMetric(SmallMetric(lower_better=True)).higher_is_better is False
@@ -156,19 +167,37 @@ class TestQualityMetric:
         assert set(torch.load(file, weights_only=False)["state_dict"]) == {"body.weight", "body.bias"}
 
 
+class Shift(nn.Module):
+    """A model for Hugging Face's Trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": (x + self.shift).square().mean()}
+
+
+def test_trainer_callback_without_images_is_an_error(small: SmallMetric, tmp_path: Path) -> None:
+    """The mean of none is NaN, which would be logged and might choose the checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, remove_unused_columns=False
+    )
+    data = [{"x": image} for image in upstream.pictures(2, 48, 64)]
+    trainer = transformers.Trainer(Shift(), arguments, eval_dataset=data)
+    trainer.add_callback(QualityCallback(trainer, small, lambda model: iter(())))
+    with pytest.raises(SettingsError, match="make_images returned no images, so quality has no mean; expected at"):
+        trainer.evaluate()
+    assert not any("eval_quality" in entry for entry in trainer.state.log_history)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_trainer_callback(look: SmallLook, tmp_path: Path, trained: bool) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     x = upstream.pictures(3, 48, 64)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shift = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"loss": (x + self.shift).square().mean()}
 
     def make_images(model: nn.Module) -> Iterator[object]:
         assert not model.training and not torch.is_grad_enabled()
@@ -190,7 +219,7 @@ def test_trainer_callback(look: SmallLook, tmp_path: Path, trained: bool) -> Non
         remove_unused_columns=False,
     )
     data = [{"x": image} for image in x]
-    trainer = transformers.Trainer(Model(), arguments, train_dataset=data, eval_dataset=data)
+    trainer = transformers.Trainer(Shift(), arguments, train_dataset=data, eval_dataset=data)
     trainer.add_callback(QualityCallback(trainer, look, make_images))
     batch = torch.stack([(x[0] * 255).byte() / 255, x[1], (x[2] * 255).byte() / 255])
     expected = dict(zip(look.attributes, scores(look, batch).mean(dim=0).tolist(), strict=True))

@@ -129,11 +129,31 @@ def test_relative_is_how_much_worse_and_rewards_nothing_beyond(small: SmallMetri
     found.sum().backward()
     assert other.grad is None
     assert torch.equal(x.grad.abs().amax(dim=(1, 2, 3)) > 0, expected > 0)
-    # The other image may have another size: a network's input in super-resolution.
-    half = F.avg_pool2d(other.detach(), 2, ceil_mode=True)
-    half = F.pad(half, (0, 0, 4, 4))
-    expected = (score(small, half) - score(small, x.detach())).clamp(min=0)
-    assert torch.allclose(loss(x, **{relative_to: half}), expected)
+
+
+def test_an_input_may_have_another_size_and_a_target_not(small: SmallMetric) -> None:
+    """In super-resolution the input is smaller; passed as the target by mistake, it must not go unnoticed."""
+    x = upstream.pictures(2, 96, 128)
+    half = F.avg_pool2d(x.flip(0), 2)
+    expected = (score(small, half) - score(small, x)).clamp(min=0)
+    assert torch.allclose(QualityLoss(small, reduction="none", relative_to="input")(x, input=half), expected)
+    message = "target is 64x48 pixels and x is 128x96; expected the ground truth in the size of the network's output"
+    for options in ({}, {"crops": (1, 32)}):
+        with pytest.raises(ImageError, match=message):
+            QualityLoss(small, relative_to="target", **options)(x, half)
+    with pytest.raises(ImageError, match="input is 64x48 pixels and x is 128x96; crops need equal sizes"):
+        QualityLoss(small, relative_to="input", crops=(1, 32))(x, input=half)
+
+
+@pytest.mark.parametrize(
+    ("height", "count", "message"), [(48, 2, "target is 64x48 pixels"), (64, 1, "target has 1 images and x has 2")]
+)
+def test_a_compiled_loss_checks_its_target(small: SmallMetric, height: int, count: int, message: str) -> None:
+    x = upstream.pictures(2, 64, 64)
+    compiled = torch.compile(QualityLoss(small, relative_to="target"), backend="eager")
+    assert torch.isfinite(compiled(x, x.flip(0)))
+    with pytest.raises(ImageError, match=message):
+        compiled(x, x[:count, :, :height])
 
 
 def test_relative_needs_its_image(small: SmallMetric) -> None:
@@ -145,8 +165,6 @@ def test_relative_needs_its_image(small: SmallMetric) -> None:
         QualityLoss(small, relative_to="input")(x, x)
     with pytest.raises(ImageError, match="target has 1 images and x has 2; expected as many"):
         QualityLoss(small, relative_to="target")(x, x[:1])
-    with pytest.raises(ImageError, match="target is 32x48 pixels and x is 64x48; crops need equal sizes"):
-        QualityLoss(small, relative_to="target", crops=(1, 32))(x, x[..., :32])
 
 
 def test_crops_are_of_the_image_and_of_torch_s_generator(small: SmallMetric) -> None:
@@ -419,7 +437,7 @@ def test_wrong_images_are_named(small: SmallMetric) -> None:
         loss("photos/hats.jpg")
     with pytest.raises(ImageError, match="expected floating point"):
         loss(torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
-    with pytest.raises(ImageError, match=r"x has shape \(0, 3, 48, 64\); expected at least one image"):
+    with pytest.raises(ImageError, match=r"image tensor has shape \(0, 3, 48, 64\); expected at least one image"):
         loss(torch.rand(0, 3, 48, 64))
 
 

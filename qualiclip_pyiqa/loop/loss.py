@@ -70,13 +70,14 @@ class QualityLoss(nn.Module):
 
     Shape:
         x: (N, 3, H, W) or (N, 1, H, W), RGB or grey; H and W at least 32, at every scale
-        target, input: the same; they may differ from x in H and W unless there are crops
+        target: the same N, H and W as x
+        input: the same N; H and W may differ, as in super-resolution, unless there are crops
         -> scalar, or (N,) without reduction; float32 (float64 for a metric in double precision).
 
     Raises:
         SettingsError: not a metric, a full-reference metric, one whose range of scores is unknown or infinite, or an
             invalid option; in `forward`, the image that `relative_to` names is missing.
-        ImageError: in `forward`, a wrong shape or dtype, or an image that is too small.
+        ImageError: in `forward`, a wrong shape, size or dtype, no image, or an image that is too small.
 
     Example:
         >>> import torch
@@ -149,17 +150,20 @@ class QualityLoss(nn.Module):
         other = self._prepared(given.detach(), self.relative_to)
         if len(other) != len(x):
             raise ImageError(f"{self.relative_to} has {len(other)} images and x has {len(x)}; expected as many")
-        if self.crops is not None and other.shape[2:] != x.shape[2:]:
+        if other.shape[2:] != x.shape[2:] and (self.relative_to == "target" or self.crops is not None):
+            expected = (
+                "expected the ground truth in the size of the network's output"
+                if self.relative_to == "target"
+                else "crops need equal sizes: resize one, or leave crops out"
+            )
             raise ImageError(
                 f"{self.relative_to} is {other.shape[3]}x{other.shape[2]} pixels and x is {x.shape[3]}x{x.shape[2]}; "
-                "crops need equal sizes: resize one, or leave crops out"
+                f"{expected}"
             )
         return other
 
     def _prepared(self, x: Tensor, name: str) -> Tensor:
         x = check_batch(x)
-        if not len(x):
-            raise ImageError(f"{name} has shape {tuple(x.shape)}; expected at least one image")
         # Compiled, a log would break the graph.
         if not torch.compiler.is_compiling() and self._calls < CHECKED_CALLS and (found := far_outside(x)) is not None:
             self._warn("values", f"{name} has {found}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import SettingsError
 from ..images.tensors import Source, as_batch
 from ..scoring.building import MetricLike
 from .frozen import FrozenMetric
@@ -29,7 +30,7 @@ class QualityCallback(TrainerCallback):
             (H, W, C) or tensors (C, H, W), as for `load_image`.
 
     Raises:
-        SettingsError: not a no-reference metric.
+        SettingsError: not a no-reference metric; in an evaluation, `make_images` returned no image in any process.
         ImageError: in an evaluation, an image that cannot be scored.
     """
 
@@ -63,6 +64,10 @@ class QualityCallback(TrainerCallback):
         finally:
             model.train(was_training)
         sums = self.trainer.accelerator.reduce(sums, reduction="sum")
+        if not sums[-1]:  # NaN would be logged, and might choose the checkpoint
+            raise SettingsError(
+                "make_images returned no images, so quality has no mean; expected at least one at every evaluation"
+            )
         means = (sums[:-1] / sums[-1]).tolist()
         found = {f"eval_{name}": mean for name, mean in zip(self.metric.attributes, means, strict=True)}
         if metrics is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SettingsError
 from ..images.tensors import as_batch
 from ..optional import require
 from ..scoring.building import MetricLike
@@ -35,7 +36,7 @@ class QualityMetric(Metric):
         -> scalar float32, on the metric's own scale; for several attributes a dict of them.
 
     Raises:
-        SettingsError: not a no-reference metric, or torchmetrics is not installed.
+        SettingsError: not a no-reference metric, or torchmetrics is not installed; in `compute`, no image was added.
         ImageError: in `update`, a wrong shape or dtype, or values outside 0..1.
 
     Example:
@@ -77,7 +78,16 @@ class QualityMetric(Metric):
         self.count += len(scores)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        """Return the mean score; NaN without images."""
+        """Return the mean score.
+
+        Raises:
+            SettingsError: no image was added, in any process.
+        """
+        if not self.count:
+            raise SettingsError(
+                "QualityMetric has no images, so there is no mean; call update(images) before compute(), and compute() "
+                "before reset()"
+            )
         means = (self.total / self.count).float()
         return means[0] if len(means) == 1 else dict(zip(self.attributes, means.unbind(), strict=True))
 

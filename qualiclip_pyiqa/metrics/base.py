@@ -193,7 +193,7 @@ def check_batch(x: Tensor, least: int = MIN_SIDE) -> Tensor:
     """Validate images and expand grey ones to (N, 3, H, W).
 
     Raises:
-        ImageError: wrong type, shape or dtype, or an image with a side of less than `least` pixels.
+        ImageError: wrong type, shape or dtype, no image, or one with a side of less than `least` pixels.
     """
     if not isinstance(x, Tensor):
         raise ImageError(
@@ -202,6 +202,8 @@ def check_batch(x: Tensor, least: int = MIN_SIDE) -> Tensor:
         )
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected (N, 3, H, W) or (N, 1, H, W)")
+    if not len(x):  # whose mean, as of a loss, would be NaN
+        raise ImageError(f"image tensor has shape {tuple(x.shape)}; expected at least one image")
     if not x.is_floating_point():
         raise ImageError(f"image tensor has dtype {x.dtype}; expected floating point in 0..1")
     check_size(x.shape[2], x.shape[3], "image", least)
