@@ -29,6 +29,7 @@ from qualiclip_pyiqa.training.examples import batches_of, plan
 from qualiclip_pyiqa.training.held_out import hold_out
 from qualiclip_pyiqa.training.recipes import RECIPES, Recipe, default_recipe, fresh_deep_network, fresh_network
 from qualiclip_pyiqa.training.tuning import tune
+from qualiclip_pyiqa.training.watched import KeptEpoch
 
 NAMES = ("clip-dqa", "clip-agiqa")
 COUNT, SCENES = 18, 6
@@ -195,6 +196,10 @@ def test_the_best_epoch_is_kept_and_patience_ends(
     first, *epochs = log_of(tmp_path / "best")
     assert [epoch["best_epoch"] for epoch in epochs] == [1, 1, 3, 3, 3, 3]
     assert first["validation_use"] == "chose the epoch that is kept"
+    held_out = f"{first['validation_images']} held-out images"
+    assert str(KeptEpoch.of(tmp_path / "best" / "log.jsonl")) == (
+        f"kept epoch 3 of 6, the best on {held_out}: SRCC 0.5000, PLCC -; optimistic, since these images chose it"
+    )
     monkeypatch.undo()
     last = dataclasses.replace(recipe, epochs=3, keep="last")
     assert (

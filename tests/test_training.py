@@ -649,7 +649,31 @@ def test_every_setting_changes_the_model(change: dict, usual: Path, folder: Path
     assert all(torch.isfinite(value).all() for value in values.values())
 
 
-def test_run_begins_from_an_earlier_model(toy: Path, folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: Config, pristine: Path, out: Path, **_: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", stopped)
+    run = tmp_path / "run"
+    line = ["train", "--config", "toy", "--pristine", str(tmp_path), "--out", str(run)]
+    assert cli.main(line) == 130
+    assert capsys.readouterr().err == (
+        "qualiclip: stopped before the first checkpoint; the same command with --resume starts again\n"
+    )
+    run.mkdir()
+    (run / "checkpoint-000000002-01234567.safetensors").touch()
+    assert cli.main(line) == 130
+    assert capsys.readouterr().err == (
+        "qualiclip: stopped; the same command with --resume continues from "
+        f"{run}/checkpoint-000000002-01234567.safetensors\n"
+    )
+
+
+def test_run_begins_from_an_earlier_model(
+    toy: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     still = short(learning_rate=1e-9, recalibrate=0)  # so small that nothing moves
     arguments = ["--pristine", str(folder), "--start", str(toy), "--seed", "7", "--licence", "CC0"]
     config = write_config(still, tmp_path / "still.toml")
@@ -657,6 +681,11 @@ def test_run_begins_from_an_earlier_model(toy: Path, folder: Path, tmp_path: Pat
     again = tmp_path / "run" / "model.safetensors"
     with safe_open(again, "pt") as file:
         written = file.metadata()
+    assert f"{still.steps} steps; on {still.validation} validation photographs ranking accuracy" in caplog.text
+    before = again.read_bytes()
+    repeated = ["train", "--config", str(config), "--out", str(tmp_path / "run"), *arguments, "--resume"]
+    assert cli.main(repeated) == 0 and again.read_bytes() == before
+    assert f"the run in {tmp_path / 'run'} is finished; nothing is trained" in caplog.text
     assert written["licence"] == "CC0" and json.loads(written["training"])["seed"] == 7
     first, second = load_file(toy), load_file(again)
     assert torch.equal(first["prompts_features"], second["prompts_features"])  # another seed's would differ

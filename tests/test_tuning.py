@@ -380,6 +380,19 @@ def test_pyiqas_own_class_takes_the_result(
     assert cli.main(command(rated_folder, tmp_path, "-m", metric, "--device", "cpu", *options)) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path}/params.pth\n" and f"{COUNT} images" in captured.err
+    last = log_of(tmp_path)[-1]
+    kept = f"qualiclip: kept epoch {last['epoch']} of {last['epoch']}, the last"
+    if "validation_srcc" in last:
+        figures = f"SRCC {last['validation_srcc']:.4f}, PLCC {last['validation_plcc']:.4f}"
+        assert f"{kept}; on {COUNT // 5} held-out images: {figures}\n" in captured.err
+    else:
+        assert f"{kept}; no images were held out, so no figure says how good it is\n" in captured.err
+    finished = command(rated_folder, tmp_path, "-m", metric, "--device", "cpu", *options, "--resume")
+    assert cli.main(finished) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"qualiclip: the run in {tmp_path} is finished, so there is nothing to resume: use {tmp_path}/params.pth, or "
+        "choose another folder"
+    ]
     assert expected.items() <= log_of(tmp_path)[0]["recipe"].items()
 
     ours = pyiqa.create_metric(metric, device="cpu", pretrained=str(tmp_path / "params.pth"))
@@ -451,7 +464,10 @@ def test_ctrl_c_leaves_the_log_alone(upstream_weights: Path, rated_folder: Path,
         assert time.monotonic() < until
         time.sleep(0.1)
     run.send(signal.SIGINT)
-    assert run.wait(100) == 130 and said.read_text().endswith("qualiclip: stopped\n")
+    assert run.wait(100) == 130
+    (checkpoint,) = log.parent.glob("checkpoint-*.safetensors")
+    line = f"qualiclip: stopped; the same command with --resume continues from {checkpoint}\n"
+    assert said.read_text().endswith(line)
     assert sorted(path.name.partition("-")[0] for path in log.parent.iterdir()) == ["checkpoint", "log.jsonl"]
     assert all("epoch" in each for each in log_of(tmp_path / "run")[1:])
 

@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     for module in NEEDED:
         require(module, "train", "qualiclip train")
 
+    from ..training.checkpoint import how_to_continue
     from ..training.config import load_config
     from ..training.loop import DivergedError
     from ..training.run import train
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ratings is None:
         refuse(arguments, RATING_OPTIONS, "without --ratings")
     logging.getLogger("qualiclip_pyiqa").setLevel(logging.INFO)
+    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     try:
         path = train(
             load_config(arguments.config),
@@ -81,6 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
     except DivergedError as error:
         say(f"qualiclip: {error}")
         return 1
-    if os.environ.get("RANK", "0") == "0":  # one of several processes prints
+    except KeyboardInterrupt:
+        if speaks:
+            say(f"qualiclip: {how_to_continue(arguments.out)}")
+        return 130
+    if speaks:
         put(path)
     return 0

@@ -126,10 +126,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     trackers = check_trackers(arguments.tracker or ())
 
-    from ..training.checkpoint import find_checkpoint
+    from ..training.checkpoint import find_checkpoint, how_to_continue
     from ..training.recipes import RECIPES, default_recipe
-    from ..training.tuning import tune
+    from ..training.tuning import CONTEXT, LOG, PROMPTS, check_folder, tune
+    from ..training.watched import KeptEpoch
 
+    check_folder(arguments.out, PROMPTS if deep else CONTEXT, arguments.resume)
     recipe = default_recipe(arguments.metric)
     if arguments.recipe is not None:
         recipe = RECIPES[arguments.recipe]
@@ -144,17 +146,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
     if arguments.resume and find_checkpoint(arguments.out) is None:
         say(f"qualiclip: {arguments.out} holds no checkpoint to resume from; the run starts at its first epoch")
-    path = tune(
-        net,
-        ratings,
-        arguments.out,
-        recipe,
-        validation=arguments.validation,
-        mos_range=None if arguments.mos_range is None else tuple(arguments.mos_range),
-        trackers=trackers,
-        alignment=alignment,
-        resume=arguments.resume,
-    )
+    try:
+        path = tune(
+            net,
+            ratings,
+            arguments.out,
+            recipe,
+            validation=arguments.validation,
+            mos_range=None if arguments.mos_range is None else tuple(arguments.mos_range),
+            trackers=trackers,
+            alignment=alignment,
+            resume=arguments.resume,
+        )
+    except KeyboardInterrupt:
+        say(f"qualiclip: {how_to_continue(arguments.out)}")
+        return 130
+    say(f"qualiclip: {KeptEpoch.of(arguments.out / LOG)}")
     put(path)
     return 0
 

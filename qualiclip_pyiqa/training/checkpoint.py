@@ -117,6 +117,14 @@ def find_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob(PATTERN), default=None)
 
 
+def how_to_continue(folder: Path) -> str:
+    """Say what continues a run that was stopped."""
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        return "stopped before the first checkpoint; the same command with --resume starts again"
+    return f"stopped; the same command with --resume continues from {checkpoint}"
+
+
 def delete_partial_files(folder: Path, result: str) -> None:
     """Delete the partly written checkpoints and results of a killed process; `result` is the name of the run's file."""
     for pattern in (f"{result}.*.part", f"{PATTERN}.*.part"):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..errors import ImageError
+from ..errors import ImageError, counted, decimals
 from ..evaluation.ratings import Ratings
 from ..screen import Screen
 from ..towers.mini import RelativeSharpness
@@ -304,7 +304,16 @@ class Run:
             loader: DataLoader[Any] = DataLoader(large, batch_size=None, sampler=numbers, num_workers=config.workers)
             with _worker_errors_on_one_line():
                 recalibrate(self.state.ema, loader, self.accelerator.device)
-        self._log(step=self.progress.step, finished=True, **self._evaluate())
+        found = self._evaluate()
+        self._log(step=self.progress.step, finished=True, **found)
+        log.info(
+            "%d steps; on %s ranking accuracy %.4f, %.4f of the degradation types fall%s",
+            self.progress.step,
+            counted(len(self.validation_paths), "validation photograph"),
+            found["accuracy"],
+            found["falling"],
+            "" if found.get("srcc") is None else f"; SRCC with the opinion scores {decimals(found['srcc'])}",
+        )
         summary = {
             "run": self.digest,
             "seed": self.seed,

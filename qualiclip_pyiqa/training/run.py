@@ -104,6 +104,7 @@ def train(
         if not (resume and _is_finished(out, digest)):
             Run(config, accelerator, aligned, training, validation, out, seed, licence, ratings, digest).go(resume)
         elif not quiet:
+            log.info("the run in %s is finished; nothing is trained", out)
             delete_partial_files(out, MODEL)
     accelerator.end_training()
     return out / MODEL

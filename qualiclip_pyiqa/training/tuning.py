@@ -94,7 +94,7 @@ def tune(
     _check_alignment(net, alignment)
     chosen = check_trackers(trackers)
     target = out / (PROMPTS if isinstance(net, DeepPromptIQA) else CONTEXT)
-    _check_folder(out, target, resume)
+    check_folder(out, target.name, resume)
     parts = hold_out(ratings, alignment, validation, recipe.seed)
     targets, ranges = _targets(parts, mos_range)
     check_sizes(net, parts.training.paths, parts.watched.paths, recipe)
@@ -231,7 +231,19 @@ def _check_alignment(net: Tunable, alignment: Ratings | None) -> None:
         raise SettingsError(f"{net.model_type} has no alignment score; leave those of alignment out")
 
 
-def _check_folder(out: Path, target: Path, resume: bool) -> None:
+def check_folder(out: Path, result: str, resume: bool) -> None:
+    """Raise SettingsError if a folder holds a finished run, or a stopped one that is not to be resumed.
+
+    Args:
+        out: the folder.
+        result: name of the file that the run writes at its end.
+        resume: as for `tune`.
+    """
+    target = out / result
+    if target.exists() and resume:
+        raise SettingsError(
+            f"the run in {out} is finished, so there is nothing to resume: use {target}, or choose another folder"
+        )
     if target.exists():
         raise SettingsError(f"{target} exists; choose another folder")
     if not resume and any(out.glob(PATTERN)):

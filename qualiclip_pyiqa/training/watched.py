@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import counted, decimals
 from ..evaluation.ratings import Ratings
 from ..metrics.deep_prompt_iqa import DeepPromptIQA
 from .examples import Tunable, whole_features, whole_scores
@@ -19,6 +22,55 @@ from .validation import correlations
 
 #: Figures by name; None where one does not exist.
 Figures: TypeAlias = dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptEpoch:
+    """The epoch whose prompts a finished run kept.
+
+    Attributes:
+        epoch, epochs: its number, and that of the last epoch.
+        chosen: whether it is the best on the held-out images, not the last.
+        images: number of held-out images.
+        srcc, plcc: on those; None without any, or where undefined.
+    """
+
+    epoch: int
+    epochs: int
+    chosen: bool
+    images: int
+    srcc: float | None
+    plcc: float | None
+
+    @classmethod
+    def of(cls, log: Path) -> KeptEpoch:
+        """Read it from the log of a finished run."""
+        first, *lines = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+        epochs = {line["epoch"]: line for line in lines}
+        last = max(epochs)
+        best = epochs[last].get("best_epoch")  # 0: no epoch has an SRCC, so the last one is kept
+        kept = epochs[best or last]
+        return cls(
+            epoch=kept["epoch"],
+            epochs=last,
+            chosen=bool(best),
+            images=first["validation_images"],
+            srcc=kept.get("validation_srcc"),
+            plcc=kept.get("validation_plcc"),
+        )
+
+    def __str__(self) -> str:
+        kept = f"kept epoch {self.epoch} of {self.epochs}"
+        if not self.images:
+            return f"{kept}, the last; no images were held out, so no figure says how good it is"
+        figures = ", ".join(
+            f"{name} {'-' if value is None else decimals(value)}"
+            for name, value in (("SRCC", self.srcc), ("PLCC", self.plcc))
+        )
+        held_out = counted(self.images, "held-out image")
+        if self.chosen:
+            return f"{kept}, the best on {held_out}: {figures}; optimistic, since these images chose it"
+        return f"{kept}, the last; on {held_out}: {figures}"
 
 
 class Watched:
