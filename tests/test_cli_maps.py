@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import upstream
 from PIL import Image
 from test_cli_score import picture, rows, score
 
@@ -18,6 +19,9 @@ from qualiclip_pyiqa.explain.drawing import draw_maps
 from qualiclip_pyiqa.explain.folder import MapFolder
 from qualiclip_pyiqa.explain.mapper import Mapper
 from qualiclip_pyiqa.explain.quality_map import QualityMap
+from qualiclip_pyiqa.images.tensors import load_image
+from qualiclip_pyiqa.pretrained.manifest import manifest
+from qualiclip_pyiqa.report.reference import shipped_reference
 from qualiclip_pyiqa.scoring.tables.csv_rows import CsvRows
 
 pytest.importorskip("matplotlib")
@@ -75,6 +79,27 @@ def test_an_image_far_larger_than_the_training_photographs_is_noted(
     assert said.count("far larger than the photographs that the model was fitted to (most have 512 pixels") == 1
     assert explain(usual, *metrics, "-o", tmp_path / "usual.svg") == 0
     assert "far larger" not in capsys.readouterr().out
+    # The drawings say it too.
+    mapper = Mapper("qualiclip-mini:sharpness", device="cpu")
+    for image, noted in ((large, True), (usual, False)):
+        rgb = load_image(image)
+        figure = draw_maps(rgb, mapper.maps(rgb[None])[0])
+        assert ("can be upside down" in " ".join(figure.get_supxlabel().split())) == noted
+
+
+def test_the_side_of_the_training_photographs_is_that_of_the_reference() -> None:
+    sides = {record.fitted_side for record in manifest().values() if record.fitted_side}
+    assert sides == {shipped_reference().sides.high}
+
+
+def test_words_of_neighbouring_maps_do_not_overlap() -> None:
+    rgb = upstream.pictures(1, 64, 96)[0]
+    maps = Mapper("qualiclip-mini:look", device="cpu").maps(rgb[None])[0]
+    figure = draw_maps(rgb, maps)
+    figure.canvas.draw()
+    texts = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label) if text.get_text().strip()]
+    boxes = [text.get_window_extent() for text in [*texts, figure.findobj(lambda each: each is figure._supxlabel)[0]]]
+    assert len(boxes) > 20 and not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qualiclip_pyiqa import BlindMetric, ImageError, OpenQualiCLIP, QualityMap, SettingsError, load_image, quality_map
 from qualiclip_pyiqa.explain import local
 from qualiclip_pyiqa.explain.contributions import contributions, logit_directions
+from qualiclip_pyiqa.explain.drawing import draw_maps
 from qualiclip_pyiqa.explain.mapper import Mapper
 from qualiclip_pyiqa.explain.quality_map import KINDS, scale_of
 from qualiclip_pyiqa.towers.mobile import MobileTower
@@ -377,9 +378,18 @@ def test_figures_show_images_maps_and_scales(look: OpenQualiCLIP) -> None:
     maps = Mapper(look, attributes=["sharpness"]).maps(x)[0]
     figure = maps[0].figure(x[0])
     texts = [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
-    assert f"sharpness: {maps[0].score:.3f}" in texts
+    assert f"sharpness: {maps[0].score:.3f} (whole image)" in texts
     assert any("blurrier" in text and "sharper" in text for text in texts)
     quality, brightness = Mapper(look, attributes=["quality", "brightness"]).maps(x)[0]
+    # The score of the image and values of another scale are not shown as if they were one.
+    assert (maps[0].own_scale, quality.own_scale) == (True, False)
+    assert any("windows' own score, not the image's scale" in text for text in texts)
+    caption = " ".join(figure.get_supxlabel().split())
+    assert caption == f"sharpness: {maps[0].relation}" and "not on the scale of the image's score" in caption
+    both = draw_maps(x[0], [maps[0], quality])
+    labels = [axis.get_xlabel().split("\n")[0] for axis in both.axes if axis.get_xlabel().strip()]
+    assert any("own score" in text for text in labels) and any("score of the surroundings" in text for text in labels)
+    assert both.get_supxlabel().count("\n") == 1
     assert (quality.comparatives, brightness.comparatives) == (("better", "worse"), ("brighter", "darker"))
     with pytest.raises(SettingsError, match="96x64 pixels, but this one has 64x64"):
         maps[0].figure(x[0, :, :, :64])

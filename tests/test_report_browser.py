@@ -381,6 +381,30 @@ def test_an_image_too_small_to_score_is_not_called_unreadable(browser: Browser, 
     made.close()
 
 
+def test_maps_of_a_large_image_are_noted(browser: Browser, tmp_path: Path) -> None:
+    for name, width in (("large", 1040), ("usual", 1000)):
+        save(tmp_path / "photos" / f"{name}.png", width, (width, 64))
+    made = write_report(
+        tmp_path / "photos",
+        tmp_path / "r.html",
+        metrics=["qualiclip-mini:sharpness"],
+        options={"device": "cpu", "workers": 0},
+        maps=True,
+    )
+    opened = Opened(browser, made.path)
+    for name in ("large", "usual"):
+        opened.page.locator("#cards button", has_text=name).click()
+        opened.page.locator("#map-of").select_option(index=1)
+        assert "not on the scale of the image's score" in opened.page.locator("#map-words").inner_text()
+        note = opened.page.locator("#map-note")
+        assert note.is_visible() == (name == "large")
+        if name == "large":
+            assert note.inner_text().startswith("Far larger than the photographs that the model was fitted to")
+            opened.check_access()
+        opened.page.keyboard.press("Escape")
+    opened.close()
+
+
 def test_menus_group_the_attributes_of_a_metric(browser: Browser, tmp_path: Path) -> None:
     names = ("m:look.quality", "m:look.brightness", "piqe")
     table = write_attributes(tmp_path / "s.csv", [dict.fromkeys(names, number / 9) for number in range(9)])

@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
                 save_figure(draw_maps(rgb, maps, title=source_name(path)), output)
                 with tqdm.external_write_mode(file=Screen()):
                     put(f"{source_name(path)}  {source_name(output)}")
-                    put("\n".join(f"  {line}" for line in _lines(mappers, maps, said)))
+                    put("\n".join(f"  {line}" for line in _lines(maps, said)))
             bar.update()
     return int(failed > 0)
 
@@ -121,27 +121,15 @@ def _maps(mappers: Sequence[Mapper], rgb: Tensor) -> list[QualityMap]:
         return [each for mapper in mappers for each in mapper.maps(rgb[None], passes.update)[0]]
 
 
-def _lines(mappers: Sequence[Mapper], maps: Sequence[QualityMap], said: set[str]) -> Iterator[str]:
-    """Format the scores of an image, and what is new about its maps; `said` are the relations of earlier images."""
-    from ..metrics.base import BlindMetric
-    from ..report.reference import shipped_reference
+def _lines(maps: Sequence[QualityMap], said: set[str]) -> Iterator[str]:
+    """Format the scores of an image, and what is new about its maps; `said` are the explanations of earlier images."""
+    from ..explain.quality_map import explanations
 
-    relations: dict[str, list[str]] = {}
     for each in maps:
-        name = f"{source_name(each.metric)}  {source_name(each.attribute)}"
-        yield f"{name}  {decimals(each.score)}"
-        relations.setdefault(each.relation, []).append(source_name(each.attribute))
-    for relation, attributes in relations.items():
-        if relation not in said:
-            yield f"{', '.join(dict.fromkeys(attributes))}: {relation}"
-    said.update(relations)
-    height, width = maps[0].size
-    for mapper in mappers:
-        described = mapper.network.describe() if isinstance(mapper.network, BlindMetric) else {}
-        sides = shipped_reference().fitted_sides(described)
-        note = None if sides is None else sides.map_note(width, height)
-        if note is not None:
-            yield f"{source_name(mapper.metric)}: {note}"
+        yield f"{source_name(each.metric)}  {source_name(each.attribute)}  {decimals(each.score)}"
+    found = explanations(maps)
+    yield from (line for line in found if line not in said)
+    said.update(found)
 
 
 def numbered(output: Path, count: int) -> list[Path]:

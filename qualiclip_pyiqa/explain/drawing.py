@@ -14,7 +14,7 @@ from ..errors import SettingsError
 from ..figures import drawable, finish_figure, new_figure
 from ..images.convert import source_name
 from ..images.tensors import Source
-from .quality_map import QualityMap, one_image
+from .quality_map import QualityMap, explanations, one_image
 
 LONGEST = 1000  # pixels, the longest side of an image in a figure
 COLUMNS = 4  # panels beside each other, at most
@@ -24,16 +24,20 @@ LINE = 58  # characters of the text below a panel that fit into its width
 COLOURS, DIVERGING = "viridis", "PuOr"
 OPACITY = 0.62  # of a map over the image, which is drawn in grey below it
 BAR_PLACE: dict[str, Any] = {"location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 32}
+CAPTION = 7.5  # points of the text below the figure
 BARS = {
     "local": "score of the surroundings",
     "contributions": "share of the logit",
     "gradcam": "Grad-CAM",
     "occlusion": "fall of the score if hidden",
 }
+OWN_SCALE = "windows' own score, not the image's scale"
 
 
 def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> Any:
     """Draw an image, and beside it each of its maps over the image in grey, with score, colour bar and meaning.
+
+    Below all of them are `explanations`: how the maps relate to the scores, and what makes them mislead.
 
     Args:
         picture: the image, as for `quality_map`.
@@ -63,7 +67,10 @@ def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> A
     columns = min(COLUMNS, 1 + len(maps))
     rows = -(-(1 + len(maps)) // columns)
     tall = min(1.8, max(0.45, size[0] / size[1]))
-    figure, axes = new_figure(rows, columns, (WIDTH * columns, (WIDTH * tall + 1.4) * rows))
+    across = int(LINE * columns * 8.5 / CAPTION)
+    caption = [_lines(line, across) for line in explanations(maps)]
+    figure, axes = new_figure(rows, columns, (WIDTH * columns, (WIDTH * tall + 1.6) * rows + 0.13 * len(caption)))
+    figure.get_layout_engine().set(h_pad=0.1)  # inches: the layout reserves too little for labels of two lines
     panels = list(axes.flat)
     panels[0].imshow(pixels)
     name = title or (source_name(picture) if isinstance(picture, str) else "image")
@@ -78,6 +85,7 @@ def draw_maps(picture: Source, maps: Sequence[QualityMap], title: str = "") -> A
         axis.set_yticks([])
     for axis in panels[1 + len(maps) :]:
         axis.set_axis_off()
+    figure.supxlabel("\n".join(caption), fontsize=CAPTION, color="0.35")
     return finish_figure(figure)
 
 
@@ -105,14 +113,14 @@ def _draw_map(figure: Any, axis: Any, grey: NDArray[np.float32], found: QualityM
         vmax=found.high,
         alpha=OPACITY,
     )
-    axis.set_title(_shortened(f"{found.attribute}: {found.score:.3f}"), fontsize=11)
+    axis.set_title(_shortened(f"{found.attribute}: {found.score:.3f} (whole image)"), fontsize=11)
     axis.set_xlabel(_lines(f"{found.metric}. {found.meaning}"), fontsize=8.5, color="0.35")
     # Arrows at the ends of a scale that does not hold all values.
     below, above = bool(found.values.min() < found.low), bool(found.values.max() > found.high)
     extend = ("both" if above else "min") if below else ("max" if above else "neither")
     bar = figure.colorbar(drawn, ax=axis, extend=extend, **BAR_PLACE)
     more, less = ("raises", "lowers") if found.diverging else found.comparatives
-    bar.set_label(_bar_label(less, BARS[found.kind], more), fontsize=8.5)
+    bar.set_label(_bar_label(less, OWN_SCALE if found.own_scale else BARS[found.kind], more), fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_linewidth(0.4)
 
@@ -122,8 +130,8 @@ def _shortened(text: str, most: int = 46) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
 
 
-def _lines(text: str) -> str:
-    return "\n".join(textwrap.wrap(drawable(text), LINE))
+def _lines(text: str, most: int = LINE) -> str:
+    return "\n".join(textwrap.wrap(drawable(text), most))
 
 
 def _bar_label(less: str, values: str, more: str) -> str:

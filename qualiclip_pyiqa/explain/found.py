@@ -28,6 +28,7 @@ class Found:
         step: height and width of a place in pixels.
         meaning: what the values are.
         relation: how they relate to the score, of image n and attribute a.
+        own_scale: for each attribute, whether its values are scores of another scale than the image's; empty: none is.
     """
 
     values: Tensor
@@ -35,6 +36,7 @@ class Found:
     step: tuple[float, float]
     meaning: str
     relation: Callable[[int, int], str]
+    own_scale: tuple[bool, ...] = ()
 
 
 def no_such_map(kind: str, what: str, metric: nn.Module) -> SettingsError:

@@ -41,11 +41,14 @@ def _by_windows(metric: PromptIQA | FittedIQA, tower: MobileTower, rgb: Tensor, 
     ]
     values = spread(torch.stack(rows, dim=1).movedim(-1, 1), size)
     pixels = f"{size[1] * SIDE}x{size[0] * SIDE}"
-    own = [not isinstance(metric, FittedIQA) and _has_window_head(metric, tower, column) for column in columns]
+    own = tuple(not isinstance(metric, FittedIQA) and _has_window_head(metric, tower, column) for column in columns)
 
     def relation(_n: int, a: int) -> str:
         if own[a]:
-            return "windows have a head of their own, fitted to degraded regions: values do not add up to the score"
+            return (
+                "windows have a head of their own, fitted to degraded regions: its values compare places with each "
+                "other, and are not on the scale of the image's score"
+            )
         return "one window as large as the image would have the image's score; the mean of small ones differs"
 
     return Found(
@@ -54,6 +57,7 @@ def _by_windows(metric: PromptIQA | FittedIQA, tower: MobileTower, rgb: Tensor, 
         (SIDE, SIDE),
         f"mean score of the windows of {pixels} pixels that contain a place",
         relation,
+        own,
     )
 
 

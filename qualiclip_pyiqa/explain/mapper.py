@@ -20,6 +20,7 @@ from ..scoring.scorer import usable_devices
 from .contributions import contributions
 from .found import Found, kinds_of, no_such_map
 from .gradcam import grad_cam
+from .large import FittedTo
 from .local import local_scores
 from .occlusion import count_passes, occlusion
 from .quality_map import KINDS, QualityMap, scale_of
@@ -91,6 +92,7 @@ class Mapper:
         prompts = getattr(network, "prompts", None)
         groups = {} if prompts is None else dict(prompts.groups)
         self._pairs: list[tuple[Pair, ...]] = [groups.get(name, ()) for name in self.attributes]
+        self._fitted_to = None if network is None else FittedTo.of(network)
         self._sign = -1 if lower_is_better(built) else 1
         self.device = _device_of(self.network)
 
@@ -139,6 +141,8 @@ class Mapper:
             meaning=found.meaning if self._sign > 0 else f"minus the {found.meaning} (of which lower is better)",
             relation=found.relation(n, a),
             comparatives=comparatives(self._pairs[a]),
+            own_scale=bool(found.own_scale and found.own_scale[a]),
+            note=None if self._fitted_to is None else self._fitted_to.note(size[1], size[0]),
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ImageError, SettingsError
+from ..images.convert import source_name
 from ..metrics.prompts import Pair
 from ..metrics.registry import DEFAULT_METRIC
 from ..metrics.words import BETTER
@@ -40,6 +41,8 @@ class QualityMap:
         meaning: what the values are, in one line.
         relation: how they relate to the score, in one line.
         comparatives: what a place with a larger value is, and one with a smaller value, such as "brighter", "darker".
+        own_scale: whether the values are scores of another scale than the image's, which cannot be compared with it.
+        note: one line if maps of an image of this size can mislead, else None.
     """
 
     values: NDArray[np.float32]
@@ -54,6 +57,8 @@ class QualityMap:
     meaning: str
     relation: str
     comparatives: Pair = BETTER
+    own_scale: bool = False
+    note: str | None = None
 
     def __repr__(self) -> str:
         rows, columns = self.values.shape
@@ -149,6 +154,25 @@ def quality_map(
             f"{', '.join(mapper.attributes)}"
         )
     return mapper.maps(one_image(picture))[0][0]
+
+
+def explanations(maps: Sequence[QualityMap]) -> list[str]:
+    """Return how maps of one image relate to its scores, and what makes them mislead, each once.
+
+    Example:
+        >>> found = quality_map("examples/photos/hats.jpg", "qualiclip-mini-sharpness", device="cpu")
+        >>> explanations([found])[0][:51]
+        'sharpness: windows have a head of their own, fitted'
+    """
+    said: dict[str, list[str]] = {}
+    for each in maps:
+        said.setdefault(each.relation, []).append(source_name(each.attribute))
+    lines = [f"{', '.join(dict.fromkeys(attributes))}: {relation}" for relation, attributes in said.items()]
+    noted: dict[str, list[str]] = {}
+    for each in maps:
+        if each.note is not None:
+            noted.setdefault(each.note, []).append(source_name(each.metric))
+    return lines + [f"{', '.join(dict.fromkeys(metrics))}: {note}" for note, metrics in noted.items()]
 
 
 def one_image(picture: Source) -> torch.Tensor:

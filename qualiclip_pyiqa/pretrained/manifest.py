@@ -33,6 +33,7 @@ class WeightRecord:
         by_hand: where to get a file that cannot be downloaded; empty for others.
         sha256: of `file`: whole, its first digits, or empty if unknown.
         size: of `file` in bytes; 0 if unknown.
+        fitted_side: pixels on the longer side of most photographs that an embedded model was fitted to; 0 for others.
     """
 
     name: str
@@ -52,6 +53,7 @@ class WeightRecord:
     by_hand: str = ""
     sha256: str = ""
     size: int = 0
+    fitted_side: int = 0
 
     @property
     def origin(self) -> str:

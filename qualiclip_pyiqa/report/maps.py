@@ -36,6 +36,7 @@ class PageMap:
         low, high: values of the bytes 0 and 255.
         extent: height and width of all places together, as shares of the image's.
         data: (height * width) bytes, row by row.
+        note: one line if maps of an image of this size can mislead, else None.
     """
 
     column: int
@@ -45,6 +46,7 @@ class PageMap:
     high: float
     extent: tuple[float, float]
     data: bytes
+    note: str | None = None
 
 
 class PageMaps:
@@ -150,7 +152,7 @@ def _quantised(column: int, made: QualityMap) -> PageMap:
     levels = np.clip((values - low) / (high - low) if high > low else values * 0, 0, 1)
     data = (levels * 255).round().astype(np.uint8)
     height, width = values.shape
-    return PageMap(column, height, width, low, high, (extent[0], extent[1]), data.tobytes())
+    return PageMap(column, height, width, low, high, (extent[0], extent[1]), data.tobytes(), made.note)
 
 
 def _averaged(values: np.ndarray, factor: int, extent: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 
 from ..errors import SettingsError, counted, did_you_mean
 from ..evaluation.scores import read_scores
+from ..explain.large import FAR
 from ..metrics.prompts import Pair
 from ..scoring.tables import meta_path
 
 # Images below which the 5th and 95th percentile rest on less than five images each.
 FEW = 100
-# Images are called far smaller or larger than the usual ones of a reference from this factor on.
-FAR = 2
 
 logger = logging.getLogger(__name__)
 
@@ -77,24 +76,11 @@ class Sides:
         side = max(width, height)
         if self.low / FAR <= side <= self.high * FAR:
             return None
-        return (
-            f"far {'smaller' if side < self.low else 'larger'} than the images of the reference ({self._usual}): "
-            "percentiles can mislead, above all those of sharpness and noise"
-        )
-
-    def map_note(self, width: int, height: int) -> str | None:
-        """Return one line if an image is far larger than these, to which a model was fitted, else None."""
-        if max(width, height) <= self.high * FAR:
-            return None
-        return (
-            f"far larger than the photographs that the model was fitted to ({self._usual}): maps can mislead, above "
-            "all that of sharpness; in an enlarged image it can be upside down"
-        )
-
-    @property
-    def _usual(self) -> str:
         usual = f"{self.low:.0f}" if round(self.low) == round(self.high) else f"{self.low:.0f} to {self.high:.0f}"
-        return f"most have {usual} pixels on their longer side"
+        return (
+            f"far {'smaller' if side < self.low else 'larger'} than the images of the reference (most have {usual} "
+            "pixels on their longer side): percentiles can mislead, above all those of sharpness and noise"
+        )
 
 
 class Reference(Protocol):
@@ -199,14 +185,6 @@ class ShippedReference:
         self._models: dict[str, Mapping[str, Sequence[float]]] = {
             model["sha256"]: model["pairs"] for model in content["models"]
         }
-
-    def fitted_sides(self, described: Mapping[str, Any]) -> Sides | None:
-        """Return how large the photographs are that a model was fitted to; None for a model that is not known.
-
-        Args:
-            described: the metric, as its `describe()` does.
-        """
-        return self.sides if (described.get("weights") or {}).get("sha256") in self._models else None
 
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         """Accept every metric: those that are not in the table have no percentiles."""

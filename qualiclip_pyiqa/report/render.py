@@ -192,6 +192,7 @@ def _data(page: Page, slots: Mapping[int, int]) -> dict[str, Any]:
         "previewSizes": [None if each is None else [each.width, each.height] for each in side],
         "chunks": [_FIRST_CHUNK, _CHUNK],
         "mapWords": {column: list(words) for column, words in page.words.items()},
+        "mapNotes": _map_notes(page),
         "mapped": sorted(page.maps),
         "mapScales": _map_scales(page),
         "outlierZ": OUTLIER_Z,
@@ -253,14 +254,21 @@ def _map_scales(page: Page) -> dict[int, list[float]]:
     return scales
 
 
+def _map_notes(page: Page) -> list[str]:
+    """Return the notes of all maps, each once."""
+    return list(dict.fromkeys(each.note for maps in page.maps.values() for each in maps if each.note is not None))
+
+
 def _map_chunks(page: Page) -> Iterator[str]:
     """Yield the maps of each row, in the order of `mapped`."""
+    numbers = {note: number for number, note in enumerate(_map_notes(page))}
     for row in sorted(page.maps):
-        yield page_json([_map(each) for each in page.maps[row]])
+        yield page_json([_map(each, numbers) for each in page.maps[row]])
 
 
-def _map(made: PageMap) -> dict[str, Any]:
+def _map(made: PageMap, notes: Mapping[str, int]) -> dict[str, Any]:
     return {
+        **({} if made.note is None else {"note": notes[made.note]}),
         "column": made.column,
         "height": made.height,
         "width": made.width,

@@ -117,6 +117,7 @@ function showMap() {
   canvas.hidden = !found;
   byId("legend").hidden = !found;
   byId("map-words").hidden = !found;
+  byId("map-note").hidden = true;
   byId("strength-field").hidden = !found;
   if (!found) return;
   const bytes = Uint8Array.from(atob(found.data), (character) => character.charCodeAt(0));
@@ -143,6 +144,9 @@ function showMap() {
   byId("legend-low").textContent = scoreText(low);
   byId("legend-high").textContent = scoreText(high);
   byId("map-words").textContent = `${(data.mapWords[found.column] ?? []).join("; ")}. One scale for all images.`;
+  const note = data.mapNotes[found.note];
+  byId("map-note").hidden = !note;
+  byId("map-note").textContent = note ? `${note[0].toUpperCase()}${note.slice(1)}.` : "";
 }
 
 /** A bar for each column: the middle half of the table, and where this image is. */
