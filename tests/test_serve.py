@@ -80,6 +80,12 @@ def test_a_body_is_one_image(client: Any, expected: dict[str, float]) -> None:
         assert (content["width"], content["height"], content["name"]) == (64, 48, None)
         assert content["scores"] == pytest.approx(expected, abs=2e-6) and list(content["scores"])[-1] == "entropy"
         assert content["lower_better"] == dict.fromkeys(expected, False)
+        # What describes an image is not called better.
+        words = dict(zip(("quality", "brightness", "noisiness"), ("better", "brighter", "cleaner"), strict=True))
+        assert {name: content["meanings"][f"{LOOK}.{name}"] for name in words} == {
+            name: f"higher is {word}" for name, word in words.items()
+        }
+        assert content["meanings"]["entropy"] == "higher is better" and list(content["meanings"]) == list(expected)
         assert content["error"] is None and content["map"] is None
 
 
@@ -218,6 +224,17 @@ def test_head_is_get_without_a_body(client: Any, path: str) -> None:
 def test_head_of_what_is_only_posted(client: Any) -> None:
     answer = client.head("/score")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+def test_a_map_says_how_it_relates_to_the_score_and_what_makes_it_mislead(client: Any) -> None:
+    for body, attribute, own_scale, large in (
+        (png(1030, 64), "sharpness", True, True),
+        (png(1000, 64), "quality", False, False),
+    ):
+        answer = client.post(f"/score?map=values&attribute={attribute}", content=body).json()["map"]
+        assert answer["own_scale"] == own_scale == ("not on the scale of the image's score" in answer["relation"])
+        assert (answer["note"] is not None) == large
+        assert not large or answer["note"].startswith("far larger than the photographs that the model was fitted to")
 
 
 def photo(form: str) -> bytes:

@@ -249,12 +249,16 @@ def test_page(browser: Browser, server: Server, hats: bytes) -> None:
     assert page.locator("#name").inner_text() == "<img src=x>.jpg"
     assert page.locator("#facts").inner_text() == "768 x 512 pixels"
     assert page.locator("#scores .label").all_inner_texts()[:2] == ["quality", "brightness"]
+    words = ["higher is better", "higher is brighter", "higher is sharper", "higher is cleaner"]
+    assert page.locator("#scores .rank").all_inner_texts()[:4] == words
+    assert not page.locator("#large").is_visible()
     record = next(iter(Scorer(METRIC, device="cpu", workers=0).score([hats])))
     assert page.locator("#scores .number").all_inner_texts() == [f"{score:.3f}" for score in record.scores.values()]
     overlay = "image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])"
     assert page.locator("#overlay").evaluate(overlay) == [768, 512]
     page.select_option("#attribute", label="sharpness")
     page.locator("#words", has_text="sharpness:").wait_for()
+    assert "not on the scale of the image's score" in page.locator("#words").inner_text()
     page.fill("#strength", "30")
     assert page.locator("#overlay").evaluate("image => getComputedStyle(image).opacity") == "0.3"
     opened.check_access()

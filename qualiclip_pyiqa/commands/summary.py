@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import counted, decimals
 from ..images.convert import source_name
 from ..metrics.prompts import Pair
+from ..metrics.words import meaning_of
 from ..scoring.tables import Record
 
 EXTREMES = 5  # number of worst images, best images and errors shown
@@ -66,7 +67,7 @@ class Summary:
 
     def _column(self, column: str, scores: np.ndarray) -> Iterator[str]:
         lower_better, words = self._lower_better[column], self._comparatives[column]
-        meaning = f"lower is {words[1]}" if lower_better else f"higher is {words[0]}"
+        meaning = meaning_of(words, lower_better)
         marks = " ".join(
             f"{q:.0%} {decimals(v)}" for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)
         )

@@ -48,6 +48,20 @@ def comparatives(pairs: Sequence[Pair] = (), lower_better: bool = False) -> Pair
     return high, low
 
 
+def meaning_of(words: Pair, lower_better: bool) -> str:
+    """Return what a score says about an image, for people.
+
+    Args:
+        words: `comparatives`.
+        lower_better: whether a lower score is better.
+
+    Example:
+        >>> meaning_of(("brighter", "darker"), False), meaning_of(("worse", "better"), True)
+        ('higher is brighter', 'lower is better')
+    """
+    return f"lower is {words[1]}" if lower_better else f"higher is {words[0]}"
+
+
 def describes(attribute: str, pairs: Sequence[Pair] = ()) -> bool:
     """Return whether an attribute says what an image is like, and not how good it is.
 

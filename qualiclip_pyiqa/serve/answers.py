@@ -21,6 +21,8 @@ class MapAnswer(BaseModel):
     high: float = Field(description="upper end of a colour bar's scale")
     meaning: str
     relation: str = Field(description="how the values relate to the score")
+    own_scale: bool = Field(description="whether the values are of another scale than the image's score")
+    note: str | None = Field(description="one line if maps of an image of this size can mislead, else null")
     step: tuple[float, float] = Field(description="height and width of a place in pixels of the image")
     values: Annotated[list[list[float]] | None, Field(description="values of places, row by row (map=values)")] = None
     png: Annotated[
@@ -39,6 +41,10 @@ class ImageAnswer(BaseModel):
     ] = {}
     lower_better: Annotated[
         dict[str, bool], Field(description="by column: whether a lower score means a better image")
+    ] = {}
+    meanings: Annotated[
+        dict[str, str],
+        Field(description="by column: what a score says, such as 'higher is brighter'"),
     ] = {}
     error: Annotated[str | None, Field(description="one line; null if every metric scored the image")] = None
     map: MapAnswer | None = None
@@ -65,6 +71,8 @@ def map_answer(found: QualityMap, form: MapForm) -> MapAnswer:
         high=found.high,
         meaning=found.meaning,
         relation=found.relation,
+        own_scale=found.own_scale,
+        note=found.note,
         step=found.step,
         values=[[float(f"{value:.6g}") for value in row] for row in found.values] if form == "values" else None,
         png=data_url(overlay(found)) if form == "png" else None,

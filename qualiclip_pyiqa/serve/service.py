@@ -17,6 +17,7 @@ from ..errors import ImageError
 from ..explain.quality_map import QualityMap
 from ..images.advice import without_advice
 from ..images.formats import UNKNOWN_FORMAT, usable_formats
+from ..metrics.words import meaning_of
 from ..scoring.network import Scored
 from .answers import ImageAnswer, MapForm, map_answer
 from .decoding import Decoding
@@ -134,6 +135,10 @@ class Service:
             height=height,
             scores=scored.scores,
             lower_better={column: self.scorer.lower_better[column] for column in scored.scores},
+            meanings={
+                column: meaning_of(self.scorer.comparatives[column], self.scorer.lower_better[column])
+                for column in scored.scores
+            },
             error=scored.error,
             map=answered,
         )

@@ -80,12 +80,15 @@ function lineOf(text, status) {
   }
 }
 
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+
 function show(file) {
   if (state.url) URL.revokeObjectURL(state.url);
   state.url = URL.createObjectURL(file);
   byId("unseen").hidden = true;
   byId("image").hidden = false;
   byId("overlay").hidden = true;
+  byId("large").hidden = true;
   byId("image").src = state.url;
   byId("image").alt = file.name;
 }
@@ -106,8 +109,7 @@ function fill(file, answer) {
       bar.style.width = `${100 * place}%`;
       item.append(element("span", { className: "track" }, bar));
     }
-    const direction = answer.lower_better[column] ? "lower is better" : "higher is better";
-    item.append(element("span", { className: "rank" }, direction));
+    item.append(element("span", { className: "rank" }, answer.meanings[column]));
     list.append(item);
   }
   if (answer.error) list.append(element("li", { className: "note" }, answer.error));
@@ -117,6 +119,8 @@ function fill(file, answer) {
   byId("overlay").src = map.png;
   byId("low").textContent = scoreText(map.low);
   byId("high").textContent = scoreText(map.high);
+  byId("large").textContent = map.note ? `${sentence(map.note)}.` : "";
+  byId("large").hidden = !map.note;
   byId("words").textContent = `${map.attribute}: ${map.meaning}; ${map.relation}.`;
 }
 
