@@ -244,13 +244,42 @@ def test_missing_files_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         pyiqa.create_metric("contrique", device="cpu")
     message = str(caught.value)
     assert "\n" not in message
-    for word in ("CONTRIQUE_checkpoint25.tar", "https://github.com/pavancm/CONTRIQUE", "QUALICLIP_PYIQA_WEIGHTS"):
+    for word in (
+        "CONTRIQUE_checkpoint25.tar from the authors' links",
+        "Koniq.save from the folder models",
+        "https://github.com/pavancm/CONTRIQUE",
+        "QUALICLIP_PYIQA_WEIGHTS",
+    ):
         assert word in message
     monkeypatch.setattr(contrastive, "DEPTHS", files.SHALLOW)
     with pytest.raises(WeightsError, match=r"Koniq\.save is not on this machine .* get it from .*CONTRIQUE"):
         pyiqa.create_metric("contrique", weights=folder / "CONTRIQUE_checkpoint25.tar", device="cpu")
-    with pytest.raises(WeightsError, match=r"quality_aware_r50\.pth is not on this machine .*ReIQA"):
+    with pytest.raises(WeightsError, match=r"^quality_aware_r50\.pth and content_aware_r50\.pth are not on .*ReIQA"):
         choose_tower("reiqa")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        WeightsError, match=r"does not hold quality_aware_r50\.pth and content_aware_r50\.pth; expected"
+    ):
+        choose_tower("reiqa", tmp_path / "folder")
+
+
+def test_weights_get_prints_what_is_here_and_names_all_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUALICLIP_PYIQA_WEIGHTS", str(tmp_path))
+    assert cli.main(["weights", "get", "contrique", "qualiclip-mini"]) == 1
+    said = capsys.readouterr()
+    assert said.out.endswith("qualiclip-mini.safetensors\n")
+    (line,) = said.err.splitlines()
+    assert line.startswith("qualiclip: CONTRIQUE_checkpoint25.tar and Koniq.save are not on this machine")
+    encoder = tmp_path / "CONTRIQUE_checkpoint25.tar"
+    encoder.symlink_to(folder / encoder.name)
+    assert cli.main(["weights", "get", "contrique"]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{encoder}\n" and said.err.startswith("qualiclip: Koniq.save is not on this machine")
+    encoder.unlink()
+    assert cli.main(["score", "examples/photos", "-m", "contrique"]) == 1
+    assert "CONTRIQUE_checkpoint25.tar and Koniq.save are not" in capsys.readouterr().err
 
 
 def test_reiqa_without_a_regression_says_so_in_one_line(shallow: Path, capsys: pytest.CaptureFixture[str]) -> None:

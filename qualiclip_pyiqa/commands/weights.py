@@ -136,10 +136,13 @@ def _path(arguments: argparse.Namespace) -> int:
 
 
 def _get(arguments: argparse.Namespace) -> int:
-    from ..pretrained.find import find
+    from ..pretrained.find import check_by_hand, find, locate
 
-    for record in _records(arguments.names):
-        put(find(record))
+    records = _records(arguments.names)
+    for record in records:
+        if not record.by_hand or locate(record) is not None:
+            put(find(record))
+    check_by_hand(*records)  # last, so that what can be had is had
     return 0
 
 

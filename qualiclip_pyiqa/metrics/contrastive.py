@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import SettingsError, WeightsError
 from ..pretrained.contrastive import CONTRIQUE, RE_IQA, load_encoders, load_regression
+from ..pretrained.find import check_by_hand
 from ..pretrained.verify import provenance
 from ..towers.autocast import kept_precise, without_autocast
 from ..towers.base import freeze
@@ -70,8 +71,10 @@ class ContriqueIQA(BlindMetric):
         if prompts is not None:
             raise SettingsError(f"{model_type} takes no prompts; leave prompts out")
         super().__init__(model_type, spec.paper, spec.score_range, spec.lower_better, tile)
-        model = load_encoders(CONTRIQUE, weights or spec.weights)
-        found = load_regression(regression or spec.regression)
+        weights, regression = weights or spec.weights, regression or spec.regression
+        check_by_hand(weights, regression)
+        model = load_encoders(CONTRIQUE, weights)
+        found = load_regression(regression)
         tower = freeze(model.image_tower(pos_embedding=False))
         assert isinstance(tower, TwoScaleTower)
         self.tower = tower

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
 from .files import WeightFile
+from .find import check_by_hand
 from .manifest import WeightRecord, find_record, manifest
 from .model import LoadedTower
 from .read import read
@@ -60,8 +61,10 @@ def load_encoders(
     """
     files: list[WeightFile] = []
     state: dict[str, Tensor] = {}
-    for name, record in ENCODERS[backbone].items():
-        found = read(_chosen(backbone, record, weights), layout=backbone)
+    chosen = _chosen(backbone, weights)
+    check_by_hand(*chosen.values())
+    for name, file in chosen.items():
+        found = read(file, layout=backbone)
         files.append(found.file)
         state |= {f"visual.{name}.{key}": value for key, value in _torchvision(backbone, found.tensors).items()}
     if backbone == RE_IQA:
@@ -96,17 +99,30 @@ def load_regression(weights: str | Path | WeightRecord) -> Regression:
     return Regression(found.file, coefficients.float(), float(intercept))
 
 
-def _chosen(backbone: str, record: str, weights: str | Path | WeightRecord | None) -> str | Path | WeightRecord:
+def _chosen(backbone: str, weights: str | Path | WeightRecord | None) -> dict[str, str | Path | WeightRecord]:
+    """Return the record or path of each encoder's file."""
     if weights is None:
-        return record
+        return dict(ENCODERS[backbone])
     if backbone == CONTRIQUE:
-        return weights
+        return {"encoder": weights}
     folder = Path(str(weights))
-    names = [each.file for each in map(manifest().__getitem__, ENCODERS[backbone].values())]
+    names = {encoder: manifest()[record].file for encoder, record in ENCODERS[backbone].items()}
     if find_record(weights) is not None or not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder; Re-IQA has two files: pass that of {' and '.join(names)}")
-    file = folder / manifest()[record].file
-    return file if file.exists() or not file.with_suffix(".safetensors").exists() else file.with_suffix(".safetensors")
+        raise WeightsError(
+            f"{folder} is not a folder; Re-IQA has two files: pass that of {' and '.join(names.values())}"
+        )
+    found: dict[str, str | Path | WeightRecord] = {}
+    for encoder, name in names.items():
+        own = folder / name
+        path = next((path for path in (own, own.with_suffix(".safetensors")) if path.exists()), None)
+        if path is not None:
+            found[encoder] = path
+    if missing := [name for encoder, name in names.items() if encoder not in found]:
+        raise WeightsError(
+            f"{folder} does not hold {' and '.join(missing)}; expected both files of Re-IQA, under the authors' names "
+            "or these with .safetensors"
+        )
+    return found
 
 
 def _check_different(files: Sequence[WeightFile], state: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import http.client
 import logging
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import WeightsError, reason
@@ -34,13 +35,8 @@ def download(record: WeightRecord) -> Path:
     """
     from huggingface_hub import constants
 
-    cache = folders.cache_folder()
-    into = f"{f'{cache} or ' if cache else ''}a folder named in {folders.FOLDERS_VARIABLE}"
     if record.by_hand:
-        raise WeightsError(
-            f"{record.file} is not on this machine and cannot be downloaded by this package; get it from "
-            f"{record.by_hand}; then put it into {into}"
-        )
+        raise missing_by_hand([record])
     failures = []
     offline = constants.HF_HUB_OFFLINE
     if offline:
@@ -62,8 +58,34 @@ def download(record: WeightRecord) -> Path:
     by_hand = record.urls[0] if record.layout == "openai-clip" and record.urls else record.origin
     raise WeightsError(
         f"{record.file} is not on this machine and cannot be downloaded ({'; '.join(failures)}); fetch {by_hand} "
-        f"elsewhere and put it into {into} (of this package's metrics, {EMBEDDED_METRIC} needs no download)"
+        f"elsewhere and put it into {_folders()} (of this package's metrics, {EMBEDDED_METRIC} needs no download)"
     )
+
+
+def missing_by_hand(records: Sequence[WeightRecord]) -> WeightsError:
+    """Return the error that files are missing which have to be fetched by hand; it says where to get each."""
+    sources: dict[str, list[str]] = {}
+    for record in records:
+        sources.setdefault(record.by_hand, []).append(record.file)
+    are, them = ("is", "it") if len(records) == 1 else ("are", "them")
+    if len(sources) == 1:
+        get = f"get {them} from {records[0].by_hand}"
+    else:
+        get = f"get {'; '.join(f'{_joined(names)} from {source}' for source, names in sources.items())}"
+    return WeightsError(
+        f"{_joined([record.file for record in records])} {are} not on this machine and cannot be downloaded by this "
+        f"package; {get}; then put {them} into {_folders()}"
+    )
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _folders() -> str:
+    """Name the folders for files that are fetched by hand."""
+    cache = folders.cache_folder()
+    return f"{f'{cache} or ' if cache else ''}a folder named in {folders.FOLDERS_VARIABLE}"
 
 
 def _download_from_hub(record: WeightRecord) -> Path:

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from ..errors import WeightsError, did_you_mean
 from . import folders
-from .download import download
+from .download import download, missing_by_hand
 from .files import OpenFile
 from .folders import FOLDERS_VARIABLE
 from .manifest import WeightRecord, data_folder, find_record, manifest
@@ -100,6 +100,21 @@ def locate(name_or_record: str | WeightRecord) -> FoundWeights | None:
         if path.exists():
             return FoundWeights(path, place)
     return None
+
+
+def check_by_hand(*wanted: str | Path | WeightRecord) -> None:
+    """Check that the files of a metric which have to be fetched by hand are here, before the first one is read.
+
+    Args:
+        wanted: as for `find`; a path, or a record that can be downloaded, passes.
+
+    Raises:
+        WeightsError: some are missing; it names all of them.
+    """
+    records = [record for each in wanted if (record := find_record(each)) is not None and record.by_hand]
+    missing = [record for record in dict.fromkeys(records) if locate(record) is None]
+    if missing:
+        raise missing_by_hand(missing)
 
 
 def _places(record: WeightRecord) -> Iterator[FoundWeights]:
