@@ -24,7 +24,7 @@ from qualiclip_pyiqa.commands import cli
 from qualiclip_pyiqa.errors import ImageError, SettingsError
 from qualiclip_pyiqa.images.convert import read_pixels
 from qualiclip_pyiqa.report.profile import Profiler
-from qualiclip_pyiqa.report.runs import read_run
+from qualiclip_pyiqa.report.runs import plan_runs
 from qualiclip_pyiqa.scoring.ray import RayScorer
 from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.sources import ReferenceFolder, pair
@@ -254,10 +254,10 @@ def test_a_report_of_a_table_with_references(
     out, page = tmp_path / "s.csv", tmp_path / "page.html"
     metrics = ("-m", "psnr", "-m", "gmsd", "-m", "qualiclip-mini")
     assert score(images, "--reference", references, *metrics, "-o", out) == 0
-    run = read_run(out)
+    run = plan_runs([out])[0].run
     assert run.lower_better == {"psnr": False, "gmsd": True, "qualiclip-mini": False}
     meta_path(out).unlink()  # then by name
-    assert read_run(out).lower_better == run.lower_better
+    assert plan_runs([out])[0].run.lower_better == run.lower_better
     assert score(images, "--reference", references, *metrics, "-o", tmp_path / "again.csv") == 0
     capsys.readouterr()
     assert cli.main(["report", str(tmp_path / "again.csv"), "-o", str(page)]) == 0

@@ -30,6 +30,7 @@ from qualiclip_pyiqa.report.render import SCRIPTS, asset
 from qualiclip_pyiqa.report.runs import Run
 from qualiclip_pyiqa.report.settings import shown_settings
 from qualiclip_pyiqa.report.text import link
+from qualiclip_pyiqa.scoring.scorer import Scorer
 from qualiclip_pyiqa.scoring.tables import Record
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
@@ -216,6 +217,29 @@ def test_two_runs_are_compared_by_place_and_name(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no image of"):
         write_report(one, tmp_path / "s.html", other)
     assert not (tmp_path / "s.html").exists()
+
+
+def test_two_folders_are_matched_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in (("one", "a"), ("two", "a"), ("three", "b")):
+        save(tmp_path / folder / f"{name}.png", len(folder))
+    metric = "qualiclip-mini"
+    table = write_scores(tmp_path / "t.csv", [Record("a.png", 96, 64, {metric: 0.1})], {metric: True})
+    write_report(tmp_path / "one", tmp_path / "r.html", tmp_path / "two", metrics=[metric], maps=False)
+    data = data_of((tmp_path / "r.html").read_text())
+    assert data["runs"] == ["one", "two"] and [len(each) for each in data["values"]] == [1, 1, 1]
+    assert data["values"][0][0] == pytest.approx(data["values"][2][0] - data["values"][1][0])
+
+    monkeypatch.setattr(Scorer, "score", lambda *_, **__: pytest.fail("images are scored"))
+    for second, message in (
+        (tmp_path / "three", f"no image of {tmp_path / 'one'} is in {tmp_path / 'three'}"),
+        (tmp_path / "nowhere", "nowhere does not exist"),
+        (table, f"a lower {metric} is better in only one of"),
+    ):
+        line = ["report", str(tmp_path / "one"), str(second), "-o", str(tmp_path / "s.html"), "-m", metric]
+        assert cli.main(line) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_folder_is_scored_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

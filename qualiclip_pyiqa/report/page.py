@@ -20,8 +20,8 @@ from .findings import near_duplicates, outliers
 from .maps import MAPS_MOST, PageMap, PageMaps
 from .previews import INSIDE_BYTES, Preview, decode_each, make_preview, side_for
 from .render import Page, render
-from .runs import Watch, read_run
-from .sheet import Sheet, by_column, compare, sheet_of
+from .runs import Watch, plan_runs
+from .sheet import Sheet, by_column, check_comparable, compare, sheet_of
 from .text import link
 
 #: A page holds the previews of at most this many images, unless it is told to; those of more lie beside it.
@@ -106,8 +106,10 @@ def write_report(
     require("jinja2", "report", "A report")
     require("imagehash", "report", "A report")
     sources = [Path(each) for each in (source, second) if each is not None]
-    folders = [each for each in sources if each.is_dir()]
-    runs = [read_run(each, metrics, options if each in folders or not folders else None, watch) for each in sources]
+    planned = plan_runs(sources, metrics, options)
+    if len(planned) == 2:
+        check_comparable(*(each.run for each in planned))  # before anything is scored
+    runs = [each.scored(watch) for each in planned]
     sheet = sheet_of(runs[0]) if len(runs) == 1 else compare(runs[0], runs[1])
     if not sheet.rows:
         raise SettingsError(f"{source} has no rows; expected a table with at least one image")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import PromptError, SettingsError
 from ..images.convert import ReadRules, source_name
-from ..images.paths import find_images
+from ..images.paths import FoundPaths, find_images
 from ..metrics.prompts import resolve_prompts
 from ..metrics.registry import guess_lower_better
 from ..metrics.specs import PromptedMetric, column_belongs, split_spec
@@ -116,52 +116,83 @@ class Run:
         return PromptedMetric(metric, name, resolve_prompts(prompts))
 
 
-def read_run(
-    source: str | Path,
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run whose images are known, and scored on demand.
+
+    Attributes:
+        run: the run; that of a folder has its images without scores.
+        scorer: scores a folder; None for a table.
+        paths: the images of a folder that are to be scored, the last of its records.
+    """
+
+    run: Run
+    scorer: Scorer | None = None
+    paths: Sequence[str] = ()
+
+    def scored(self, watch: Watch = lambda what, done, total: None) -> Run:
+        """Score the images of a folder; `watch` is called after each."""
+        if self.scorer is None:
+            return self.run
+        records = list(self.run.records[: len(self.run.records) - len(self.paths)])
+        for done, record in enumerate(self.scorer.score(self.paths), start=1):
+            records.append(record)
+            watch("scoring", done, len(self.paths))
+        return replace(self.run, records=records)
+
+
+def plan_runs(
+    sources: Sequence[str | Path],
     metrics: Sequence[str] | Mapping[str, MetricLike] = (),
     options: Mapping[str, Any] | None = None,
-    watch: Watch = lambda what, done, total: None,
-) -> Run:
-    """Read a table of scores, or score a folder.
+) -> list[PlannedRun]:
+    """Read tables of scores, and list the images of folders.
 
     Args:
-        source: a folder of images, or a table that `qualiclip score` wrote.
+        sources: folders of images, and tables that `qualiclip score` wrote.
         metrics: for a folder the metrics to score by, by name if it is a mapping; for a table the names of the metrics
             or columns to show, all if empty.
-        options: further arguments of `Scorer`, for a folder.
-        watch: called after every image of a folder.
+        options: further arguments of `Scorer`, for folders, which share one.
 
     Raises:
-        SettingsError: neither a folder with images nor a table of scores; no such score in the table.
+        SettingsError: neither a folder with images nor a table of scores; no such score in a table; options without a
+            folder.
     """
-    source = Path(source)
-    if not os.path.lexists(source) and source.suffix not in SUFFIXES:  # `read_table` explains a missing table
-        raise SettingsError(f"{source} does not exist; expected a folder of images, or a table of scores")
-    if source.is_dir():
-        return _score(source, metrics, options or {}, watch)
-    if options:
-        raise SettingsError(f"{next(iter(options))} has no effect on the table {source}; leave it out")
-    return _read(source, metrics)
+    paths = [Path(source) for source in sources]
+    for path in paths:
+        if not os.path.lexists(path) and path.suffix not in SUFFIXES:  # `read_table` explains a missing table
+            raise SettingsError(f"{path} does not exist; expected a folder of images, or a table of scores")
+    found = {path: _images(path, metrics) for path in paths if path.is_dir()}
+    if options and not found:
+        raise SettingsError(f"{next(iter(options))} has no effect on the table {paths[0]}; leave it out")
+    tables = {path: _read(path, metrics) for path in paths if path not in found}
+    if not found:
+        return [PlannedRun(tables[path]) for path in paths]
+    scorer = Scorer(blind_only(metrics, "for a folder; make the report of a table"), **(options or {}))
+    described = scorer.describe()
+    return [
+        _planned(path, found[path], scorer, described) if path in found else PlannedRun(tables[path]) for path in paths
+    ]
 
 
-def _score(
-    folder: Path, metrics: Sequence[str] | Mapping[str, MetricLike], options: Mapping[str, Any], watch: Watch
-) -> Run:
+def _images(folder: Path, metrics: Sequence[str] | Mapping[str, MetricLike]) -> FoundPaths:
     if not metrics:
         raise SettingsError(f"no metric was given for the folder {folder}; expected names such as 'qualiclip-mini+'")
     found = find_images([str(folder)])
     if not found.paths and not found.unreadable:
         raise SettingsError(f"no images in {folder}; expected a folder of images, or a table of scores")
-    scorer = Scorer(blind_only(metrics, "for a folder; make the report of a table"), **options)
+    return found
+
+
+def _planned(folder: Path, found: FoundPaths, scorer: Scorer, described: Mapping[str, Any]) -> PlannedRun:
     records = [
         Record(path, error=f"{source_name(path)} cannot be listed ({why}); expected a folder that can be read")
         for path, why in found.unreadable.items()
     ]
-    for done, record in enumerate(scorer.score(found.paths), start=1):
-        records.append(record)
-        watch("scoring", done, len(found.paths))
+    records += [Record(path) for path in found.paths]
     name = folder.name or folder.resolve().name or str(folder)
-    return Run(name, folder, scorer.columns, scorer.lower_better, records, scorer.describe())
+    run = Run(name, folder, scorer.columns, scorer.lower_better, records, described)
+    return PlannedRun(run, scorer, found.paths)
 
 
 def _read(path: Path, metrics: Iterable[str]) -> Run:

@@ -147,6 +147,12 @@ def compare(first: Run, second: Run) -> Sheet:
     return Sheet(runs, tuple(columns), rows, tuple(pairs), joined, names)
 
 
+def check_comparable(first: Run, second: Run) -> None:
+    """Raise SettingsError if two runs, of which neither needs its scores yet, cannot be compared; see `compare`."""
+    _shared_columns(first, second)
+    _matching(first, second)
+
+
 def _change_limits(before: tuple[float, float] | None, after: tuple[float, float] | None) -> tuple[float, float] | None:
     """Return the largest fall and the largest rise of a score, given its range in each run."""
     return None if before is None or after is None else (after[0] - before[1], after[1] - before[0])
