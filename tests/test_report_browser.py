@@ -381,6 +381,21 @@ def test_an_image_too_small_to_score_is_not_called_unreadable(browser: Browser, 
     made.close()
 
 
+def test_charts_of_two_metrics_are_told_apart(browser: Browser, tmp_path: Path) -> None:
+    others = [f"a-metric-with-a-long-name-{number}" for number in range(5)]
+    names = ["qualiclip-mini+", "m:look.quality", "m:look.brightness", *others]
+    table = write_attributes(tmp_path / "s.csv", [dict.fromkeys(names, number / 9) for number in range(9)])
+    made = Opened(browser, write_report(table, tmp_path / "r.html", maps=False).path, width=1280)
+    titles = made.page.locator(".histogram h3")
+    expected = [["qualiclip-mini+"], ["m:look", "quality"], ["m:look", "brightness"], *([name] for name in others)]
+    assert [text.split() for text in titles.all_inner_texts()] == expected
+    full = made.page.locator(".histogram h3 bdi[title]").evaluate_all("all => all.map((each) => each.title)")
+    assert full == names
+    assert not titles.evaluate_all("all => all.some((each) => each.scrollWidth > each.clientWidth)")
+    made.check_access()
+    made.close()
+
+
 def test_maps_of_a_large_image_are_noted(browser: Browser, tmp_path: Path) -> None:
     for name, width in (("large", 1040), ("usual", 1000)):
         save(tmp_path / "photos" / f"{name}.png", width, (width, 64))

@@ -16,6 +16,9 @@ function binner(column, domain, bins) {
   return (value) => Math.min(bins - 1, Math.floor((bins * (value - domain[0])) / (domain[1] - domain[0])));
 }
 
+/** Whether the columns are of several metrics, so that attributes alone would not say which. */
+const hasGroups = new Set(columns.map(({ group }) => group)).size > 1;
+
 function histogram(column) {
   const about = columns[column];
   const domain = domainOf(column);
@@ -56,7 +59,9 @@ function histogram(column) {
     element(
       "h3",
       {},
-      element("bdi", { textContent: about.label, title: about.shown }),
+      // The metric in a line of its own: a narrow chart has no room for both, and the end is what tells charts apart.
+      hasGroups ? element("bdi", { className: "group", textContent: about.group || "\u00a0" }) : "",
+      element("bdi", { textContent: hasGroups ? about.option : about.label, title: about.shown }),
     ),
     element(
       "p",
