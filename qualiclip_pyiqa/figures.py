@@ -103,6 +103,56 @@ def drawable(text: str) -> str:
     return "".join(each if ord(each) in known else escaped(each) for each in text)
 
 
+def new_rectangle(x: float, y: float, width: float, height: float, **style: Any) -> Any:
+    """Create a rectangle for `Axes.add_patch`."""
+    return _matplotlib("patches").Rectangle((x, y), width, height, **style)
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Measure a line of drawable text in the fonts of figures, of a size in points, in inches."""
+    families = [family for family, _ in _fonts()]
+    font = _matplotlib("font_manager").FontProperties(family=families, size=size, weight="bold" if bold else "normal")
+    if not text:
+        return 0.0
+    return float(_matplotlib("textpath").TextPath((0, 0), text, prop=font).get_extents().x1 / 72)
+
+
+def fitted(text: str, size: float, inches: float, bold: bool = False) -> str:
+    """Shorten a line of drawable text in its middle until it fits: the end, such as a file's suffix, stays.
+
+    Args:
+        text: the line.
+        size: of its characters in points.
+        inches: how wide it may be.
+        bold: whether it is drawn bold.
+    """
+    if text_width(text, size, bold) <= inches:
+        return text
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text_width(_cut(text, middle), size, bold) <= inches else (low, middle - 1)
+    return _cut(text, low)
+
+
+def fitted_ends(left: str, right: str, size: float, inches: float) -> tuple[str, str]:
+    """Shorten two texts at the ends of one line until they fit: the longer one gives way first."""
+    gap = size / 72  # a character or two
+    half = (inches - gap) / 2
+    first, second = (text_width(each, size) for each in (left, right))
+    room = inches - gap
+    if first + second > room:
+        left = fitted(left, size, max(half, room - second))
+        right = fitted(right, size, max(half, room - first))
+    return left, right
+
+
+def _cut(text: str, kept: int) -> str:
+    """Keep this many characters of a text, two thirds of them at its beginning."""
+    end = kept // 3
+    return f"{text[: kept - end]}...{text[len(text) - end :]}"
+
+
 @cache
 def _fonts() -> list[tuple[str, frozenset[int]]]:
     """Return the font families to draw with, in order of preference, and the code points that each has."""

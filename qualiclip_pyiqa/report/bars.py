@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..errors import SettingsError, counted
-from ..figures import drawable, finish_figure, new_figure
+from ..figures import drawable, finish_figure, fitted, fitted_ends, new_figure, new_rectangle
 from ..images.convert import source_name
 from ..images.tensors import Source, load_image
 from .profile import Profile, Trait, percent
@@ -24,7 +24,10 @@ _ACROSS = 4  # images side by side
 _WIDTH, _ROW, _HEAD = 3.5, 0.66, 3.1  # inches: a panel, an attribute's row, the image with its text
 _TRACK, _USUAL, _MIDDLE = "#edf0f4", "#d2d9e3", "#a7b4c6"
 _INK, _QUIET, _DOT, _LOW, _HIGH = "#1f2933", "#5b6472", "#1d4f91", "#b93a0a", "#0b6e66"
+_FRAME = "#b8c0ca"
 _THICK = 0.26  # of a row
+_MARGIN = 0.2  # inches between the text of neighbouring panels
+_MARK = "*"
 
 
 def draw_profiles(
@@ -64,14 +67,21 @@ def draw_profiles(
     for (upper, lower), profile, picture in zip(pairs, profiles, shown, strict=False):
         _draw_head(upper, profile, picture)
         _draw_traits(lower, profile.traits)
+    notes = list(dict.fromkeys(profile.note for profile in profiles if profile.note is not None))
     for axis in pairs[len(profiles) :].flat:
         axis.set_axis_off()
-    figure.supxlabel("\n".join(_caption(profiles[0], 52 * across)), fontsize=7.5, color=_QUIET)
+    figure.supxlabel("\n".join(_caption(profiles[0], notes, 52 * across)), fontsize=7.5, color=_QUIET)
     return finish_figure(figure)
 
 
-def _caption(profile: Profile, wide: int) -> list[str]:
-    """Explain the drawing, in lines of at most this many characters."""
+def _caption(profile: Profile, notes: Sequence[str], wide: int) -> list[str]:
+    """Explain the drawing, in lines of at most this many characters.
+
+    Args:
+        profile: one of those in the drawing.
+        notes: of all of them.
+        wide: characters of a line.
+    """
     metrics = ", ".join(dict.fromkeys(trait.attribute.metric for trait in profile.traits))
     said = [f"{source_name(metrics)}. Dot: the score, on its whole range."]
     if profile.reference is not None:
@@ -84,6 +94,7 @@ def _caption(profile: Profile, wide: int) -> list[str]:
                 else ", or a worse one for metrics without prompts."
             )
         )
+    said += [f"{_MARK} {note}" for note in notes]
     return [drawable(line) for each in said for line in textwrap.wrap(each, wide)]
 
 
@@ -99,17 +110,24 @@ def _draw_head(axis: Any, profile: Profile, picture: NDArray[np.float32] | None)
     """Show the image with its name and what is unusual about it."""
     axis.set_axis_off()
     if picture is not None:
+        height, width = picture.shape[:2]
         axis.imshow(picture)
+        # A white image would not be seen on the white page.
+        frame = {"fill": False, "edgecolor": _FRAME, "linewidth": 0.7, "clip_on": False}
+        axis.add_patch(new_rectangle(-0.5, -0.5, width, height, **frame))
     if profile.path is not None:
-        name = source_name(Path(profile.path).name)
-        axis.set_title(drawable(_shortened(name, 44)), fontsize=10, color=_INK, fontweight="bold")
+        name = fitted(drawable(source_name(Path(profile.path).name)), 10, _WIDTH - _MARGIN, bold=True)
+        axis.set_title(name, fontsize=10, color=_INK, fontweight="bold")
     if profile.reference is None:
         return
     lines = textwrap.wrap(", ".join(profile.unusual) or "nothing unusual", 48)
     if len(lines) > 2:
         lines = [lines[0], f"{lines[1]} ..."]
-    # Two lines always, so that the panels of all images are alike.
-    text = drawable("\n".join([*lines, ""][:2]))
+    # Two lines always, so that the panels of all images are alike, and one more for what is explained below.
+    lines = [*lines, ""][:2]
+    if profile.note is not None:
+        lines.append(f"{_MARK} {profile.note.partition(' (')[0]}")
+    text = drawable("\n".join(lines))
     axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=8.5, color=_QUIET)
 
 
@@ -132,21 +150,19 @@ def _draw_traits(axis: Any, traits: Sequence[Trait]) -> None:
         weight = "normal" if trait.unusual is None else "bold"
         colour = _INK if trait.unusual is None else dot
         name = f"{attribute.metric} {attribute.name}" if several else attribute.name
-        axis.text(0, row - 0.22, drawable(_shortened(source_name(name), 34)), fontsize=9, color=_INK)
+        room = 0.62 * (_WIDTH - _MARGIN)  # beside the score
+        axis.text(0, row - 0.22, fitted(drawable(source_name(name)), 9, room), fontsize=9, color=_INK)
         said = (
             f"{trait.score:.3g}" if trait.percentile is None else f"{trait.score:.3g}  ·  {percent(trait.percentile)}"
         )
         axis.text(1, row - 0.22, said, ha="right", fontsize=9, color=colour, fontweight=weight)
-        for x, side, text in ((0, "left", attribute.low), (1, "right", attribute.high)):
-            ends = drawable(_shortened(source_name(text), 32))
-            axis.text(x, row + 0.2, ends, ha=side, va="top", fontsize=7, color=_QUIET)
+        ends = [drawable(source_name(text)) for text in (attribute.low, attribute.high)]
+        fitting = fitted_ends(ends[0], ends[1], 7, _WIDTH - _MARGIN)
+        for x, side, text in zip((0, 1), ("left", "right"), fitting, strict=True):
+            axis.text(x, row + 0.2, text, ha=side, va="top", fontsize=7, color=_QUIET)
     axis.set_xlim(-0.03, 1.03)
     axis.set_ylim(len(traits) - 0.45, -0.6)
     axis.set_axis_off()
-
-
-def _shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _bands(reference: NDArray[np.float64]) -> Iterator[tuple[float, float]]:
