@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 import qualiclip_pyiqa
 from qualiclip_pyiqa import ImageError, Profiler, SettingsError
 from qualiclip_pyiqa.commands import cli
+from qualiclip_pyiqa.figures import fitted_ends, text_width
 from qualiclip_pyiqa.metrics.prompts import LOOK
 from qualiclip_pyiqa.pretrained.files import file_sha256
 from qualiclip_pyiqa.pretrained.find import find
@@ -144,7 +146,10 @@ def trait(percent: float | None, pairs: tuple[tuple[str, str], ...], lower_bette
     [
         (trait(3.0, (LOOK["sharpness"],)), "blurrier than 97 %"),
         (trait(0.0, (LOOK["noisiness"],)), "noisier than 99 %"),
-        (trait(96.5, (LOOK["brightness"],)), "brighter than 96 %"),
+        (trait(96.4, (LOOK["brightness"],)), "brighter than 96 %"),
+        (trait(96.875, (LOOK["compression"],)), "less compressed than 97 %"),  # the table has 97 % too
+        (trait(3.125, (LOOK["compression"],)), "more compressed than 97 %"),
+        (trait(99.9, (LOOK["brightness"],)), "brighter than 99 %"),
         (trait(50.0, (LOOK["sharpness"],)), None),
         (trait(None, (LOOK["sharpness"],)), None),
         (trait(2.0, (("Clear photo.", "Foggy photo."),)), "closer to 'Foggy photo.' than 98 %"),
@@ -277,13 +282,53 @@ def test_figures_show_scores_without_a_reference_too(tmp_path: Path) -> None:
         draw_profiles([], [])
 
 
+def test_words_of_a_drawing_fit_into_their_panels(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{letter * 60}.png" for letter in "Wi"]
+    Image.new("RGB", (64, 48), "white").save(paths[0])
+    Image.new("RGB", (1100, 64), "grey").save(paths[1])
+    pairs = "qualiclip-mini:look"
+    found = list(Profiler(pairs, device="cpu", workers=0).profiles(map(str, paths)))
+    figure = draw_profiles(found, [each.path for each in found])
+    figure.canvas.draw()
+    heads, rows = figure.axes[:2], figure.axes[2:]
+    boxes = [axis.title.get_window_extent() for axis in heads]
+    assert boxes[0].x0 >= 0 and boxes[0].x1 < boxes[1].x0 and boxes[1].x1 <= figure.bbox.x1
+    assert all("..." in axis.get_title() and axis.get_title().endswith(".png") for axis in heads[:1])
+    # A white image has a frame; what an image's size makes of its percentiles is said.
+    assert all(len(axis.patches) == 1 for axis in heads)
+    for axis, size in zip(heads, ("smaller", "larger"), strict=True):
+        assert any(f"* far {size} than the images of the reference" in text.get_text() for text in axis.texts)
+        assert f"* far {size} than" in figure.get_supxlabel()
+    for axis in rows:
+        texts = [text for text in axis.texts if text.get_text()]
+        assert "Photo with compression artifacts." in [text.get_text() for text in texts]
+        extents = [text.get_window_extent() for text in texts]
+        assert not any(one.overlaps(other) for one, other in combinations(extents, 2))
+
+
+def test_two_texts_share_a_line() -> None:
+    assert fitted_ends("Dark photo.", "Bright photo.", 7, 3.3) == ("Dark photo.", "Bright photo.")
+    left, right = fitted_ends("a " * 80 + "end", "short", 7, 3.3)
+    assert right == "short" and "..." in left and left.endswith("end")
+    both = fitted_ends("W" * 90, "W" * 90, 7, 3.3)
+    assert sum(text_width(text, 7) for text in both) < 3.3
+
+
 def test_what_makes_a_reference_weak_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = tmp_path / "scores.csv"
     table.write_text("path,width,height,qualiclip-mini,error\na.png,64,64,0.5,\nb.png,64,64,0.6,\n")
     TableReference(table).check({"qualiclip-mini": {}})
     said = [record.getMessage() for record in caplog.records]
     assert any("scores.csv.meta.json" in line and "is not known" in line for line in said)
-    assert any("scores.csv has 2 images: percentiles of so few" in line for line in said)
+    assert any("scores.csv has 2 images with these scores: percentiles of so few" in line for line in said)
+    # An image without a score is none of the reference.
+    with table.open("a") as file:
+        file.write("c.png,9000,9000,,c.png is damaged\n")
+    found = TableReference(table)
+    caplog.clear()
+    found.check({"qualiclip-mini": {}})
+    assert found.description == "2 images of scores.csv" and found.sides is not None and found.sides.high == 64
+    assert any("scores.csv has 2 images with these scores" in record.getMessage() for record in caplog.records)
     rows = "".join(f"{number}.png,64,64,0.{number:03},\n" for number in range(100))
     table.write_text(f"path,width,height,qualiclip-mini,error\n{rows}")
     caplog.clear()

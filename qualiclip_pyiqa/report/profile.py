@@ -83,7 +83,8 @@ class Trait:
         if self.percentile is None or UNUSUAL < self.percentile < 100 - UNUSUAL:
             return None
         low = self.percentile <= UNUSUAL
-        beyond = min(99, int(100 - self.percentile if low else self.percentile))
+        shown = round(self.percentile)  # as in `percent`, so that a table and these words agree
+        beyond = min(99, 100 - shown if low else shown)
         # Without prompts, a percentile counts the images with a worse score, whatever the direction.
         return f"{comparatives(self.attribute.pairs)[low]} than {beyond} %"
 

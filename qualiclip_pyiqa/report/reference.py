@@ -124,10 +124,14 @@ class TableReference:
         scores = read_scores(path)
         self._settings = (scores.settings or {}).get("columns", {})
         self._values = {name: np.sort(found[np.isfinite(found)]) for name, found in scores.values.items()}
-        self.description = f"{counted(len(scores.paths), 'image')} of {path.name}"
-        sides = [max(size) for size in scores.sizes.values()]
+        # Images that could not be scored are no part of the reference.
+        scored = np.zeros(len(scores.paths), bool)
+        for found in scores.values.values():
+            scored |= np.isfinite(found)
+        self.description = f"{counted(int(scored.sum()), 'image')} of {path.name}"
+        paths = [each for each, known in zip(scores.paths, scored, strict=True) if known]
+        sides = [max(scores.sizes[each]) for each in paths if each in scores.sizes]
         self.sides = Sides(*(float(each) for each in np.percentile(sides, (5, 95)))) if sides else None
-        self._count = len(scores.paths)
 
     def check(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         shared = [column for column in columns if len(self._values.get(column, ()))]
@@ -145,10 +149,10 @@ class TableReference:
                     raise SettingsError(
                         f"{self.path} has scores of another {column}: its {what} differ; score its images again"
                     )
-        self._warn()
+        self._warn(min(len(self._values[column]) for column in shared))
 
-    def _warn(self) -> None:
-        """Log what makes the reference weak."""
+    def _warn(self, count: int) -> None:
+        """Log what makes the reference weak; `count` is the number of images that have the scores."""
         if not self._settings:
             logger.warning(
                 "%s has no description beside it (%s), so whether its scores are of the same model and prompts is not "
@@ -156,11 +160,12 @@ class TableReference:
                 self.path,
                 meta_path(self.path).name,
             )
-        if self._count < FEW:
+        if count < FEW:
             logger.warning(
-                "%s has %s: percentiles of so few say little, and none may be unusual; better %d or more",
+                "%s has %s with these scores: percentiles of so few say little, and none may be unusual; "
+                "better %d or more",
                 self.path,
-                counted(self._count, "image"),
+                counted(count, "image"),
                 FEW,
             )
 
