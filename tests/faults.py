@@ -118,8 +118,3 @@ def as_nobody(call: Callable[[], str]) -> str:
     os.waitpid(child, 0)
     with os.fdopen(receive, "rb") as pipe:
         return pipe.read().decode()
-
-
-def heed_ctrl_c() -> None:
-    """For a child: Python ignores SIGINT if whoever started it did, as a shell does for what runs in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

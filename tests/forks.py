@@ -65,9 +65,13 @@ class Fork:
     def is_running(self) -> bool:
         return self.process.is_alive()
 
-    def send(self, number: signal.Signals) -> None:
+    @property
+    def pid(self) -> int:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        return self.process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def wait(self, seconds: float = 240) -> int:
         """Return the exit status, as `subprocess` counts it."""
@@ -82,13 +86,13 @@ def _run(arguments: list[str], before: str, command: bool, variables: dict[str, 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(variables)
-    encoding = variables.get("PYTHONIOENCODING")
+    encoding, _, told = variables.get("PYTHONIOENCODING", "").partition(":")
     for number, (name, path) in enumerate(files.items(), 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-        errors = "strict" if name == "stdout" else "backslashreplace"
-        setattr(sys, name, os.fdopen(number, "w", encoding=encoding, errors=errors, closefd=False))
+        errors = (told or "strict") if name == "stdout" else "backslashreplace"
+        setattr(sys, name, os.fdopen(number, "w", encoding=encoding or None, errors=errors, closefd=False))
     sys.argv[1:] = arguments
     if before:
         exec(before, {"__name__": "before"})

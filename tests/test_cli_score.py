@@ -6,7 +6,6 @@ import csv
 import io
 import logging
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import faults
 import numpy as np
 import pytest
 from faults import as_nobody, workers_of
+from forks import Fork
 from PIL import Image
 
 from qualiclip_pyiqa.commands import DEFAULT_METRIC, cli
@@ -318,16 +317,19 @@ def many(tmp_path: Path) -> Path:
     return tmp_path / "many"
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    return command("score", *arguments, "--device", "cpu", **options)
+def start(folder: Path, *arguments: object, **options: Any) -> Fork:
+    """Score in a process of its own, whose standard error goes into the file `said` beside the folder."""
+    words = ["score", str(folder), *map(str, arguments), "--device", "cpu"]
+    return Fork(words, stderr=folder.parent / "said", **options)
 
 
 def command(*arguments: object, environment: Mapping[str, str] = {}, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qualiclip_pyiqa", *map(str, arguments)]
     root = str(Path(cli.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    options = {"preexec_fn": faults.heed_ctrl_c, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **environment}, **options)
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, env=variables, **options)
 
 
 def wait_for_rows(out: Path, count: int) -> None:
@@ -347,10 +349,10 @@ def test_a_stopped_run_is_resumed_and_nothing_is_scored_twice(
     wait_for_rows(growing, 8)
     workers = workers_of(run.pid)
     assert workers
-    run.send_signal(how)
-    _, err = run.communicate(timeout=60)
+    run.send(how)
+    status, err = run.wait(60), (tmp_path / "said").read_bytes()
     if how == signal.SIGINT:
-        assert run.returncode == 130
+        assert status == 130
         assert b"stopped after" in err and b"--resume continues" in err and b"Traceback" not in err
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
@@ -384,8 +386,7 @@ def test_a_killed_worker_does_not_stop_the_command(many: Path, tmp_path: Path) -
     wait_for_rows(out, 8)
     for worker in workers_of(run.pid):
         os.kill(worker, signal.SIGKILL)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 0, err.decode()
+    assert run.wait(120) == 0, (tmp_path / "said").read_text()
     assert [row.path for row in rows(out)] == [str(path) for path in sorted(many.iterdir())]
     assert all(row.error is None for row in rows(out))
 
@@ -394,14 +395,12 @@ def test_a_full_disk_is_said_and_the_rows_before_are_kept(
     many: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "s.csv"
-
-    def limit() -> None:  # enough for the description, but not for all rows
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-
-    run = start(many, "-o", out, "--workers", 0, preexec_fn=limit)
-    _, err = run.communicate(timeout=120)
-    last = err.decode().strip().splitlines()[-1]
-    assert run.returncode == 1 and last.startswith(f"qualiclip: {out} cannot be written (File too large)"), err
+    # Enough for the description, but not for all rows.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
+    run = start(many, "-o", out, "--workers", 0, before=limit)
+    status, err = run.wait(120), (tmp_path / "said").read_text()
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and last.startswith(f"qualiclip: {out} cannot be written (File too large)"), err
     assert last.endswith(f"the rows in {out} are kept, --resume continues")
     kept = len(rows(out))
     assert 0 < kept < 60 and out.read_bytes().endswith(b"\n")
@@ -430,30 +429,33 @@ def test_what_is_no_fault_of_the_table_is_not_said_to_be(
     assert len(rows(out)) == 1
 
 
-def test_a_reader_that_has_enough(many: Path) -> None:
-    run = start(many, "--workers", 0, stdout=subprocess.PIPE)
-    assert run.stdout is not None
-    assert run.stdout.readline().startswith(b"path,width")
-    run.stdout.close()
-    assert run.stderr is not None
-    assert b"Traceback" not in run.stderr.read()
-    assert run.wait(timeout=60) == 1
+def test_a_reader_that_has_enough(many: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    run = start(many, "--workers", 0, stdout=pipe)
+    with pipe.open("rb") as reader:
+        assert reader.readline().startswith(b"path,width")
+    assert run.wait(60) == 1
+    assert b"Traceback" not in (tmp_path / "said").read_bytes()
 
 
 def test_results_do_not_depend_on_the_screen(folder: Path, tmp_path: Path) -> None:
     """Standard error that takes nothing, or no more: the table is whole and the status says how it went."""
     (folder / "broken.png").touch()
+
+    def code(name: str) -> str:
+        words = ["score", str(folder), "-o", str(tmp_path / f"{name}.csv"), "--device", "cpu", "--workers", "0"]
+        # 1 for the broken one, 2 as the table is there already; and the process ends as it should.
+        twice = f"first = main({words!r}); second = main({words!r}); raise SystemExit(10 * first + second)"
+        return f"from qualiclip_pyiqa.commands.cli import main; {twice}"
+
     read, write = os.pipe()
     os.close(read)
-    with Path("/dev/full").open("wb") as full:
-        for name, stderr in (("full", full.fileno()), ("closed", write)):
-            words = ["score", str(folder), "-o", str(tmp_path / f"{name}.csv"), "--device", "cpu", "--workers", "0"]
-            code = f"from qualiclip_pyiqa.commands.cli import main; first = main({words!r}); second = main({words!r})\n"
-            # 1 for the broken one, 2 as the table is there already; and the interpreter ends as it should.
-            code += "raise SystemExit(10 * first + second)"
-            assert subprocess.run([sys.executable, "-c", code], stderr=stderr, timeout=120).returncode == 12
-            assert len(rows(tmp_path / f"{name}.csv")) == 6
+    done = subprocess.run([sys.executable, "-c", code("closed")], stderr=write, timeout=120)
     os.close(write)
+    assert done.returncode == 12 and len(rows(tmp_path / "closed.csv")) == 6
+    full = Fork([], before=code("full"), command=False, stderr="/dev/full")
+    assert full.wait(120) == 12 and len(rows(tmp_path / "full.csv")) == 6
 
 
 def test_a_terminal_without_the_characters_of_a_name(tmp_path: Path) -> None:
@@ -463,8 +465,8 @@ def test_a_terminal_without_the_characters_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "in" / "壊れた.png").touch()
     environment = {"PYTHONIOENCODING": "cp1252:strict"}
     run = start(tmp_path / "in", "-o", tmp_path / "s.csv", "--workers", 0, environment=environment)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 1 and b"Traceback" not in err
+    status, err = run.wait(120), (tmp_path / "said").read_bytes()
+    assert status == 1 and b"Traceback" not in err
     assert b"\\u5199\\u771f.png" in err and b"\\u58ca\\u308c\\u305f.png is empty" in err
     assert [Path(str(row.path)).name for row in rows(tmp_path / "s.csv")] == sorted([*names, "壊れた.png"])
     # What goes to standard output as text: here the path of a weight file.
@@ -472,7 +474,7 @@ def test_a_terminal_without_the_characters_of_a_name(tmp_path: Path) -> None:
     weights.mkdir()
     (weights / "RN50.pt").touch()
     environment["QUALICLIP_PYIQA_WEIGHTS"] = str(weights)
-    run = command("weights", "path", "RN50", environment=environment, stdout=subprocess.PIPE)
+    run = command("weights", "path", "RN50", environment=environment)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0 and out.endswith(b"\\u91cd\\u307f/RN50.pt\n"), err
 
