@@ -140,8 +140,8 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.cat(out).clamp(0, 1)
 
 
-def random_clip(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """Draw the state dict of a whole CLIP; BatchNorm statistics are those of `pictures`."""
+def random_clip(config: dict[str, Any], seed: int = 0, side: int = 224) -> dict[str, Tensor]:
+    """Draw the state dict of a whole CLIP; BatchNorm statistics are those of `pictures` of so many pixels a side."""
     torch.manual_seed(seed)
     model = open_clip.CLIP(**config)
     visual = model.visual
@@ -155,8 +155,9 @@ def random_clip(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         norm.momentum = None  # cumulative average
     with torch.no_grad():
         if norms:
-            visual.train()
-            visual(torch.cat([pictures(8, 224, 224, seed), pictures(8, 224, 224, seed + 7)]) * 4 - 2)
+            pool, visual.attnpool = visual.attnpool, nn.Identity()  # its table is for images of 224 pixels a side
+            visual.train()(torch.cat([pictures(8, side, side, seed), pictures(8, side, side, seed + 7)]) * 4 - 2)
+            visual.attnpool = pool
         model.eval()
     # OpenAI's files hold float16 values, and pyiqa's loader rounds to float16.
     return {k: v.half().float() if v.is_floating_point() else v.clone() for k, v in model.state_dict().items()}

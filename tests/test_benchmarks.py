@@ -52,7 +52,7 @@ ARGUMENTS = {
     "tiles": ["--images", str(PHOTOS)],
 }
 
-APART = ("tiles",)  # run as their docstrings say, in a process of its own
+APART = ("limits",)  # run as their docstrings say, in a process of its own
 
 
 @dataclass(frozen=True)
