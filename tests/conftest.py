@@ -16,6 +16,8 @@ for _name in ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME"):
     os.environ[_name] = str(Path(_CACHES.name, _name.lower()))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("QUALICLIP_PYIQA_WEIGHTS", None)
+# Tracing for any size computes with more symbolic expressions than SymPy remembers by default.
+os.environ.setdefault("SYMPY_CACHE_SIZE", "100000")
 # Workers of pytest-xdist share the cores.
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))

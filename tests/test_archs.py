@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import open_clip
 import pyiqa
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import upstream
 from contract import MetricContract
 from kornia.filters import gaussian_blur2d
@@ -178,7 +178,13 @@ def _train_one_rank(rank: int, folder: str, tiny: str) -> None:
 
 
 def test_ddp_trains_a_context(tiny_folder: Path, tmp_path: Path) -> None:
-    mp.spawn(_train_one_rank, (str(tmp_path), str(tiny_folder)), nprocs=2)
+    arguments = [(rank, str(tmp_path), str(tiny_folder)) for rank in range(2)]
+    processes = [forks.CONTEXT.Process(target=_train_one_rank, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     fresh = build("tiny-context", tiny_folder).prompt_learner.ctx
