@@ -1,6 +1,7 @@
 """Measure engines and precisions: time, memory, and how far scores are from those in fp32.
 
     python benchmarks/precision.py --photographs DIR --calibrate DIR [--weights DIR] [--count 60] [--repeat 9]
+        [--model NAME|FILE...]
 
 The embedded models, and qualiclip's ResNet50 tower with random weights whose BatchNorm statistics are those of random
 images (unless --weights): its times are those of the real one, but its scores hardly differ between photographs, so
@@ -27,7 +28,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from qualiclip_pyiqa import BlindMetric, ExportedIQA, OpenQualiCLIP, load_image
+from qualiclip_pyiqa import BlindMetric, ExportedIQA, load_image
 from qualiclip_pyiqa.errors import SettingsError
 from qualiclip_pyiqa.export.graph import card_of, exportable, trace
 from qualiclip_pyiqa.export.quantise import LIMITS, Difference, quantise
@@ -36,14 +37,13 @@ from qualiclip_pyiqa.images.paths import find_images
 from qualiclip_pyiqa.towers.onednn import use_onednn
 
 MODELS = ("qualiclip-mini+", "qualiclip-mini+:look", "qualiclip")
-QUICK_MODEL = "qualiclip-mini"  # has the fewest convolutions to export
 SIZES = ((1, 512, 512), (1, 768, 1024))
 LARGE = (2160, 3840)
 
 
 def built(model: str) -> BlindMetric:
     name, _, prompts = model.partition(":")
-    return OpenQualiCLIP(name, prompts=prompts or None).eval()
+    return common.load(name, prompts or None)
 
 
 def fused(model: str) -> BlindMetric:
@@ -143,9 +143,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="of QualiCLIP.pth and RN50.pt")
     parser.add_argument("--count", type=int, default=60, help="of images to score at most")
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--model", action="append", help=f"{', '.join(MODELS)}, or the file of a trained model")
     options = parser.parse_args()
-    models = options.model or ((QUICK_MODEL,) if options.quick else MODELS)
+    models = options.model or MODELS
     rows: list[dict[str, Any]] = []
     with common.weights(options.weights) if "qualiclip" in models else nullcontext() as weights:
         for model in models:

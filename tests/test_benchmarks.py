@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUALICLIP_TEXTS
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -40,7 +42,7 @@ ARGUMENTS = {
         *("--seeds", "one", EMBEDDED, "--seeds", "two", EMBEDDED, EMBEDDED, "--before", EMBEDDED, "--fitted", "2"),
     ],
     "onednn": [],
-    "precision": ["--photographs", "pristine", "--calibrate", "many"],
+    "precision": ["--photographs", "pristine", "--calibrate", "many", "--model", "small.safetensors"],
     "reference": ["--pristine", "pristine", "--write", "out/reference.toml"],
     "report": [],
     "restoration": ["--pristine", "pristine", "--others", EMBEDDED, "--restorers", "out", "--sheets", "out"],
@@ -108,26 +110,49 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
             del sys.modules[each]  # "report", "train": names that others may have
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small photographs to fit and degrade, and blurred ones with opinion scores."""
-    (tmp_path / "pristine").mkdir()
-    (tmp_path / "rated").mkdir()
-    (tmp_path / "many").mkdir()
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("pristine", "rated", "many"):
+        (folder / name).mkdir()
     lines = ["image,dmos"]
     photos = [PHOTOS / f"{name}.jpg" for name in ("hats", "lighthouse", "parrots", "portrait")]
     for number, path in enumerate(photos):
         with Image.open(path) as photo:
             small = photo.convert("RGB").resize((128, 96))
-        small.save(tmp_path / "pristine" / path.name)
+        small.save(folder / "pristine" / path.name)
         for degrees in range(8):  # as many as calibration takes
-            small.rotate(45 * degrees).save(tmp_path / "many" / f"{number}{degrees}.png")
+            small.rotate(45 * degrees).save(folder / "many" / f"{number}{degrees}.png")
         for radius in range(5):
-            small.filter(ImageFilter.GaussianBlur(radius)).save(tmp_path / "rated" / f"{number}{radius}.png")
+            small.filter(ImageFilter.GaussianBlur(radius)).save(folder / "rated" / f"{number}{radius}.png")
             lines.append(f"{number}{radius}.png,{10 + 20 * radius - number}")
-    (tmp_path / "pristine" / "manifest.csv").write_text(f"file,held_out\n{photos[0].name},1\n")
-    (tmp_path / "rated" / "dmos.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path
+    (folder / "pristine" / "manifest.csv").write_text(f"file,held_out\n{photos[0].name},1\n")
+    (folder / "rated" / "dmos.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def folder(images: Path, tmp_path: Path) -> Path:
+    """A copy of `images`, for what a benchmark writes beside them."""
+    return Path(shutil.copytree(images, tmp_path / "work"))
+
+
+def write_small(path: Path, tiny_folder: Path) -> None:
+    """Write a small model as training does, with random values: it is exported in seconds."""
+    state = torch.load(tiny_folder / "tiny-resnet.pt")
+    tensors = {key: value for key, value in state.items() if key.startswith("visual.")}
+    draw = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(len(QUALICLIP_TEXTS), 32, generator=draw), dim=-1)
+    metadata = {
+        "format": "qualiclip-pyiqa/1",
+        "backbone": "tiny-resnet",
+        "tower": "{}",
+        "prompts": json.dumps(list(zip(QUALICLIP_TEXTS[::2], QUALICLIP_TEXTS[1::2], strict=True))),
+        "licence": "CC0-1.0",
+        "source": "this test",
+    }
+    save_file({**tensors, "prompts_features": features, "logit_scale": torch.tensor(3.0)}, path, metadata)
 
 
 def test_every_benchmark_is_run() -> None:
@@ -135,12 +160,14 @@ def test_every_benchmark_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path, run: Run) -> None:
+def test_benchmark_runs_small(name: str, folder: Path, upstream_weights: Path, tiny_folder: Path, run: Run) -> None:
     if name == "report" and shutil.which("chromium") is None:
         pytest.skip("no chromium is installed (apt-get install chromium)")
     given = ["--weights", str(upstream_weights)] if name in ("folder", "onednn", "rounding", "speed", "startup") else []
     if name == "rounding":
         given.append(str(upstream_weights))  # two draws of images, with the same weights
+    if name == "precision":
+        write_small(folder / "small.safetensors", tiny_folder)
     start = run_apart if name in APART else run
     done = start(name, *ARGUMENTS[name], *given, "--quick", "--json", "out/result.json", folder=folder)
     assert done.returncode == 0, done.stderr
