@@ -28,6 +28,7 @@ CONTEXT.set_forkserver_preload(
         "kornia",
         "matplotlib.backends.backend_agg",
         "mpl_toolkits.axes_grid1",
+        "open_clip",
         "pyiqa",
         "scipy.stats",
         "torch.distributed.fsdp",

@@ -17,7 +17,6 @@ from test_backbones import oracle, tower_of
 from torch import nn
 
 from qualiclip_pyiqa.errors import PromptError
-from qualiclip_pyiqa.towers import text
 from qualiclip_pyiqa.towers.backbones import find_backbone, text_tower
 from qualiclip_pyiqa.towers.base import freeze
 from qualiclip_pyiqa.towers.meta_parameters import parameters_on_meta
@@ -105,7 +104,7 @@ def test_a_text_longer_than_the_tower_reads_is_refused() -> None:
 
 def test_the_tokenizer_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = tokenize(["Good photo."])
-    monkeypatch.setattr(text.open_clip, "SimpleTokenizer", lambda **_: pytest.fail("the table was read again"))
+    monkeypatch.setattr("open_clip.SimpleTokenizer", lambda **_: pytest.fail("the table was read again"))
     assert torch.equal(tokenize(("Good photo.",)), first)
 
 
@@ -179,6 +178,18 @@ def test_another_default_dtype_changes_no_tower(kind: str, families_folder: Path
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32 and (found - expected).abs().max() < 2e-6
     assert {value.dtype for value in net.buffers() if value.is_floating_point()} == {torch.float32}
+
+
+def test_an_embedded_model_is_built_without_what_other_towers_need() -> None:
+    """open_clip, timm and torchvision take longer to import than such a model to load."""
+    code = """
+import sys
+from qualiclip_pyiqa import OpenQualiCLIP, Scorer
+Scorer({"mini": OpenQualiCLIP("qualiclip-mini")}, device="cpu", workers=0)
+print({"open_clip", "timm", "torchvision", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_private_names_of_torch_may_be_gone(families_folder: Path) -> None:

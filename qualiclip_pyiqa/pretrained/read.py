@@ -22,7 +22,7 @@ from . import ridge_pickle
 from .files import OpenFile, WeightFile, WeightFolder
 from .find import resolve
 from .layouts import check_layout, without_training_module
-from .manifest import WeightRecord, manifest, openai_hashes
+from .manifest import WeightRecord, manifest, openai_hashes, record_of
 from .torchscript import read_archive
 from .transformers_layout import (
     TransformersConfig,
@@ -173,6 +173,9 @@ def _openai_conversion(opened: OpenFile) -> str:
 
 
 def _is_openais(sha256: str) -> bool:
+    known = record_of(sha256)
+    if not sha256 or (known is not None and known.layout != "openai-clip"):
+        return False  # without open_clip's table: its import takes longer than reading an embedded model
     return sha256 in openai_hashes() or sha256 in _openai_conversions().values()
 
 

@@ -189,9 +189,11 @@ def _another_file(path: str) -> SettingsError:
 
 def refuse_foreign_prompts(metric: MetricLike) -> None:
     """Raise SettingsError for prompts of another package's metric, which takes none."""
+    if not isinstance(metric, PromptedMetric) or metric.metric in METRICS:
+        return
     import pyiqa
 
-    if isinstance(metric, PromptedMetric) and metric.metric in {*pyiqa.list_models()} - METRICS.keys():
+    if metric.metric in pyiqa.list_models():
         name = metric.metric
         raise SettingsError(
             f"{quoted(metric.spec)}: {name} is another package's metric, which takes no prompts; pass {name!r} alone"

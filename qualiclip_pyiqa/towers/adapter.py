@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from ..errors import SettingsError
@@ -72,6 +71,8 @@ class CrossModalBlock(nn.Module):
     """Self-attention of image tokens, then cross-attention to the caption's, twice; a norm and a projection."""
 
     def __init__(self, width: int) -> None:
+        from open_clip.transformer import ResidualAttentionBlock
+
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, HEADS) for _ in range(2))
         self.cross_attn = nn.ModuleList(ResidualAttentionBlock(width, HEADS, is_cross_attention=True) for _ in range(2))

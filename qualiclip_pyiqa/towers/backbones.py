@@ -1,15 +1,15 @@
 """Build image and text towers from open_clip's configurations and a state dict.
 
 Towers are built on the meta device and take over the tensors of the state dict, so a memory-mapped file is not copied.
+open_clip, timm and torchvision are imported where a tower needs them: that takes longer than to load an embedded model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ from .resnet import ResNetTower
 from .text import TextTower, tokenize
 from .timm_tower import TimmTower, make_buffers_real, take_any_size
 from .vit import ViTTower
+
+if TYPE_CHECKING:
+    import open_clip
 
 # CLIP's pixel normalisation, for RGB in 0..1 (openai/CLIP, clip.py).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -79,6 +82,8 @@ class Backbone:
 
     def open_clip_model(self, **replacements: Any) -> open_clip.CLIP:
         """Build open_clip's model; `replacements` are another `vision_cfg` or `text_cfg`."""
+        import open_clip
+
         towers = {"vision_cfg": self.vision, "text_cfg": self.text} | replacements
         return open_clip.CLIP(embed_dim=self.embed_dim, quick_gelu=self.quick_gelu, **towers)
 
@@ -107,6 +112,8 @@ def find_backbone(name: str, openai_weights: bool = False) -> Backbone:
         >>> find_backbone("RN50").activation
         'QuickGELU'
     """
+    import open_clip
+
     plain = plain_name(name)
     known = [*OPENAI_BACKBONES, *open_clip.list_models()]
     # Known names only: for `hf-hub:...` open_clip would download a configuration.
@@ -130,6 +137,8 @@ def _pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     In open_clip 3.3 they disagree for ViT-L-14 only, whose tag laion2b_s32b_b82k has its own.
     """
+    import open_clip
+
     listed = (open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name))
     found = {(tuple(one["mean"]), tuple(one["std"])) for one in listed if one.get("mean") and one.get("std")}
     return found.pop() if len(found) == 1 else (MEAN, STD)
@@ -232,6 +241,8 @@ def text_encoder(backbone: Backbone, state: Mapping[str, Tensor], what: str) -> 
     if backbone.plain_text:
         tower = text_tower(backbone, state, what).eval()
         return torch.no_grad()(lambda texts: tower.encode(tokenize(texts, tower.context_length)))
+    import open_clip
+
     # Prevents a download of pretrained weights: the values come from `state`.
     config = backbone.text | {"hf_model_pretrained": False}
     try:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from .autocast import without_autocast
 from .base import Tower, fold_batchnorm
@@ -24,7 +23,7 @@ from .streaming import Step, Window, in_strips, rows_at_once
 
 #: Bottlenecks in each layer of a ResNet-50.
 DEPTHS = (3, 4, 6, 3)
-WIDTH = 512 * Bottleneck.expansion  # of its last feature map
+WIDTH = 2048  # of its last feature map
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Orders in which the features of Re-IQA's two encoders may follow each other: no order is documented by the authors.
@@ -51,6 +50,8 @@ class ResNet50Tower(Tower):
     layer4: nn.Sequential
 
     def __init__(self, mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+        from torchvision.models.resnet import Bottleneck, ResNet
+
         trunk = ResNet(Bottleneck, list(DEPTHS))
         del trunk.avgpool, trunk.fc
         super().__init__(trunk, add_table=False, mean=mean, std=std)

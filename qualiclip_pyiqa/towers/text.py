@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from ..errors import PromptError
 from .prompted import run_with_prompts
+
+if TYPE_CHECKING:
+    import open_clip
 
 
 class TextTower(nn.Module):
@@ -105,4 +108,6 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
 @functools.cache
 def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
     """Cache the tokenizer: reading its table of byte pairs takes 0.2 s."""
+    import open_clip
+
     return open_clip.SimpleTokenizer(context_length=context_length)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -107,6 +106,8 @@ def take_any_size(visual: nn.Module, model: str) -> str | None:
     trunk: Any = visual.trunk
     # Attributes of timm's transformers; if a version of timm has others, the trial below fails.
     if hasattr(trunk, "dynamic_img_size"):
+        import timm
+
         flexible: Any = timm.create_model(model, dynamic_img_size=True)
         trunk.dynamic_img_size, trunk.patch_embed = True, flexible.patch_embed
         trunk.patch_embed.img_size = None  # crops rows and columns that do not fill a patch
@@ -127,6 +128,8 @@ def make_buffers_real(trunk: nn.Module, model: str) -> None:
     missing = {name for name, _ in trunk.named_buffers()} - set(trunk.state_dict())
     if not missing:
         return
+    import timm
+
     options: dict[str, Any] = {"dynamic_img_size": True} if hasattr(trunk, "dynamic_img_size") else {}
     with parameters_on_meta():
         real = dict(timm.create_model(model, **options).named_buffers())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +13,9 @@ from torch import Tensor, nn
 from .base import Tower, resize_flat
 from .places import PlaceFeatures, Shares
 from .prompted import run_with_prompts
+
+if TYPE_CHECKING:
+    import open_clip
 
 
 class ViTTower(Tower):
