@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="of qualiclip serve")
     options = parser.parse_args()
     if options.quick:
-        options.limit, options.seconds, options.clients = 8, 1, 8
+        options.limit, options.seconds, options.clients = 8, 0.5, 8
         options.sizes = options.sizes or [(64, 48), (48, 64)]
     keep_freed_memory()
     paths = find_images(options.images).paths
